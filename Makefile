@@ -1,0 +1,61 @@
+# rt_detectron: `make` lists the targets. PYTHON is only used to create .venv.
+PYTHON ?= python3
+PY := .venv/bin/python
+# Extra words for the set-up and for pytest, e.g. PYTEST_ARGS="-k convert"
+SETUP_ARGS ?=
+PYTEST_ARGS ?=
+
+DEMO_DATA := datasets/demo
+DEMO := output/demo
+
+.PHONY: help setup demo test test-slow lint clean
+# The demo's steps share the machine's cores, and none may run before the set-up.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make setup      create .venv with torch, Detectron2 and rt_detectron (every target does it first)"
+	@echo "make demo       pretrain, convert, fine-tune and compare on embedded data; prints the report's path"
+	@echo "make test       run the tests"
+	@echo "make test-slow  run the tests that take minutes"
+	@echo "make lint       check style and format"
+	@echo "make clean      remove the demo's data and results, caches and build leftovers (not .venv)"
+	@echo "Python for .venv: PYTHON=$(PYTHON). Detectron2 from source: DETECTRON2_SOURCE=<folder or git URL>."
+
+setup:
+	@$(PYTHON) tools/setup_environment.py $(SETUP_ARGS)
+
+# Every step of the demo but the last has a file as its result and is skipped once that exists; tools
+# resume what was cut off. `make clean` starts over.
+demo: $(DEMO)/resnet18_standard.pkl $(DEMO)/resnet18_l2.pkl
+	@$(PY) tools/compare.py --study configs/study/demo.yaml --output $(DEMO)/compare
+
+$(DEMO_DATA)/.complete: | setup
+	@$(PY) datasets/prepare_demo.py --output $(DEMO_DATA)
+	@touch $@
+
+$(DEMO)/standard/classifier.pth: | $(DEMO_DATA)/.complete
+	@$(PY) tools/pretrain.py --config-file configs/pretrain/demo_standard.py --resume train.output_dir=$(@D)
+
+$(DEMO)/robust/classifier.pth: | $(DEMO_DATA)/.complete
+	@$(PY) tools/pretrain.py --config-file configs/pretrain/demo_l2.py --resume train.output_dir=$(@D)
+
+$(DEMO)/resnet18_standard.pkl: | $(DEMO)/standard/classifier.pth
+	@$(PY) tools/convert_checkpoint.py $(DEMO)/standard/classifier.pth $@
+
+$(DEMO)/resnet18_l2.pkl: | $(DEMO)/robust/classifier.pth
+	@$(PY) tools/convert_checkpoint.py $(DEMO)/robust/classifier.pth $@
+
+test: setup
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow: setup
+	@$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+lint: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+
+clean:
+	rm -rf $(DEMO) $(DEMO_DATA) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
