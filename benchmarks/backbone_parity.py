@@ -1,0 +1,109 @@
+"""How far converted backbones are from torchvision's networks: one line for every architecture.
+
+    python benchmarks/backbone_parity.py [ARCH ...]
+
+Each network gets random weights and batch-norm statistics, goes through a written file as RGB and as
+BGR-folded weights, and looks at a real photograph. Printed is the largest over res2..res5 of
+max |Detectron2 - torchvision| / max |torchvision|, in float32 on the CPU.
+"""
+
+import argparse
+import os
+import tempfile
+import warnings
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from sklearn.datasets import load_sample_image
+from torch import Tensor, nn
+
+from rt_detectron.checkpoint.architectures import ARCHITECTURES, build_classifier
+from rt_detectron.checkpoint.convert import IMAGENET_MEAN, IMAGENET_STD, convert_checkpoint
+from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
+from rt_detectron.errors import one_line_errors
+from rt_detectron.modeling.backbone import build_robust_resnet_fpn_backbone
+
+STAGES = ["res2", "res3", "res4", "res5"]
+
+
+def photograph() -> Tensor:
+    """uint8 RGB, (3, 224, 224)."""
+    return torch.as_tensor(load_sample_image("china.jpg")[100:324, 150:374].transpose(2, 0, 1).copy())
+
+
+def normalise(image: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """(3, H, W) in 0..255 to (1, 3, H, W)."""
+    return ((image - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))[None]
+
+
+def random_classifier(arch: str) -> nn.Module:
+    network = build_classifier(arch).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network
+
+
+@torch.no_grad()
+def torchvision_features(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    x = normalise(image, IMAGENET_MEAN, IMAGENET_STD)
+    x = network.maxpool(network.relu(network.bn1(network.conv1(x))))
+    features = {}
+    for i, stage in enumerate(STAGES, start=1):
+        features[stage] = x = getattr(network, f"layer{i}")(x)
+    return features
+
+
+@torch.no_grad()
+def detectron2_features(arch: str, weights: str, image: Tensor, input_format: str) -> dict[str, Tensor]:
+    """From ``weights`` under their own preprocessing; BGR is that of an unchanged config."""
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.update(ARCHITECTURES[arch].resnets, OUT_FEATURES=STAGES)
+    cfg.MODEL.FPN.IN_FEATURES = STAGES
+    with torch.device("meta"):  # loading must fill every tensor, so initialise none
+        backbone = build_robust_resnet_fpn_backbone(cfg, ShapeSpec(channels=3)).bottom_up
+    backbone.to_empty(device="cpu").eval()
+    RobustCheckpointer(backbone).load(weights)
+    if input_format == "BGR":
+        return backbone(normalise(image.flip(0), cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
+    return backbone(normalise(image, IMAGENET_MEAN, IMAGENET_STD))
+
+
+def largest_difference(arch: str, image: Tensor) -> dict[str, float]:
+    """The largest relative difference over res2..res5, by input format."""
+    network = random_classifier(arch)
+    expected = torchvision_features(network, image)
+    result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        source, output = os.path.join(folder, f"{arch}.pth"), os.path.join(folder, f"{arch}.pkl")
+        torch.save(network.state_dict(), source)
+        del network
+        for input_format in ("RGB", "BGR"):
+            convert_checkpoint(source, output, input_format=input_format)
+            found = detectron2_features(arch, output, image, input_format)
+            result[input_format] = max(
+                float((found[s] - expected[s]).abs().max() / expected[s].abs().max()) for s in STAGES
+            )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("arch", nargs="*", help="default: all")
+    archs = parser.parse_args().arch or list(ARCHITECTURES)
+    warnings.simplefilter("ignore", FutureWarning)
+    torch.manual_seed(0)
+    image = photograph()
+    with one_line_errors():
+        print(f"{'architecture':<18} {'RGB':>9} {'BGR-folded':>11}")
+        for arch in archs:
+            difference = largest_difference(arch, image)
+            print(f"{arch:<18} {difference['RGB']:>9.1e} {difference['BGR']:>11.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Read a classifier from any of the files it comes in, without running anything the file says."""
+
+import os
+import pickle
+import types
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rt_detectron.errors import InputError
+
+# Where a file keeps torchvision's names. The robustness package stores the network twice, plainly and
+# inside its attacker: only the plain copy is listed, so exactly one is taken.
+PREFIXES = (
+    "module.model.model.",  # robustness, with its inner wrapper
+    "module.model.",  # robustness
+    "model.model.",  # the same two, saved without DataParallel
+    "model.",
+    "module.network.",  # our pretraining under DistributedDataParallel
+    "network.",  # our pretraining
+    "module.",  # torchvision under DataParallel
+    "",  # torchvision
+)
+NORMALIZERS = (
+    "module.normalizer.",
+    "module.attacker.normalize.",
+    "normalizer.",
+    "attacker.normalize.",
+)
+
+
+@dataclass
+class ClassifierFile:
+    """What a classifier's file holds.
+
+    Attributes:
+        state_dict: the network's tensors on the CPU under torchvision's names, floats as float32.
+        metadata: the file's ``rt_detectron`` entry, or {}.
+        pixel_mean, pixel_std: of the normalisation stored beside the network, RGB in 0..255, or None.
+    """
+
+    state_dict: dict[str, Tensor]
+    metadata: dict = field(default_factory=dict)
+    pixel_mean: list[float] | None = None
+    pixel_std: list[float] | None = None
+
+
+def read_classifier(path: str) -> ClassifierFile:
+    """Read a robustness ``.ckpt``, torchvision ``.pth``, ``.safetensors`` or a file of our pretraining.
+
+    Raises:
+        InputError: if there is no such file, it is none of these, is damaged, or holds tensors that are
+            not finite.
+    """
+    _check_file(path)
+    content = _read_safetensors(path) if path.endswith(".safetensors") else _read_torch(path)
+    tensors = _find_tensors(content, path)
+    prefix = next((p for p in PREFIXES if f"{p}conv1.weight" in tensors), None)
+    if prefix is None:
+        seen = ", ".join(list(tensors)[:3]) or "none"
+        raise InputError(f"{path}: no ResNet in this file (no conv1.weight; its first tensors: {seen})")
+    state_dict = {
+        name.removeprefix(prefix): _as_float32(tensor, name, path)
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    metadata = content.get("rt_detectron")
+    return ClassifierFile(
+        state_dict=state_dict,
+        metadata=metadata if isinstance(metadata, dict) else {},
+        pixel_mean=_normalizer(tensors, "new_mean", path),
+        pixel_std=_normalizer(tensors, "new_std", path),
+    )
+
+
+def _check_file(path: str) -> None:
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder: give the checkpoint file inside it")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512).lstrip()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if not head:
+        raise InputError(f"{path} is empty: download or write it again")
+    if head.startswith(b"<"):
+        raise InputError(
+            f"{path} is a web page, not a checkpoint: the download link is wrong or needs a login"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer, not the checkpoint: run `git lfs pull`")
+
+
+def _read_safetensors(path: str) -> dict:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise InputError(
+            f"reading {path} needs safetensors: pip install 'rt_detectron[safetensors]'"
+        ) from None
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise InputError(_unreadable(path, error)) from None
+
+
+def _read_torch(path: str):
+    # Hostile and damaged files fail in every way there is, from EOFError to RecursionError, and a file
+    # that cannot be read is always the user's to replace: hence the broad `except`.
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's remarks on pickle protocols and on its own storages
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            pass  # refused for what else it holds (a schedule, an argument namespace): leave that out
+        except Exception as error:
+            raise InputError(_unreadable(path, error)) from None
+        file.seek(0)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_tensors_only)
+        except Exception as error:
+            raise InputError(_unreadable(path, error)) from None
+
+
+def _unreadable(path: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [""])[0][:120]
+    reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    return f"{path} is damaged or not a checkpoint ({reason}): download or write it again"
+
+
+class _InertType(type):
+    """Makes its class swallow whatever a pickle does to it: calls, state, items."""
+
+    def __call__(cls, *args, **kwargs):
+        return cls
+
+    def _ignore(cls, *args, **kwargs) -> None:
+        pass
+
+    __setstate__ = __setitem__ = append = extend = add = _ignore
+
+
+class _Placeholder(metaclass=_InertType):
+    """Stands for every object of a pickle that is neither a tensor nor a plain container.
+
+    Pickle demands a class in some places and an object in others, so the class is its own only instance.
+    """
+
+    def __new__(cls, *args, **kwargs):
+        return cls
+
+
+class _Dict(dict):
+    """For collections.OrderedDict, without the attributes that torch hangs on a state dict."""
+
+    def __setstate__(self, state) -> None:
+        pass
+
+
+class _Function:
+    """A function that a pickle may call, but whose attributes it cannot set."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, *args):
+        return self._function(*args)
+
+    def __setstate__(self, state) -> None:
+        pass
+
+
+def _tensor(storage, offset, size, stride, *_) -> Tensor:
+    return torch._utils._rebuild_tensor(storage, offset, size, stride)
+
+
+def _parameter(tensor, *_) -> Tensor:
+    return tensor
+
+
+_ALLOWED = {
+    ("collections", "OrderedDict"): _Function(_Dict),
+    ("torch", "Size"): _Function(tuple),
+    ("torch._utils", "_rebuild_tensor"): _Function(_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Function(_parameter),
+}
+
+
+class _TensorsOnlyUnpickler(pickle.Unpickler):
+    """Builds tensors and plain containers. Nothing is imported: every other name is a placeholder.
+
+    torch.load adds the storages itself, by a table of their names, before it asks ``find_class``.
+    """
+
+    def find_class(self, module: str, name: str):
+        return _ALLOWED.get((module, name), _Placeholder)
+
+
+# What torch.load takes as its pickle module.
+_tensors_only = types.SimpleNamespace(
+    __name__="tensors_only",
+    Unpickler=_TensorsOnlyUnpickler,
+    load=lambda file, **kwargs: _TensorsOnlyUnpickler(file, **kwargs).load(),
+)
+
+
+def _find_tensors(content, path: str) -> dict[str, Tensor]:
+    """The file's state dict: under "model", under "state_dict" (older files), or the file itself."""
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no state dict: save model.state_dict() instead of the model")
+    state_dict = next((content[key] for key in ("model", "state_dict") if key in content), content)
+    if not isinstance(state_dict, dict):
+        raise InputError(f"{path} holds a whole model: save model.state_dict() instead")
+    return {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
+
+
+def _as_float32(tensor: Tensor, name: str, path: str) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    tensor = tensor.detach().float()
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{path}: tensor {name} holds NaN or infinity: the training behind it diverged")
+    return tensor
+
+
+def _normalizer(tensors: dict[str, Tensor], name: str, path: str) -> list[float] | None:
+    """The mean or std that the robustness package stores in [0,1] units, in 0..255."""
+    key = next((prefix + name for prefix in NORMALIZERS if prefix + name in tensors), None)
+    if key is None:
+        return None
+    values = _as_float32(tensors[key], key, path).flatten().tolist()
+    if len(values) != 3:
+        raise InputError(f"{path}: {key} has {len(values)} values, RGB needs 3")
+    return [round(255 * value, 4) for value in values]  # rounded: 0.485 is stored as 0.48500001

@@ -1,0 +1,14 @@
+"""Backbone builders, in Detectron2's BACKBONE_REGISTRY as soon as this is imported."""
+
+from rt_detectron.modeling.backbone.fpn import (
+    build_retinanet_robust_resnet_fpn_backbone,
+    build_robust_resnet_fpn_backbone,
+)
+from rt_detectron.modeling.backbone.resnet import build_robust_resnet_backbone, resolve_resnet
+
+__all__ = [
+    "build_retinanet_robust_resnet_fpn_backbone",
+    "build_robust_resnet_backbone",
+    "build_robust_resnet_fpn_backbone",
+    "resolve_resnet",
+]

@@ -1,0 +1,134 @@
+"""Detectron2's ResNet, built as torchvision lays it out and selected by one name."""
+
+import logging
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    GeneralizedRCNN,
+    ResNet,
+)
+from detectron2.modeling.backbone import build_resnet_backbone
+from detectron2.modeling.roi_heads import Res5ROIHeads
+
+from rt_detectron.checkpoint.architectures import ARCHITECTURES, get_architecture
+from rt_detectron.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_resnet(cfg: CfgNode) -> CfgNode:
+    """A copy of ``cfg`` whose ``MODEL.RESNETS`` describes the chosen network.
+
+    The network is ``MODEL.ROBUST.ARCH`` if that key exists and is not empty; otherwise it is read off
+    ``MODEL.RESNETS``. Under a given ARCH, a RESNETS key that still holds Detectron2's default counts as
+    not set. ``STRIDE_IN_1X1`` is always False, as in every network of the table: the stride of a
+    bottleneck sits on its 3x3 convolution.
+
+    Raises:
+        InputError: for an unknown ARCH, for MODEL.RESNETS that describe none of the known networks or
+            another one than ARCH, and for a dilated res5 (DC5) without bottlenecks.
+    """
+    arch = _chosen_arch(cfg) or _arch_of_resnets(cfg)
+    needed = get_architecture(arch).resnets
+    _refuse_disagreement(cfg, arch, needed)
+    if cfg.MODEL.RESNETS.RES5_DILATION != 1 and not _has_bottlenecks(needed):
+        raise InputError(
+            f"a dilated res5 (DC5) needs a bottleneck network, {arch} has none: "
+            "set MODEL.RESNETS.RES5_DILATION 1 or choose resnet50 or larger"
+        )
+    resolved = cfg.clone()
+    resolved.defrost()
+    resolved.MODEL.RESNETS.update(needed, STRIDE_IN_1X1=False)
+    described = ", ".join(f"{key} {value}" for key, value in needed.items())
+    logger.info(
+        "building %s (MODEL.RESNETS: %s, STRIDE_IN_1X1 False, NORM %s)",
+        arch,
+        described,
+        cfg.MODEL.RESNETS.NORM,
+    )
+    return resolved
+
+
+@BACKBONE_REGISTRY.register()
+def build_robust_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """Detectron2's ResNet for C4 and DC5 heads; see :func:`resolve_resnet` for which one.
+
+    Raises:
+        InputError: as :func:`resolve_resnet`, and under a C4 head that would build its res5 differently.
+    """
+    resolved = resolve_resnet(cfg)
+    if _has_c4_head(cfg):
+        _check_c4_head(cfg, resolved)
+    return build_resnet_backbone(resolved, input_shape)
+
+
+def _chosen_arch(cfg: CfgNode) -> str:
+    # Projects that only `import rt_detectron` have no MODEL.ROBUST: add_robust_config makes it.
+    return cfg.MODEL.ROBUST.ARCH if "ROBUST" in cfg.MODEL else ""
+
+
+def _has_bottlenecks(resnets: dict[str, int]) -> bool:
+    return resnets["DEPTH"] >= 50
+
+
+def _lines(values: dict) -> str:
+    """``values`` as they are typed behind a Detectron2 command."""
+    return " ".join(f"MODEL.RESNETS.{key} {value}" for key, value in values.items())
+
+
+def _arch_of_resnets(cfg: CfgNode) -> str:
+    resnets = cfg.MODEL.RESNETS
+    for name, architecture in ARCHITECTURES.items():
+        if all(resnets[key] == value for key, value in architecture.resnets.items()):
+            return name
+    found = _lines({key: resnets[key] for key in ARCHITECTURES["resnet50"].resnets})
+    same_depth = [
+        f"{_lines(architecture.resnets)} ({name})"
+        for name, architecture in ARCHITECTURES.items()
+        if architecture.resnets["DEPTH"] == resnets.DEPTH
+    ]
+    way_out = f"set {' or '.join(same_depth)}, or" if same_depth else "set"
+    raise InputError(
+        f"{found} is none of the known networks: {way_out} MODEL.ROBUST.ARCH "
+        f"to one of {', '.join(ARCHITECTURES)}"
+    )
+
+
+def _refuse_disagreement(cfg: CfgNode, arch: str, needed: dict[str, int]) -> None:
+    default = get_cfg().MODEL.RESNETS
+    wrong = {
+        key: value for key, value in needed.items() if cfg.MODEL.RESNETS[key] not in (value, default[key])
+    }
+    if wrong:
+        found = _lines({key: cfg.MODEL.RESNETS[key] for key in wrong})
+        raise InputError(f"MODEL.ROBUST.ARCH {arch} disagrees with {found}: set {_lines(wrong)}")
+
+
+def _has_c4_head(cfg: CfgNode) -> bool:
+    meta_arch, heads = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS.NAME
+    return (
+        meta_arch in META_ARCH_REGISTRY
+        and heads in ROI_HEADS_REGISTRY
+        and issubclass(META_ARCH_REGISTRY.get(meta_arch), GeneralizedRCNN)
+        and issubclass(ROI_HEADS_REGISTRY.get(heads), Res5ROIHeads)
+    )
+
+
+def _check_c4_head(cfg: CfgNode, resolved: CfgNode) -> None:
+    """A C4 head builds res5 from the caller's ``cfg``, which a backbone builder cannot correct."""
+    needed = {key: resolved.MODEL.RESNETS[key] for key in ARCHITECTURES["resnet50"].resnets}
+    if not _has_bottlenecks(needed):
+        raise InputError(
+            f"{cfg.MODEL.ROI_HEADS.NAME} (C4) needs a bottleneck network, DEPTH {needed['DEPTH']} has none: "
+            "choose resnet50 or larger, or an FPN detector"
+        )
+    needed["STRIDE_IN_1X1"] = False
+    wrong = {key: value for key, value in needed.items() if cfg.MODEL.RESNETS[key] != value}
+    if wrong:
+        raise InputError(
+            f"{cfg.MODEL.ROI_HEADS.NAME} (C4) builds res5 from MODEL.RESNETS itself: set {_lines(wrong)}"
+        )

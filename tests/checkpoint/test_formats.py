@@ -1,0 +1,285 @@
+"""Reading classifiers: every layout in the wild, damaged files, and files that want to run code."""
+
+import argparse
+import os
+import pickle
+import subprocess
+import zipfile
+from collections import OrderedDict
+
+import dill
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rt_detectron.checkpoint.formats import PREFIXES, read_classifier
+from rt_detectron.errors import InputError
+
+MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+
+
+@pytest.fixture
+def state_dict():
+    """A few tensors under a ResNet's names: reading does not ask for the rest."""
+    generator = torch.Generator().manual_seed(0)
+    return OrderedDict(
+        {
+            "conv1.weight": torch.randn(8, 3, 7, 7, generator=generator),
+            "bn1.running_mean": torch.randn(8, generator=generator),
+            "bn1.num_batches_tracked": torch.tensor(7),
+            "layer1.0.conv1.weight": torch.randn(8, 8, 3, 3, generator=generator),
+            "layer2.0.conv1.weight": torch.randn(8, 8, 3, 3, generator=generator),
+            "fc.weight": torch.randn(5, 8, generator=generator),
+        }
+    )
+
+
+def prefixed(state_dict, prefix):
+    return OrderedDict((prefix + name, tensor) for name, tensor in state_dict.items())
+
+
+def robustness_layout(state_dict, inner="", key="model", **extra):
+    """The layout that the robustness package writes; its attacker's copy is spoiled, to be told apart."""
+    spoiled = {name: torch.zeros_like(tensor) for name, tensor in state_dict.items()}
+    shape = (3, 1, 1)
+    tensors = {
+        **prefixed(spoiled, f"module.attacker.model.{inner}"),
+        "module.normalizer.new_mean": torch.tensor([0.485, 0.456, 0.406]).view(shape),
+        "module.normalizer.new_std": torch.tensor([0.229, 0.224, 0.225]).view(shape),
+        "module.attacker.normalize.new_mean": torch.tensor([0.485, 0.456, 0.406]).view(shape),
+        "module.attacker.normalize.new_std": torch.tensor([0.229, 0.224, 0.225]).view(shape),
+        **prefixed(state_dict, f"module.model.{inner}"),
+    }
+    return {key: OrderedDict(tensors), "optimizer": {"state": {}}, "epoch": 90, "amp": None, **extra}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+@pytest.mark.parametrize("inner", ["", "model."], ids=["plain", "wrapped"])
+def test_robustness_layouts(tmp_path, state_dict, zipped, key, inner):
+    path = str(tmp_path / "resnet18_l2_eps3.ckpt")
+    content = robustness_layout(state_dict, inner, key)
+    torch.save(content, path, pickle_module=dill, _use_new_zipfile_serialization=zipped)
+    file = read_classifier(path)
+    assert_same(file.state_dict, state_dict)
+    assert (file.pixel_mean, file.pixel_std) == (MEAN, STD)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_dill_saved_functions_are_left_out(tmp_path, state_dict, zipped):
+    path = str(tmp_path / "resnet18_l2_eps3.ckpt")
+    offset = 3
+    content = robustness_layout(
+        state_dict,
+        schedule=lambda epoch: 0.1 ** (epoch // 30) + offset,
+        args=argparse.Namespace(lr=0.1, device=torch.device("cpu")),
+    )
+    torch.save(content, path, pickle_module=dill, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    assert_same(read_classifier(path).state_dict, state_dict)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes(tmp_path, state_dict, prefix):
+    path = str(tmp_path / "c.pth")
+    torch.save({"model": prefixed(state_dict, prefix), "iteration": 7}, path)
+    assert_same(read_classifier(path).state_dict, state_dict)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s}])
+def test_torchvision_layouts(tmp_path, state_dict, wrap):
+    path = str(tmp_path / "resnet18.pth")
+    torch.save(wrap(state_dict), path)
+    file = read_classifier(path)
+    assert_same(file.state_dict, state_dict)
+    assert (file.metadata, file.pixel_mean, file.pixel_std) == ({}, None, None)
+
+
+def test_parameters_are_read_as_tensors(tmp_path, state_dict):
+    path = str(tmp_path / "c.pth")
+    parameters = {n: torch.nn.Parameter(t) if t.is_floating_point() else t for n, t in state_dict.items()}
+    torch.save({"model": parameters, "schedule": print}, path)
+    assert_same(read_classifier(path).state_dict, state_dict)
+
+
+def test_safetensors(tmp_path, state_dict):
+    path = str(tmp_path / "resnet18.safetensors")
+    save_file(dict(state_dict), path)
+    assert_same(read_classifier(path).state_dict, state_dict)
+
+
+def test_metadata_of_our_pretraining(tmp_path, state_dict):
+    path = str(tmp_path / "classifier.pth")
+    metadata = {"arch": "resnet18", "norm": "l2", "eps": 0.5}
+    torch.save({"model": state_dict, "rt_detectron": metadata}, path)
+    assert read_classifier(path).metadata == metadata
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_become_float32(tmp_path, state_dict, dtype):
+    path = str(tmp_path / "c.pth")
+    torch.save({n: t.to(dtype) if t.is_floating_point() else t for n, t in state_dict.items()}, path)
+    found = read_classifier(path).state_dict["conv1.weight"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, state_dict["conv1.weight"].to(dtype).float(), rtol=0, atol=0)
+
+
+class Payload:
+    """Unpickles as a call of ``function(*args)``."""
+
+    def __init__(self, function, *args):
+        self.call = (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
+def payloads(folder):
+    """Files named ran-* appear in ``folder`` if a payload runs."""
+    touch = f"open({str(folder / 'ran-eval')!r}, 'w')"
+    return {
+        "os.system": Payload(os.system, f"touch {folder / 'ran-system'}"),
+        "eval": Payload(eval, touch),
+        "exec": Payload(exec, touch),
+        "popen": Payload(subprocess.Popen, ["touch", str(folder / "ran-popen")]),
+        "open": Payload(open, str(folder / "ran-open"), "w"),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("name", ["os.system", "eval", "exec", "popen", "open"])
+@pytest.mark.parametrize("place", ["schedule", "model", "key"])
+def test_payloads_do_not_run(tmp_path, state_dict, zipped, name, place):
+    path = str(tmp_path / "evil.ckpt")
+    payload = payloads(tmp_path)[name]
+    content = robustness_layout(state_dict)
+    if place == "schedule":
+        content["schedule"] = [payload, {"nested": payload}]
+    elif place == "model":
+        content["model"]["module.extra"] = payload
+    else:
+        content[payload] = 1
+    pickle_module = dill if place == "schedule" else pickle
+    torch.save(content, path, pickle_module=pickle_module, _use_new_zipfile_serialization=zipped)
+    assert_same(read_classifier(path).state_dict, state_dict)
+    assert not list(tmp_path.glob("ran-*"))
+
+
+def test_payloads_do_run_elsewhere(tmp_path):
+    """The payloads above are live: the ordinary unpickler runs them."""
+    path = tmp_path / "evil.ckpt"
+    for payload in payloads(tmp_path).values():
+        torch.save(payload, path)
+        torch.load(path, weights_only=False)
+    assert {p.name for p in tmp_path.glob("ran-*")} >= {"ran-system", "ran-eval", "ran-open"}
+
+
+class Stateful:
+    """Pickles with a state and with list and dict items, as arbitrary objects may."""
+
+    def __reduce_ex__(self, protocol):
+        return (Stateful, (), ({"a": 1}, {"b": 2}), iter([1, 2]), iter([("k", "v")]))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_arbitrary_objects_are_left_out(tmp_path, state_dict, protocol):
+    path = str(tmp_path / "c.ckpt")
+    torch.save(
+        robustness_layout(state_dict, schedule=Stateful(), cls=Stateful), path, pickle_protocol=protocol
+    )
+    assert_same(read_classifier(path).state_dict, state_dict)
+
+
+def test_allowed_functions_cannot_be_changed(tmp_path):
+    allowed = torch._utils._rebuild_tensor_v2
+    before = dict(vars(allowed)), allowed.__defaults__
+    state = pickle.dumps((None, {"__defaults__": (1,), "planted": 2}), 2)[2:-1]
+    program = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n" + state + b"b."
+    path = str(tmp_path / "c.ckpt")
+    torch.save({"model": {}, "x": print}, path)
+    rewrite_pickle(path, program)
+    with pytest.raises(InputError, match="holds no state dict"):
+        read_classifier(path)
+    assert before == (vars(allowed), allowed.__defaults__)
+
+
+def rewrite_pickle(path, program):
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, program if name.endswith("data.pkl") else data)
+
+
+def test_torchscript_is_refused(tmp_path):
+    path = str(tmp_path / "scripted.pth")
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
+    with pytest.raises(InputError, match="not a checkpoint"):
+        read_classifier(path)
+
+
+def test_whole_model_is_refused(tmp_path):
+    path = str(tmp_path / "model.pth")
+    torch.save(torch.nn.Linear(2, 2), path)
+    with pytest.raises(InputError, match="state_dict"):
+        read_classifier(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b"\n<!DOCTYPE html><html>sign in</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"not a checkpoint at all", "damaged or not a checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".ckpt", ".safetensors"])
+def test_files_that_are_no_checkpoints(tmp_path, content, message, ending):
+    path = tmp_path / f"c{ending}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        read_classifier(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_truncated_files(tmp_path, state_dict, zipped, share):
+    path = tmp_path / "c.ckpt"
+    torch.save(robustness_layout(state_dict, schedule=print), path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(InputError, match="damaged or not a checkpoint"):
+        read_classifier(str(path))
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read .*No such file"):
+        read_classifier(str(tmp_path / "none.ckpt"))
+    with pytest.raises(InputError, match="is a folder"):
+        read_classifier(str(tmp_path))
+
+
+def test_nan_is_named(tmp_path, state_dict):
+    path = str(tmp_path / "c.pth")
+    bad = {**state_dict, "layer2.0.conv1.weight": state_dict["layer2.0.conv1.weight"] * float("nan")}
+    torch.save(bad, path)
+    with pytest.raises(InputError, match=r"layer2\.0\.conv1\.weight holds NaN"):
+        read_classifier(path)
+
+
+def test_other_networks_are_named(tmp_path):
+    path = str(tmp_path / "vgg.pth")
+    torch.save({"features.0.weight": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match=r"no ResNet in this file.*features\.0\.weight"):
+        read_classifier(path)
+    torch.save([1, 2], path)
+    with pytest.raises(InputError, match="holds no state dict"):
+        read_classifier(path)

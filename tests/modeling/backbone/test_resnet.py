@@ -1,0 +1,173 @@
+"""The builders: what they build, what they refuse, and which lines they ask for."""
+
+import logging
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_backbone, build_model
+
+from rt_detectron.checkpoint.architectures import ARCHITECTURES
+from rt_detectron.errors import InputError
+from rt_detectron.modeling.backbone import resolve_resnet
+
+BOTTLENECK = ("resnet50", "wide_resnet50_2", "resnext50_32x4d")
+
+
+def run(cfg, photograph):
+    model = build_model(cfg).eval()
+    with torch.no_grad():
+        (output,) = model([{"image": photograph}])
+    return model, output["instances"]
+
+
+def test_importing_registers_the_builders():
+    code = (
+        "import rt_detectron; from detectron2.modeling import BACKBONE_REGISTRY as r; "
+        "print(*[n for n, _ in r if 'robust' in n])"
+    )
+    printed = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=True)
+    assert set(printed.stdout.decode().split()) == {
+        "build_robust_resnet_backbone",
+        "build_robust_resnet_fpn_backbone",
+        "build_retinanet_robust_resnet_fpn_backbone",
+    }
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_arch_fills_in_the_keys(arch, make_cfg):
+    cfg = make_cfg(arch)
+    cfg.freeze()
+    resnets = resolve_resnet(cfg).MODEL.RESNETS
+    assert {key: resnets[key] for key in ARCHITECTURES[arch].resnets} == ARCHITECTURES[arch].resnets
+    assert resnets.STRIDE_IN_1X1 is False
+    assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is True  # the caller's is left alone
+    # The same keys without ARCH, as a project writes them that only imports the package.
+    plain = get_cfg()
+    plain.MODEL.RESNETS.update(ARCHITECTURES[arch].resnets)
+    found = resolve_resnet(plain).MODEL.RESNETS
+    assert {**found, "OUT_FEATURES": None} == {**resnets, "OUT_FEATURES": None}
+
+
+@pytest.mark.parametrize("detector", ["fpn", "retinanet"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])
+def test_pyramids_run(arch, detector, make_cfg, photograph):
+    model, instances = run(make_cfg(arch, detector), photograph)
+    levels = {"fpn": ["p2", "p3", "p4", "p5", "p6"], "retinanet": ["p3", "p4", "p5", "p6", "p7"]}
+    assert list(model.backbone.output_shape()) == levels[detector]
+    assert instances.has("pred_boxes")
+
+
+@pytest.mark.parametrize("arch", BOTTLENECK)
+def test_dc5_runs(arch, make_cfg, photograph):
+    model, instances = run(make_cfg(arch, "dc5"), photograph)
+    assert model.backbone.output_shape()["res5"].stride == 16
+    assert model.backbone.res5[0].conv2.stride == (1, 1)
+    assert instances.has("pred_masks")
+
+
+@pytest.mark.parametrize("arch", BOTTLENECK)
+def test_c4_runs_with_the_lines_it_asks_for(arch, make_cfg, photograph):
+    cfg = make_cfg(arch, "c4")
+    with pytest.raises(InputError, match=r"STRIDE_IN_1X1 False$") as error:
+        build_model(cfg)
+    cfg.merge_from_list(shlex.split(str(error.value).split(": set ")[1]))
+    model, instances = run(cfg, photograph)
+    assert instances.has("pred_masks")
+    # The head's res5 is the stage that the backbone leaves out.
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    expected = {n: t.shape for n, t in build_backbone(cfg).res5.state_dict().items()}
+    assert {n: t.shape for n, t in model.roi_heads.res5.state_dict().items()} == expected
+    assert model.roi_heads.res5[0].conv2.stride == (2, 2)
+
+
+def test_c4_asks_for_every_key_that_differs(make_cfg):
+    with pytest.raises(InputError) as error:
+        build_model(make_cfg("wide_resnet50_2", "c4"))
+    assert str(error.value).endswith(
+        "set MODEL.RESNETS.WIDTH_PER_GROUP 128 MODEL.RESNETS.STRIDE_IN_1X1 False"
+    )
+    with pytest.raises(InputError, match=r"set MODEL\.RESNETS\.STRIDE_IN_1X1 False$"):
+        build_model(make_cfg("", "c4"))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34"])
+@pytest.mark.parametrize("detector", ["c4", "dc5"])
+def test_c4_and_dc5_need_bottlenecks(arch, detector, make_cfg):
+    with pytest.raises(InputError, match="bottleneck network"):
+        build_model(make_cfg(arch, detector))
+
+
+@pytest.mark.parametrize(
+    ("arch", "resnets", "line"),
+    [
+        ("resnet50", {"DEPTH": 101}, "MODEL.RESNETS.DEPTH 50"),
+        ("resnet18", {"DEPTH": 34}, "MODEL.RESNETS.DEPTH 18"),
+        ("wide_resnet50_2", {"WIDTH_PER_GROUP": 256}, "MODEL.RESNETS.WIDTH_PER_GROUP 128"),
+        ("resnet50", {"NUM_GROUPS": 32}, "MODEL.RESNETS.NUM_GROUPS 1"),
+        (
+            "resnext50_32x4d",
+            {"WIDTH_PER_GROUP": 8, "RES2_OUT_CHANNELS": 64},
+            "MODEL.RESNETS.WIDTH_PER_GROUP 4 MODEL.RESNETS.RES2_OUT_CHANNELS 256",
+        ),
+    ],
+)
+def test_arch_and_resnets_cannot_disagree(arch, resnets, line, make_cfg):
+    cfg = make_cfg(arch, **resnets)
+    with pytest.raises(InputError) as error:
+        build_backbone(cfg)
+    assert str(error.value).endswith(f": set {line}")
+    cfg.merge_from_list(line.split())
+    resolve_resnet(cfg)
+
+
+def test_unknown_networks(make_cfg):
+    with pytest.raises(InputError, match=r"did you mean 'wide_resnet50_2'.*resnext101_32x8d"):
+        build_backbone(make_cfg("wide_resnet50-2"))
+    with pytest.raises(InputError, match=r"none of the known networks.*RES2_OUT_CHANNELS 64 \(resnet18\)"):
+        build_backbone(make_cfg("", DEPTH=18))
+    with pytest.raises(InputError, match=r"DEPTH 20 .*MODEL\.ROBUST\.ARCH to one of resnet18"):
+        build_backbone(make_cfg("", DEPTH=20))
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN", "GN"])
+def test_norms(norm, make_cfg):
+    cfg = make_cfg("resnet18", NORM=norm)
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0  # freezing turns a stage's BN into FrozenBN
+    backbone = build_backbone(cfg).bottom_up
+    expected = {
+        "FrozenBN": FrozenBatchNorm2d,
+        "BN": torch.nn.BatchNorm2d,
+        "SyncBN": torch.nn.SyncBatchNorm,
+        "GN": torch.nn.GroupNorm,
+    }[norm]
+    found = [m.norm for m in backbone.modules() if getattr(m, "norm", None) is not None]
+    assert len(found) == 20
+    assert all(isinstance(module, expected) for module in found)
+
+
+@pytest.mark.parametrize("freeze_at", [0, 1, 2, 5])
+def test_freeze_at(freeze_at, make_cfg):
+    cfg = make_cfg("resnet18", NORM="BN")
+    cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
+    backbone = build_backbone(cfg).bottom_up
+    frozen = {
+        name
+        for name, module in backbone.named_children()
+        if not any(p.requires_grad for p in module.parameters())
+    }
+    assert frozen == {"stem", "res2", "res3", "res4", "res5"} & {
+        "stem" if i == 1 else f"res{i}" for i in range(1, freeze_at + 1)
+    }
+
+
+def test_one_line_says_what_is_built(make_cfg, caplog):
+    with caplog.at_level(logging.INFO, logger="rt_detectron"):
+        build_backbone(make_cfg("resnet18"))
+    (record,) = [r for r in caplog.records if r.name.startswith("rt_detectron")]
+    assert "building resnet18" in record.getMessage()
+    assert "RES2_OUT_CHANNELS 64" in record.getMessage()

@@ -1,0 +1,56 @@
+"""Convert a classifier into a Detectron2 backbone.
+
+python tools/convert_checkpoint.py resnet50_l2_eps3.ckpt resnet50_l2_eps3.pkl
+"""
+
+import argparse
+
+from rt_detectron.checkpoint.architectures import ARCHITECTURES
+from rt_detectron.checkpoint.convert import NORMS, Conversion, convert_checkpoint
+from rt_detectron.checkpoint.preprocessing import preprocessing_lines
+from rt_detectron.errors import one_line_errors
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Convert a classifier into a Detectron2 backbone.")
+    parser.add_argument(
+        "input", help="robustness .ckpt, torchvision .pth, .safetensors, or output of tools/pretrain.py"
+    )
+    parser.add_argument("output", help="the .pkl to write, for MODEL.WEIGHTS")
+    parser.add_argument(
+        "--arch", help=f"default: detected from the tensors; one of {', '.join(ARCHITECTURES)}"
+    )
+    parser.add_argument("--norm", choices=NORMS, help="default: from the file's metadata or name")
+    parser.add_argument("--eps", type=float, help="L2 in [0,1] pixel units, Linf in 1/255")
+    parser.add_argument(
+        "--input-format",
+        choices=("RGB", "BGR"),
+        default="RGB",
+        help="BGR: the stem absorbs Detectron2's default preprocessing (BGR, std 1)",
+    )
+    return parser.parse_args(argv)
+
+
+def print_summary(args: argparse.Namespace, conversion: Conversion) -> None:
+    metadata = conversion.metadata
+    norm = metadata["norm"] or "unknown"
+    eps = "unknown" if metadata["eps"] is None else f"{metadata['eps']:g}"
+    print(f"read   {args.input}: {metadata['arch']}, norm {norm}, eps {eps}, sha256 {metadata['sha256']}")
+    print(f"wrote  {args.output}: {conversion.num_tensors} tensors. Config lines for it:")
+    print(f'  MODEL.WEIGHTS "{args.output}"')
+    print(f'  MODEL.ROBUST.ARCH "{metadata["arch"]}"')
+    for line in preprocessing_lines(metadata).values():
+        print(f"  {line}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with one_line_errors():
+        conversion = convert_checkpoint(
+            args.input, args.output, args.arch, args.norm, args.eps, args.input_format
+        )
+        print_summary(args, conversion)
+
+
+if __name__ == "__main__":
+    main()
