@@ -1,0 +1,121 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rt_detectron.attacks import PGD, ThreatModel
+from rt_detectron.errors import InputError
+
+
+def small_network():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)
+    )
+    network[1].running_var.uniform_(0.5, 2)
+    network[4].weight.data *= 20  # logits worth attacking
+    return network
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(3)
+    return torch.rand(6, 3, 8, 8, generator=generator), torch.arange(6) % 4
+
+
+def plain_loop(model, images, labels, norm, radius, steps, step_size):
+    """PGD one image at a time, written from the definition: the reference."""
+    results = []
+    for image, label in zip(images, labels, strict=True):
+        x = image.clone()
+        for _ in range(steps):
+            x.requires_grad_(True)
+            F.cross_entropy(model(x[None]), label[None]).backward()
+            g = x.grad
+            with torch.no_grad():
+                x = x + (step_size * g / g.norm() if norm == "l2" else step_size * g.sign())
+                delta = x - image
+                if norm == "l2":
+                    delta = delta if delta.norm() <= radius else delta / delta.norm() * radius
+                else:
+                    delta = delta.clamp(-radius, radius)
+                x = (image + delta).clamp(0, 1)
+        results.append(x)
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("linf", 8.0)])
+def test_equals_the_plain_loop(batch, norm, eps):
+    images, labels = batch
+    model = small_network().eval()
+    threat_model = ThreatModel(norm, eps)
+    attack = PGD(threat_model, steps=5)
+    expected = plain_loop(model, images, labels, norm, threat_model.radius, 5, 2.5 * threat_model.radius / 5)
+    assert (expected - images).abs().max() > 0.01
+    assert torch.allclose(attack(model, images, labels), expected, atol=1e-5)
+
+
+def test_one_step_on_a_linear_model_is_the_optimum():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    images, labels = torch.full((1, 3, 2, 2), 0.5), torch.tensor([0])
+    weight = model[1].weight
+    direction = (weight[1] - weight[0]).view(1, 3, 2, 2)  # raises the wrong logit over the right one
+    adversarial = PGD(ThreatModel("l2", 0.1), steps=1, relative_step_size=1.0)(model, images, labels)
+    assert torch.allclose(adversarial - images, 0.1 * direction / direction.norm(), atol=1e-6)
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("linf", 8.0)])
+def test_stays_in_the_ball_and_in_0_1_and_raises_the_loss(batch, norm, eps, random_start):
+    images, labels = batch
+    images = images.round()  # at the border of [0, 1], where clamping matters
+    model = small_network()
+    attack = PGD(ThreatModel(norm, eps), steps=10, random_start=random_start)
+    adversarial = attack(model, images, labels)
+    delta = (adversarial - images).flatten(1)
+    size = delta.norm(dim=1) if norm == "l2" else delta.abs().amax(1)
+    assert (size <= attack.threat_model.radius * (1 + 1e-5)).all()
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    model.eval()
+    assert F.cross_entropy(model(adversarial), labels) > F.cross_entropy(model(images), labels) + 0.1
+
+
+def test_leaves_no_trace_in_the_model(batch):
+    model = small_network().train()
+    model[2].eval()  # a mode of its own, as a frozen layer has
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    adversarial = PGD(ThreatModel("l2", 0.5), steps=2)(model, *batch)
+    assert [module.training for module in model] == [True, True, False, True, True]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+    assert model[4].weight.grad is None
+    assert not adversarial.requires_grad
+
+
+def test_works_where_gradients_are_switched_off(batch):
+    model = small_network().eval()
+    attack = PGD(ThreatModel("l2", 0.5), steps=2)
+    with torch.no_grad():
+        inside = attack(model, *batch)
+    assert torch.equal(inside, attack(model, *batch))
+
+
+def test_the_model_gets_its_modes_back_when_the_attack_fails(batch):
+    model = small_network().train()
+    images, _ = batch
+    with pytest.raises(IndexError):
+        PGD(ThreatModel("l2", 0.5), steps=1)(model, images, torch.full((6,), 99))
+    assert model.training
+
+
+def test_eps_0_changes_nothing(batch):
+    images, labels = batch
+    assert torch.equal(PGD(ThreatModel("l2", 0.0), steps=3)(small_network(), images, labels), images)
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"steps": 2.5}, {"steps": 3, "relative_step_size": 0}])
+def test_bad_input_is_one_line(bad):
+    with pytest.raises(InputError, match=r"must be .*>"):
+        PGD(ThreatModel("l2", 1.0), **bad)

@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from rt_detectron.attacks import ThreatModel
+from rt_detectron.errors import InputError
+
+SHAPE = (5, 3, 8, 8)
+
+
+def norms(threat_model, perturbation):
+    order = 2 if threat_model.norm == "l2" else float("inf")
+    return torch.linalg.vector_norm(perturbation.flatten(1), ord=order, dim=1)
+
+
+@pytest.fixture(params=[("l2", 0.5), ("linf", 8.0)], ids=lambda p: p[0])
+def threat_model(request):
+    return ThreatModel(*request.param)
+
+
+def test_linf_eps_is_in_255ths_and_l2_eps_is_not():
+    assert ThreatModel("linf", 4).radius == pytest.approx(4 / 255)
+    assert ThreatModel("l2", 3.0).radius == 3.0
+
+
+def test_project_shrinks_what_is_outside_and_keeps_what_is_inside(threat_model):
+    direction = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    unit = direction / norms(threat_model, direction).view(-1, 1, 1, 1)
+    outside, inside = unit * threat_model.radius * 3, unit * threat_model.radius * 0.5
+    projected = threat_model.project(outside)
+    assert torch.allclose(norms(threat_model, projected), torch.tensor(threat_model.radius))
+    assert torch.allclose(threat_model.project(inside), inside)
+    if threat_model.norm == "l2":  # the nearest point of a round ball lies in the same direction
+        assert torch.allclose(projected, unit * threat_model.radius, atol=1e-6)
+
+
+def test_random_start_fills_the_ball_and_stays_in_it(threat_model):
+    torch.manual_seed(0)
+    start = threat_model.random_start(torch.zeros(200, 1, 1, 2))
+    relative = norms(threat_model, start) / threat_model.radius
+    assert relative.max() <= 1 + 1e-6
+    # In two dimensions both balls hold a quarter of their area within half the radius.
+    assert 0.15 < (relative < 0.5).float().mean() < 0.35
+
+
+def test_step_has_the_asked_size_and_no_direction_is_better(threat_model):
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(SHAPE, generator=generator)
+    step = threat_model.step(grad, 0.25)
+    assert torch.allclose(norms(threat_model, step), torch.tensor(0.25))
+    others = torch.randn(SHAPE, generator=generator)
+    others = others * (0.25 / norms(threat_model, others)).view(-1, 1, 1, 1)
+    assert ((step * grad).flatten(1).sum(1) >= (others * grad).flatten(1).sum(1)).all()
+
+
+def test_a_zero_gradient_gives_no_step_and_no_nan(threat_model):
+    assert torch.equal(threat_model.step(torch.zeros(SHAPE), 0.25), torch.zeros(SHAPE))
+    assert torch.equal(threat_model.project(torch.zeros(SHAPE)), torch.zeros(SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "words"),
+    [
+        ("l1", 1.0, "use 'l2' or 'linf'"),
+        ("l2", -1.0, "finite number >= 0"),
+        ("l2", float("nan"), "finite number >= 0"),
+        ("l2", "3", "finite number >= 0"),
+        ("linf", 8 / 255, "did you mean eps=8"),
+    ],
+)
+def test_bad_input_is_one_line(norm, eps, words):
+    with pytest.raises(InputError, match=words) as error:
+        ThreatModel(norm, eps)
+    assert "\n" not in str(error.value)
