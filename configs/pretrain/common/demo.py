@@ -1,0 +1,33 @@
+"""Demo digits (datasets/prepare_demo.py): the small-image recipe, cut down to minutes on two CPU cores."""
+
+from detectron2.config import LazyCall as L
+from torchvision.transforms import v2 as T
+
+from rt_detectron.pretrain.data import FolderDataset
+
+from .small import dataloader, evaluator, lr_multiplier, model, optimizer, threat_model, train
+
+dataloader.train.dataset = L(FolderDataset)(
+    root="datasets/demo/classification/train",
+    num_classes="${model.classifier.num_classes}",
+    transform=L(T.Compose)(
+        transforms=[
+            L(T.Resize)(size=36),
+            L(T.RandomCrop)(size=32),
+            L(T.ColorJitter)(hue=0.5),
+            L(T.PILToTensor)(),
+        ]
+    ),
+    on_corrupt="stop",
+)
+dataloader.train.total_batch_size = 64
+dataloader.test.dataset = L(FolderDataset)(
+    root="datasets/demo/classification/val",
+    num_classes="${model.classifier.num_classes}",
+    transform=L(T.Compose)(transforms=[L(T.Resize)(size=32), L(T.PILToTensor)()]),
+    on_corrupt="stop",
+)
+evaluator.max_attacked = 500
+
+train.epochs = 5
+train.eval_epochs = 5

@@ -1,0 +1,79 @@
+"""The recipe of Salman et al. 2020 (https://arxiv.org/abs/2007.08489) on an ImageNet folder tree.
+
+SGD, batch 512, lr 0.1 divided by 10 every 30 of 90 epochs, weight decay 1e-4; 3-step PGD with steps of
+2*eps/3; evaluated under PGD-20 with steps of 2.5*eps/20.
+"""
+
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.solver import WarmupParamScheduler
+from detectron2.solver.build import get_default_optimizer_params
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+from torchvision.transforms import v2 as T
+
+from rt_detectron.attacks import PGD, ThreatModel
+from rt_detectron.pretrain.data import FolderDataset, Lighting, build_test_loader, build_train_loader
+from rt_detectron.pretrain.evaluation import AccuracyEvaluator
+from rt_detectron.pretrain.strategies import Classifier, Pretraining
+
+from .train import train
+
+# What the network is trained against (unless model.attack is None) and evaluated under.
+# eps: l2 for images in [0, 1], linf in 1/255.
+threat_model = L(ThreatModel)(norm="l2", eps=3.0)
+
+model = L(Pretraining)(
+    classifier=L(Classifier)(arch="resnet50", num_classes=1000),
+    # A step is relative_step_size * eps / steps long. None trains on clean images.
+    attack=L(PGD)(threat_model="${threat_model}", steps=3, relative_step_size=2.0, random_start=False),
+)
+
+dataloader = dict(
+    train=L(build_train_loader)(
+        dataset=L(FolderDataset)(
+            root="datasets/imagenet/train",
+            num_classes="${model.classifier.num_classes}",
+            transform=L(T.Compose)(
+                transforms=[
+                    L(T.RandomResizedCrop)(size=224),
+                    L(T.RandomHorizontalFlip)(),
+                    L(T.ColorJitter)(brightness=0.1, contrast=0.1, saturation=0.1),
+                    L(T.PILToTensor)(),
+                    L(T.ToDtype)(dtype=torch.float32, scale=True),
+                    L(Lighting)(std=0.05),
+                ]
+            ),
+            on_corrupt="stop",
+        ),
+        total_batch_size=512,
+        num_workers=8,
+        seed="${train.seed}",
+    ),
+    test=L(build_test_loader)(
+        dataset=L(FolderDataset)(
+            root="datasets/imagenet/val",
+            num_classes="${model.classifier.num_classes}",
+            transform=L(T.Compose)(
+                transforms=[L(T.Resize)(size=256), L(T.CenterCrop)(size=224), L(T.PILToTensor)()]
+            ),
+            on_corrupt="stop",
+        ),
+        batch_size=64,
+        num_workers=8,
+    ),
+)
+
+optimizer = L(torch.optim.SGD)(
+    params=L(get_default_optimizer_params)(), lr=0.1, momentum=0.9, weight_decay=1e-4
+)
+
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1, 0.01], milestones=[30, 60], num_updates=90),
+    warmup_length=0.0,
+    warmup_factor=1.0,
+)
+
+evaluator = L(AccuracyEvaluator)(
+    attack=L(PGD)(threat_model="${threat_model}", steps=20, relative_step_size=2.5, random_start=False),
+    max_attacked=None,  # or attack only so many of the images
+)

@@ -1,0 +1,5 @@
+from .common.small import dataloader, evaluator, lr_multiplier, model, optimizer, threat_model, train
+
+# The fair baseline: the same recipe without the attack, evaluated under the same threat model.
+model.attack = None
+train.output_dir = "./output/pretrain/resnet18_eps0_cifar10"

@@ -1,0 +1,8 @@
+from .common.imagenet import dataloader, evaluator, lr_multiplier, model, optimizer, threat_model, train
+
+# The fair baseline: the same recipe without the attack, evaluated under the same threat model.
+model.classifier.arch = "resnet50"
+model.attack = None
+threat_model.norm = "l2"
+threat_model.eps = 3.0
+train.output_dir = "./output/pretrain/resnet50_l2_eps0"

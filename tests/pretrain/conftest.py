@@ -1,0 +1,54 @@
+import io
+import tarfile
+
+import pytest
+from detectron2.config import LazyConfig
+from PIL import Image
+from sklearn.datasets import load_digits
+
+
+@pytest.fixture(scope="session")
+def digit_folders(tmp_path_factory):
+    """scikit-learn's handwritten 0s and 1s as a class-folder tree: 64 to train on, 40 to test on."""
+    root = tmp_path_factory.mktemp("digits")
+    digits = load_digits(n_class=2)
+    for i, (pixels, label) in enumerate(zip(digits.images[:104], digits.target, strict=False)):
+        folder = root / ("train" if i < 64 else "val") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15.9).astype("uint8")).resize((16, 16)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def digit_shards(digit_folders, tmp_path_factory):
+    """The same as WebDataset shards, two for each split."""
+    root = tmp_path_factory.mktemp("shards")
+    for split in ("train", "val"):
+        files = sorted((digit_folders / split).rglob("*.png"))
+        for shard in range(2):
+            with tarfile.open(root / f"{split}-{shard}.tar", "w") as tar:
+                for file in files[shard::2]:
+                    for ending, content in (("png", file.read_bytes()), ("cls", file.parent.name.encode())):
+                        info = tarfile.TarInfo(f"{file.stem}.{ending}")
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+    return root
+
+
+@pytest.fixture
+def digits_cfg(digit_folders, tmp_path):
+    """The demo's pretraining recipe on those digits, for seconds."""
+    cfg = LazyConfig.load("configs/pretrain/demo_l2.py")
+    overrides = [
+        "model.classifier.num_classes=2",
+        f"dataloader.train.dataset.root={digit_folders}/train",
+        f"dataloader.test.dataset.root={digit_folders}/val",
+        "dataloader.train.total_batch_size=16",
+        "dataloader.train.num_workers=0",
+        "dataloader.test.num_workers=0",
+        "evaluator.attack.steps=2",
+        "evaluator.max_attacked=20",
+        "train.device=cpu",
+        f"train.output_dir={tmp_path}/out",
+    ]
+    return LazyConfig.apply_overrides(cfg, overrides)

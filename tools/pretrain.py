@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Train an ImageNet-style classifier, standard or adversarially, on Detectron2's engine.
+
+Writes to train.output_dir: classifier.pth (for tools/convert_checkpoint.py), checkpoints for --resume,
+metrics.json, TensorBoard events and log.txt.
+
+examples:
+  tools/pretrain.py --config-file configs/pretrain/resnet50_l2_eps3.py --num-gpus 8
+  tools/pretrain.py --config-file configs/pretrain/resnet18_l2_eps0_5_small.py \\
+      dataloader.train.dataset.urls=shards/cifar10-train-*.tar.gz train.epochs=10
+  tools/pretrain.py --config-file ... --resume
+  tools/pretrain.py --config-file ... --eval-only train.init_checkpoint=output/classifier.pth
+"""
+
+import argparse
+
+import torch
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from rt_detectron.checkpoint.formats import read_classifier
+from rt_detectron.errors import InputError, one_line_errors
+from rt_detectron.pretrain.trainer import build_model, do_eval, do_train, load_config
+
+
+def main(args: argparse.Namespace) -> None:
+    with one_line_errors():
+        cfg = load_config(args.config_file, args.opts)
+        if cfg.train.device == "cuda" and not torch.cuda.is_available():
+            cfg.train.device = "cpu"
+        default_setup(cfg, args)
+        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")
+        if not args.eval_only:
+            do_train(cfg, resume=args.resume)
+            return
+        if not cfg.train.init_checkpoint:
+            raise InputError("--eval-only needs weights: add train.init_checkpoint=FILE")
+        model = build_model(cfg)
+        model.classifier.network.load_state_dict(read_classifier(cfg.train.init_checkpoint).state_dict)
+        do_eval(cfg, model)
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser(epilog=__doc__)
+    args = parser.parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
