@@ -1,0 +1,23 @@
+"""Colours that stay apart for colour-blind readers (Okabe and Ito, "Color Universal Design", 2008)."""
+
+PALETTE: tuple[tuple[int, int, int], ...] = (
+    (0, 114, 178),  # blue
+    (230, 159, 0),  # orange
+    (0, 158, 115),  # bluish green
+    (204, 121, 167),  # reddish purple
+    (86, 180, 233),  # sky blue
+    (213, 94, 0),  # vermilion
+    (240, 228, 66),  # yellow
+)
+
+
+def color_of(index: int) -> tuple[int, int, int]:
+    """The RGB colour (0..255) of category or arm number ``index``; colours repeat after the palette's end."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def readable_on(color: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Black or white, whichever has the higher contrast on ``color`` (relative luminance of WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in color)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)

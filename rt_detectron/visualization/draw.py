@@ -1,0 +1,104 @@
+"""Draw boxes and masks on an image, and images side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from rt_detectron.visualization.colors import color_of, readable_on
+
+_MASK_OPACITY = 0.45
+_FONT_SIZE = 18
+_CAPTION_HEIGHT = 32
+_CAPTION_COLORS = ((38, 42, 48), (255, 255, 255))  # background, text: quiet on a light and on a dark page
+_GAP = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """One object in an image.
+
+    Attributes:
+        box: x, y, width, height in pixels of the image, as COCO has it.
+        label: what is written at the box.
+        color_index: the same for every object of a category, see :func:`colors.color_of`.
+        mask: H x W bool, of the image's size, or None.
+    """
+
+    box: tuple[float, float, float, float]
+    label: str
+    color_index: int
+    mask: np.ndarray | None = None
+
+
+def draw_instances(image: Image.Image, instances: Sequence[Instance], long_side: int = 480) -> Image.Image:
+    """A copy of ``image``, its longer side scaled to ``long_side`` pixels, with the instances drawn on it.
+
+    Scaling comes first, so that lines and text are equally readable on small and on large images.
+    """
+    scale = long_side / max(image.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    picture = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    ordered = sorted(instances, key=lambda instance: -instance.box[2] * instance.box[3])  # small ones on top
+    for instance in ordered:
+        if instance.mask is not None:
+            _paint_mask(picture, instance)
+    draw = ImageDraw.Draw(picture)
+    for instance in ordered:
+        _draw_box(draw, instance, scale)
+    for instance in ordered:
+        _draw_label(draw, instance, scale, size)
+    return picture
+
+
+def panel(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """The pictures in one row at their own sizes, each under its caption."""
+    width = sum(picture.width for picture in pictures) + _GAP * (len(pictures) - 1)
+    height = max(picture.height for picture in pictures) + _CAPTION_HEIGHT
+    background, text = _CAPTION_COLORS
+    row = Image.new("RGB", (width, height), background)
+    draw = ImageDraw.Draw(row)
+    left = 0
+    for picture, caption in zip(pictures, captions, strict=True):
+        fitted = _fit(draw, caption, picture.width - 12)
+        draw.text((left + 6, _CAPTION_HEIGHT // 2), fitted, font=_font(), fill=text, anchor="lm")
+        row.paste(picture, (left, _CAPTION_HEIGHT))
+        left += picture.width + _GAP
+    return row
+
+
+def _paint_mask(picture: Image.Image, instance: Instance) -> None:
+    alpha = Image.fromarray(instance.mask.astype(np.uint8) * round(255 * _MASK_OPACITY))
+    picture.paste(color_of(instance.color_index), mask=alpha.resize(picture.size, Image.Resampling.BILINEAR))
+
+
+def _draw_box(draw: ImageDraw.ImageDraw, instance: Instance, scale: float) -> None:
+    x, y, width, height = (value * scale for value in instance.box)
+    corners = (x, y, x + max(width, 1), y + max(height, 1))
+    # The dark rim keeps a light colour visible on a light background.
+    draw.rectangle(tuple(np.add(corners, (-1, -1, 1, 1))), outline=(0, 0, 0), width=4)
+    draw.rectangle(corners, outline=color_of(instance.color_index), width=2)
+
+
+def _draw_label(draw: ImageDraw.ImageDraw, instance: Instance, scale: float, size: tuple[int, int]) -> None:
+    text = _fit(draw, instance.label, size[0] - 8)
+    width, height = draw.textlength(text, font=_font()) + 6, _FONT_SIZE + 4
+    x, y = instance.box[0] * scale - 1, instance.box[1] * scale - height
+    x, y = min(max(x, 0), size[0] - width), min(max(y, 0), size[1] - height)  # inside the image
+    color = color_of(instance.color_index)
+    draw.rectangle((x, y, x + width, y + height), fill=color)
+    draw.text((x + 3, y + height / 2), text, font=_font(), fill=readable_on(color), anchor="lm")
+
+
+def _fit(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
+    """``text``, shortened with an ellipsis where it is wider than ``width`` pixels."""
+    if draw.textlength(text, font=_font()) <= width:
+        return text
+    while text and draw.textlength(text + "…", font=_font()) > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(_FONT_SIZE)  # ships with Pillow: the same on every machine

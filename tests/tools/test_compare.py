@@ -1,0 +1,119 @@
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+COMPARE = ["tools/compare.py", "--study", "study.yaml", "--output", "out"]
+
+
+@pytest.fixture
+def project(tmp_path):
+    """tools/compare.py beside a stand-in for train_net.py, and a study of two trials. Gives a writer."""
+    (tmp_path / "tools").mkdir()
+    shutil.copy(REPOSITORY / "tools/compare.py", tmp_path / "tools")
+    shutil.copy(REPOSITORY / "tests/study/fake_train_net.py", tmp_path / "tools/train_net.py")
+    (tmp_path / "std.pkl").write_text("20")
+    (tmp_path / "l2.pkl").write_text("21.5")
+    (tmp_path / "mask.yaml").write_text("A: 1\n")
+
+    def write(opts=()):
+        (tmp_path / "study.yaml").write_text(
+            "name: test\nbaseline: standard\n"
+            "arms: {standard: {weights: std.pkl}, robust: {weights: l2.pkl}}\n"
+            "detectors: {mask_rcnn: {config: mask.yaml}}\n"
+            f"learning_rates: [0.02]\nseeds: [1]\nopts: {list(opts)}\n"
+        )
+        return tmp_path
+
+    return write
+
+
+@pytest.fixture
+def run(project, monkeypatch, capsys):
+    """Runs the tool as a script, but in this process, which saves importing torch each time."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(folder, *arguments):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [*COMPARE, *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(COMPARE[0], run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_crash_then_resume(project, run):
+    folder = project(["TEST.CRASH_ONCE", "crashed"])
+    status, out, err = run(folder)
+    assert status == 1
+    assert out.splitlines()[-1] == "out/report.html"
+    assert "RuntimeError: CUDA out of memory" in err
+    assert (
+        "missing trials: 1; this runs only them: python tools/compare.py --study study.yaml --output out"
+        in err
+    )
+    status, out, _ = run(folder)
+    assert status == 0
+    assert "+1.50 ± n/a" in out
+    assert out.splitlines()[-1] == "out/report.html"
+    assert (folder / "out/report.html").is_file()
+
+
+def test_dry_run_touches_nothing(project, run):
+    folder = project()
+    before = sorted(folder.rglob("*"))
+    status, out, _ = run(folder, "--dry-run")
+    assert status == 0
+    assert "2 of 2 trials to run" in out
+    assert "--config-file mask.yaml --resume OUTPUT_DIR out/trials/robust/mask_rcnn/lr0.02/seed1" in out
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_wrong_study_is_one_line(project, run):
+    folder = project()
+    (folder / "std.pkl").unlink()
+    status, out, err = run(folder)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: study.yaml: arms.standard.weights: no file std.pkl")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_stops_the_trial_too(project, run, stop):
+    folder = project(["TEST.SLEEP", "pid"])
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", *COMPARE],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    pid = int(wait_for(lambda: (folder / "pid").is_file() and (folder / "pid").read_text()))
+    second_status, _, second_error = run(folder)
+    process.send_signal(stop)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "stopped; this goes on where it stopped: python tools/compare.py" in error
+    assert "Traceback" not in error
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert second_status == 2
+    assert second_error.count("\n") == 1
+    assert "another comparison is running in out" in second_error
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return value
