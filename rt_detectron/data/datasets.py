@@ -1,0 +1,84 @@
+"""The demo set under its name, and checks of what a config asks for before anything long begins."""
+
+import difflib
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.datasets import register_coco_instances
+
+from rt_detectron.errors import InputError
+
+
+def _register_demo(root: str) -> None:
+    """rt_demo_train and rt_demo_val, as datasets/prepare_demo.py writes them to ``root``/demo."""
+    folder = os.path.join(root, "demo", "detection")
+    for split in ("train", "val"):
+        annotations = os.path.join(folder, "annotations", f"instances_{split}.json")
+        register_coco_instances(f"rt_demo_{split}", {}, annotations, os.path.join(folder, split))
+
+
+_register_demo(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
+
+
+def check_datasets(names) -> None:
+    """Stop with an :class:`InputError` unless every dataset is known and its files are there.
+
+    Args:
+        names: names in Detectron2's DatasetCatalog.
+    """
+    for name in names:
+        if name not in DatasetCatalog:
+            near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "register it, or use coco_2017_train"
+            raise InputError(f"dataset {name!r} is not registered; {hint}")
+        metadata = MetadataCatalog.get(name)
+        for path in (metadata.get("json_file"), metadata.get("image_root")):
+            if path is not None and not os.path.exists(path):
+                raise InputError(
+                    f"dataset {name} needs {path}, which does not exist; set DETECTRON2_DATASETS to the "
+                    "folder that holds it (datasets/README.md shows the tree)"
+                )
+
+
+def load_training_set(cfg: CfgNode) -> list[dict]:
+    """The dataset dicts of ``cfg.DATASETS.TRAIN``, filtered as Detectron2 does, checked.
+
+    Raises:
+        InputError: for an annotation file that cannot be parsed, annotations without boxes, no annotated
+            image, or a class count that differs from the model's.
+    """
+    try:
+        dicts = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    except (ValueError, KeyError, AssertionError) as error:  # what Detectron2 raises for a broken file
+        files = [str(MetadataCatalog.get(name).get("json_file", name)) for name in cfg.DATASETS.TRAIN]
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{', '.join(files)}: not usable COCO annotations ({reason})") from None
+    for image in dicts:
+        for number, annotation in enumerate(image.get("annotations", [])):
+            if len(annotation.get("bbox", ())) != 4:
+                raise InputError(
+                    f"{image['file_name']}: annotation {number} has no box; every annotation of a training "
+                    "set needs a 'bbox' of four numbers"
+                )
+    _check_num_classes(cfg)
+    return dicts
+
+
+def _check_num_classes(cfg: CfgNode) -> None:
+    key = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET"}.get(cfg.MODEL.META_ARCHITECTURE)
+    if key is None:
+        return
+    found = cfg.MODEL[key].NUM_CLASSES
+    for name in cfg.DATASETS.TRAIN:
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None and len(classes) != found:
+            raise InputError(
+                f"MODEL.{key}.NUM_CLASSES is {found}, but {name} has {len(classes)} classes; "
+                f"set MODEL.{key}.NUM_CLASSES {len(classes)}"
+            )

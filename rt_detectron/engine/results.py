@@ -1,0 +1,82 @@
+"""The one JSON that a training or evaluation leaves: what came out, and of what."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+from importlib import metadata
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from .trainer import inference_folder
+
+PACKAGES = ("torch", "torchvision", "numpy", "pycocotools")
+
+
+def write_results(cfg: CfgNode, results: dict, wall_time_s: float, iterations: int) -> str:
+    """Write ``OUTPUT_DIR/results.json`` atomically and return its path.
+
+    Args:
+        cfg: what ran.
+        results: Detectron2's evaluation results, e.g. {"bbox": {"AP": 38.6, ...}, "segm": {...}}, in percent.
+        wall_time_s: seconds this process took.
+        iterations: training iterations behind the weights; 0 for a mere evaluation.
+    """
+    content = {
+        "metrics": _finite(results),
+        "seed": cfg.SEED,
+        "iterations": iterations,
+        "wall_time_s": round(wall_time_s, 1),
+        "config_sha256": config_sha256(cfg),
+        "weights": cfg.MODEL.WEIGHTS,
+        "versions": _versions(),
+        "datasets": [_dataset(cfg, name) for name in cfg.DATASETS.TEST],
+    }
+    path = os.path.join(cfg.OUTPUT_DIR, "results.json")
+    temporary = f"{path}.tmp{os.getpid()}"
+    with open(temporary, "w") as file:
+        json.dump(content, file, indent=2, allow_nan=False)
+    os.replace(temporary, path)
+    return path
+
+
+def config_sha256(cfg: CfgNode) -> str:
+    """Identifies a run's configuration wherever its output lies."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = ""
+    return hashlib.sha256(cfg.dump().encode()).hexdigest()
+
+
+def _finite(value):
+    """Detectron2 gives NaN for a class without ground truth; JSON has null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _versions() -> dict[str, str]:
+    import detectron2
+
+    import rt_detectron
+
+    versions = {"rt_detectron": rt_detectron.__version__, "detectron2": detectron2.__version__}
+    return {
+        "python": platform.python_version(),
+        **versions,
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _dataset(cfg: CfgNode, name: str) -> dict[str, str]:
+    found = MetadataCatalog.get(name)
+    predictions = os.path.join(inference_folder(cfg, name), "coco_instances_results.json")
+    return {
+        "name": name,
+        "json_file": found.get("json_file"),
+        "image_root": found.get("image_root"),
+        "predictions": predictions if os.path.isfile(predictions) else None,
+    }

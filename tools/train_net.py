@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""Train and evaluate a detector, as Detectron2's own train_net.py, on a robust or a standard backbone.
+
+Writes to OUTPUT_DIR: checkpoints, log.txt, metrics.json, TensorBoard events, predictions under inference/
+and, last, results.json. Datasets are looked for under $DETECTRON2_DATASETS (datasets/README.md).
+
+examples:
+  tools/train_net.py --config-file configs/robust_r50_eps3.yaml --num-gpus 8
+  tools/train_net.py --config-file configs/robust_r50_eps3.yaml MODEL.WEIGHTS mine.pkl SOLVER.BASE_LR 0.01
+  tools/train_net.py --config-file configs/robust_r50_eps3.yaml --resume
+  tools/train_net.py --config-file configs/robust_r50_eps3.yaml --eval-only MODEL.WEIGHTS model_final.pth
+"""
+
+import argparse
+import time
+
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+import rt_detectron  # noqa: F401  (registers the backbones)
+from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
+from rt_detectron.data import check_datasets
+from rt_detectron.engine import Trainer, load_config, write_results
+from rt_detectron.errors import one_line_errors
+
+
+def main(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    with one_line_errors():
+        setup_logger(distributed_rank=comm.get_rank(), name="rt_detectron")
+        cfg = load_config(args.config_file, args.opts)
+        if args.eval_only:
+            check_datasets(cfg.DATASETS.TEST)
+            default_setup(cfg, args)
+            model = Trainer.build_model(cfg)
+            RobustCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            results, iterations = Trainer.test(cfg, model), 0
+        else:
+            check_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+            default_setup(cfg, args)
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+            trainer.train()
+            results, iterations = trainer._last_eval_results, cfg.SOLVER.MAX_ITER
+        if comm.is_main_process():
+            print("Wrote", write_results(cfg, results, time.perf_counter() - start, iterations))
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser(epilog=__doc__)
+    args = parser.parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
