@@ -27,6 +27,8 @@ setup:
 
 # Every step of the demo but the last has a file as its result and is skipped once that exists; tools
 # resume what was cut off. `make clean` starts over.
+# The data set is looked for in the clone, whatever DETECTRON2_DATASETS the caller has.
+demo: export DETECTRON2_DATASETS := datasets
 demo: $(DEMO)/resnet18_standard.pkl $(DEMO)/resnet18_l2.pkl
 	@$(PY) tools/compare.py --study configs/study/demo.yaml --output $(DEMO)/compare
 
