@@ -49,8 +49,8 @@ setup(
         "pillow",
         "pycocotools>=2.0.7",
         "pyyaml",
-        "torch>=2.4",
-        "torchvision>=0.19",
+        "torch>=2.6",  # from here on torch.load runs no code of the file unless told to
+        "torchvision>=0.21",
         *DETECTRON2_NEEDS,
     ],
     extras_require={**EXTRAS, "all": sorted({need for needs in EXTRAS.values() for need in needs})},

@@ -1,5 +1,6 @@
 """The one error that is the user's to fix, and how a tool shows it."""
 
+import logging
 import sys
 from contextlib import contextmanager
 
@@ -12,10 +13,32 @@ class InputError(ValueError):
 def one_line_errors():
     """Wrap a tool's main(): an :class:`InputError` ends the process with its message and exit status 2.
 
-    Everything else keeps its traceback, since it is ours to fix.
+    So does one from a data loader's worker or a launched process, which arrives as the text of its
+    traceback. Everything else keeps its traceback, since it is ours to fix.
     """
+    trainer = logging.getLogger("detectron2.engine.train_loop")
+    trainer.addFilter(_is_no_input_error)
     try:
         yield
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        trainer.removeFilter(_is_no_input_error)
+
+
+def _message(error: Exception) -> str | None:
+    """The user's line of ``error``; None if it is no :class:`InputError`, not even another process's."""
+    lines = str(error).strip().splitlines() or [""]
+    before, raised, message = lines[-1].partition(f"{InputError.__module__}.{InputError.__name__}: ")
+    if raised and not before:
+        return message
+    return " ".join(lines) if isinstance(error, InputError) else None
+
+
+def _is_no_input_error(record: logging.LogRecord) -> bool:
+    """Keeps Detectron2's trainer from logging the traceback of what is shown as one line."""
+    return not (record.exc_info and isinstance(record.exc_info[1], InputError))

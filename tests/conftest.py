@@ -1,4 +1,7 @@
-"""What several rooms' tests share: a real photograph, and networks cheap enough to make by the dozen."""
+"""What several rooms' tests share: a real photograph, a tiny detection set, and networks that cost little."""
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from sklearn.datasets import load_sample_image
 
 import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.checkpoint.architectures import build_classifier
+from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.config import add_robust_config
 
 POOL_SIZE = 100_003  # prime, so that no two filters get the same stretch of it
@@ -83,3 +87,50 @@ def make_cfg():
         return cfg
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_datasets(tmp_path_factory) -> Path:
+    """A folder for DETECTRON2_DATASETS with the demo set in it: 6 and 4 detection pictures of 96 pixels."""
+    pytest.importorskip("skimage")
+    script = Path(__file__).parents[1] / "datasets" / "prepare_demo.py"
+    spec = importlib.util.spec_from_file_location("prepare_demo_for_tests", script)
+    prepare_demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prepare_demo)
+    root = tmp_path_factory.mktemp("datasets")
+    sizes = {"image-size": 96, "detection-train": 6, "detection-val": 4}
+    sizes.update({"classification-train": 10, "classification-val": 10, "classification-size": 32})
+    prepare_demo.main(["--output", str(root / "demo"), *[f"--{key}={size}" for key, size in sizes.items()]])
+    return root
+
+
+@pytest.fixture(scope="session")
+def backbone_file(tmp_path_factory, random_classifier) -> str:
+    """An untrained ResNet-18 as tools/convert_checkpoint.py writes it."""
+    folder = tmp_path_factory.mktemp("backbone")
+    source, output = folder / "resnet18_l2_eps3.pth", folder / "backbone.pkl"
+    torch.save(random_classifier("resnet18").state_dict(), source)
+    convert_checkpoint(str(source), str(output))
+    return str(output)
+
+
+@pytest.fixture(scope="session")
+def tiny_opts(backbone_file) -> list[str]:
+    """What makes configs/demo/mask_rcnn_r18_fpn.yaml train within a second on ``tiny_datasets``."""
+    keys = {
+        "MODEL.WEIGHTS": backbone_file,
+        "MODEL.FPN.OUT_CHANNELS": 16,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 20,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": 10,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,  # so that an untrained detector predicts something
+        "INPUT.MIN_SIZE_TRAIN": "(64,)",
+        "INPUT.MIN_SIZE_TEST": 64,
+        "DATALOADER.NUM_WORKERS": 0,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.BASE_LR": 0.001,
+        "TEST.DETECTIONS_PER_IMAGE": 10,
+        "SEED": 1,
+    }
+    return [str(part) for pair in keys.items() for part in pair]

@@ -14,41 +14,37 @@ examples:
 
 import argparse
 
-import torch
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from rt_detectron.checkpoint.formats import read_classifier
 from rt_detectron.errors import InputError, one_line_errors
-from rt_detectron.pretrain.trainer import build_model, do_eval, do_train, load_config
+from rt_detectron.pretrain.trainer import build_model, do_eval, do_train, load_config, load_weights
 
 
 def main(args: argparse.Namespace) -> None:
-    with one_line_errors():
-        cfg = load_config(args.config_file, args.opts)
-        if cfg.train.device == "cuda" and not torch.cuda.is_available():
-            cfg.train.device = "cpu"
-        default_setup(cfg, args)
-        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")
-        if not args.eval_only:
-            do_train(cfg, resume=args.resume)
-            return
-        if not cfg.train.init_checkpoint:
-            raise InputError("--eval-only needs weights: add train.init_checkpoint=FILE")
-        model = build_model(cfg)
-        model.classifier.network.load_state_dict(read_classifier(cfg.train.init_checkpoint).state_dict)
-        do_eval(cfg, model)
+    cfg = load_config(args.config_file, args.opts)
+    default_setup(cfg, args)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")
+    if not args.eval_only:
+        do_train(cfg, resume=args.resume)
+        return
+    if not cfg.train.init_checkpoint:
+        raise InputError("--eval-only needs weights: add train.init_checkpoint=FILE")
+    model = build_model(cfg)
+    load_weights(model, cfg.train.init_checkpoint)
+    do_eval(cfg, model)
 
 
 if __name__ == "__main__":
     parser = default_argument_parser(epilog=__doc__)
     args = parser.parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    with one_line_errors():
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )

@@ -27,34 +27,32 @@ from rt_detectron.errors import one_line_errors
 
 def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
-    with one_line_errors():
-        setup_logger(distributed_rank=comm.get_rank(), name="rt_detectron")
-        cfg = load_config(args.config_file, args.opts)
-        if args.eval_only:
-            check_datasets(cfg.DATASETS.TEST)
-            default_setup(cfg, args)
-            model = Trainer.build_model(cfg)
-            RobustCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-            results, iterations = Trainer.test(cfg, model), 0
-        else:
-            check_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
-            default_setup(cfg, args)
-            trainer = Trainer(cfg)
-            trainer.resume_or_load(resume=args.resume)
-            trainer.train()
-            results, iterations = trainer._last_eval_results, cfg.SOLVER.MAX_ITER
-        if comm.is_main_process():
-            print("Wrote", write_results(cfg, results, time.perf_counter() - start, iterations))
+    cfg = load_config(args.config_file, args.opts)
+    check_datasets([*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="rt_detectron")
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        RobustCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results, iterations = Trainer.test(cfg, model), 0
+    else:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+        results, iterations = trainer._last_eval_results, cfg.SOLVER.MAX_ITER
+    if comm.is_main_process():
+        print("Wrote", write_results(cfg, results, time.perf_counter() - start, iterations))
 
 
 if __name__ == "__main__":
     parser = default_argument_parser(epilog=__doc__)
     args = parser.parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    with one_line_errors():
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )

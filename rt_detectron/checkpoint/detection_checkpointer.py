@@ -8,6 +8,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor, nn
 
+from rt_detectron.checkpoint.formats import check_file, read_pickle, unreadable
 from rt_detectron.checkpoint.preprocessing import check_preprocessing
 from rt_detectron.errors import InputError
 
@@ -25,8 +26,10 @@ class RobustCheckpointer(DetectionCheckpointer):
     the model's tensors. The metadata goes into every checkpoint saved afterwards, so a fine-tuned
     detector is guarded when it is evaluated, too.
 
+    No code in any file is ever run: a ``.pkl`` may hold arrays in plain containers and nothing else.
+
     Raises:
-        InputError: from ``load``, for a file that is not there or does not fit.
+        InputError: from ``load``, for a file that is not there, cannot be read, is refused or does not fit.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs):
@@ -45,6 +48,25 @@ class RobustCheckpointer(DetectionCheckpointer):
             return super().load(path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # Detectron2 forgets this when loading fails
+
+    def _load_file(self, filename: str) -> dict:
+        check_file(filename)
+        if not filename.endswith(".pkl"):
+            return super()._load_file(filename)
+        content = _dict(read_pickle(filename), filename)
+        if "model" in content and "__author__" in content:
+            return content
+        # Caffe2 or Detectron1, told apart and cleaned as in Detectron2's own _load_file
+        tensors = _dict(content.get("blobs", content), filename)
+        tensors = {name: value for name, value in tensors.items() if not name.endswith("_momentum")}
+        return {"model": tensors, "__author__": "Caffe2", "matching_heuristics": True}
+
+    def _torch_load(self, f: str) -> dict:
+        try:
+            loaded = super()._torch_load(f)  # weights_only is torch's default
+        except Exception as error:  # damaged and hostile files fail in every way there is
+            raise InputError(unreadable(f, error)) from None
+        return _dict(loaded, f)
 
     def _load_model(self, checkpoint: dict):
         metadata = checkpoint.get("rt_detectron")
@@ -86,7 +108,7 @@ class RobustCheckpointer(DetectionCheckpointer):
         ]
         if parts:
             way_out = (
-                "load it under the config it was trained with"
+                "load it under the config it was trained with, or start from its backbone's .pkl instead"
                 if whole_model
                 else f"set MODEL.ROBUST.ARCH {metadata['arch']} and MODEL.RESNETS.NORM FrozenBN, BN or SyncBN"
             )
@@ -94,6 +116,12 @@ class RobustCheckpointer(DetectionCheckpointer):
                 f"the weights ({metadata['source']}, {metadata['arch']}) do not fit the model: "
                 f"{'; '.join(parts)}: {way_out}"
             )
+
+
+def _dict(content, path: str) -> dict:
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no weights by name: check MODEL.WEIGHTS")
+    return content
 
 
 def _of_absent_stage(name: str, stages: set[str]) -> bool:

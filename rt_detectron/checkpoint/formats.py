@@ -1,11 +1,14 @@
-"""Read a classifier from any of the files it comes in, without running anything the file says."""
+"""Read weights from any of the files they come in, without running anything the file says."""
 
 import os
 import pickle
+import re
 import types
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +57,7 @@ def read_classifier(path: str) -> ClassifierFile:
         InputError: if there is no such file, it is none of these, is damaged, or holds tensors that are
             not finite.
     """
-    _check_file(path)
+    check_file(path)
     content = _read_safetensors(path) if path.endswith(".safetensors") else _read_torch(path)
     tensors = _find_tensors(content, path)
     prefix = next((p for p in PREFIXES if f"{p}conv1.weight" in tensors), None)
@@ -75,7 +78,22 @@ def read_classifier(path: str) -> ClassifierFile:
     )
 
 
-def _check_file(path: str) -> None:
+def read_pickle(path: str):
+    """Read a ``.pkl`` of plain containers and numpy arrays, as Detectron2's model zoo has them.
+
+    Raises:
+        InputError: if it holds anything else, is damaged or cannot be read.
+    """
+    check_file(path)
+    with open(path, "rb") as file:
+        try:
+            return _ArraysOnlyUnpickler(file, encoding="latin1").load()  # latin1: for Python 2's files
+        except Exception as error:  # broad, as in _read_torch
+            raise InputError(unreadable(path, error)) from None
+
+
+def check_file(path: str) -> None:
+    """Raise :class:`InputError` for a file that is not there, is empty, or stands in for the real one."""
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder: give the checkpoint file inside it")
     try:
@@ -103,7 +121,7 @@ def _read_safetensors(path: str) -> dict:
     try:
         return load_file(path)
     except Exception as error:
-        raise InputError(_unreadable(path, error)) from None
+        raise InputError(unreadable(path, error)) from None
 
 
 def _read_torch(path: str):
@@ -116,15 +134,21 @@ def _read_torch(path: str):
         except pickle.UnpicklingError:
             pass  # refused for what else it holds (a schedule, an argument namespace): leave that out
         except Exception as error:
-            raise InputError(_unreadable(path, error)) from None
+            raise InputError(unreadable(path, error)) from None
         file.seek(0)
         try:
             return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_tensors_only)
         except Exception as error:
-            raise InputError(_unreadable(path, error)) from None
+            raise InputError(unreadable(path, error)) from None
 
 
-def _unreadable(path: str, error: Exception) -> str:
+def unreadable(path: str, error: Exception) -> str:
+    """One line for ``error`` of reading ``path``, naming what the file was refused for, if it was."""
+    if isinstance(error, pickle.UnpicklingError) and (refused := re.search(r"GLOBAL (\S+)", str(error))):
+        return (
+            f"{path} was refused for {refused[1][:120]}, which could run code and is no part of weights: "
+            "get the file from a source that you trust"
+        )
     reason = (str(error).strip().splitlines() or [""])[0][:120]
     reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     return f"{path} is damaged or not a checkpoint ({reason}): download or write it again"
@@ -208,6 +232,46 @@ _tensors_only = types.SimpleNamespace(
     Unpickler=_TensorsOnlyUnpickler,
     load=lambda file, **kwargs: _TensorsOnlyUnpickler(file, **kwargs).load(),
 )
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    """For _codecs.encode, which is how protocol 2 spells bytes."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("bytes in an unknown spelling")
+    return text.encode("latin1")
+
+
+def _constructor(sample, protocol: int) -> _Function:
+    """The function that numpy's pickles call to make ``sample``; asked of numpy, since its home moves."""
+    return _Function(sample.__reduce_ex__(protocol)[0])
+
+
+_ALLOWED_IN_ARRAYS = {
+    ("collections", "OrderedDict"): _Function(OrderedDict),
+    ("_codecs", "encode"): _Function(_bytes),
+    ("numpy", "ndarray"): np.ndarray,  # itself, since the next asks for a type
+    ("numpy", "dtype"): _Function(np.dtype),
+}
+for _core in ("numpy.core", "numpy._core"):  # before and from numpy 2 on
+    _ALLOWED_IN_ARRAYS |= {
+        (f"{_core}.multiarray", "_reconstruct"): _constructor(np.zeros(1), 4),
+        (f"{_core}.multiarray", "scalar"): _constructor(np.float32(0), 4),
+        (f"{_core}.numeric", "_frombuffer"): _constructor(np.zeros(1), 5),
+    }
+
+
+class _ArraysOnlyUnpickler(pickle.Unpickler):
+    """Builds numpy arrays and plain containers, and refuses a file that asks for anything else.
+
+    Unlike a training checkpoint, a ``.pkl`` of weights has no reason to hold more.
+    """
+
+    def find_class(self, module: str, name: str):
+        try:
+            return _ALLOWED_IN_ARRAYS[module, name]
+        except KeyError:
+            # In torch's words, for `unreadable`; without blanks and line ends, which a pickle may smuggle in.
+            raise pickle.UnpicklingError(f"GLOBAL {re.sub(r'[^!-~]', '?', f'{module}.{name}')}") from None
 
 
 def _find_tensors(content, path: str) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The demo set under its name, and checks of what a config asks for before anything long begins."""
 
 import difflib
+import math
 import os
 
 from detectron2.config import CfgNode
@@ -55,19 +56,28 @@ def load_training_set(cfg: CfgNode) -> list[dict]:
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
-    except (ValueError, KeyError, AssertionError) as error:  # what Detectron2 raises for a broken file
+    except (ValueError, TypeError, LookupError, AssertionError) as error:  # Detectron2, of a broken file
         files = [str(MetadataCatalog.get(name).get("json_file", name)) for name in cfg.DATASETS.TRAIN]
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{', '.join(files)}: not usable COCO annotations ({reason})") from None
+        raise InputError(
+            f"{', '.join(files)}: not usable COCO annotations ({reason}); datasets/README.md names the format"
+        ) from None
     for image in dicts:
         for number, annotation in enumerate(image.get("annotations", [])):
-            if len(annotation.get("bbox", ())) != 4:
+            if not _is_box(annotation.get("bbox")):
                 raise InputError(
                     f"{image['file_name']}: annotation {number} has no box; every annotation of a training "
                     "set needs a 'bbox' of four numbers"
                 )
     _check_num_classes(cfg)
     return dicts
+
+
+def _is_box(value) -> bool:
+    try:
+        return len(value) == 4 and all(map(math.isfinite, value))
+    except TypeError:  # no sequence, or not of numbers
+        return False
 
 
 def _check_num_classes(cfg: CfgNode) -> None:

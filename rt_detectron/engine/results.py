@@ -36,9 +36,13 @@ def write_results(cfg: CfgNode, results: dict, wall_time_s: float, iterations: i
     }
     path = os.path.join(cfg.OUTPUT_DIR, "results.json")
     temporary = f"{path}.tmp{os.getpid()}"
-    with open(temporary, "w") as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            json.dump(content, file, indent=2, allow_nan=False)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
     return path
 
 

@@ -19,6 +19,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 from detectron2.utils import comm
+from yaml import YAMLError
 
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.config import add_robust_config
@@ -57,9 +58,12 @@ def load_config(path: str, opts: list[str]) -> CfgNode:
     try:
         cfg.merge_from_file(path)
         cfg.merge_from_list(opts)
-    except (KeyError, ValueError, AssertionError, FileNotFoundError) as error:
-        # yacs: KeyError for an unknown key, ValueError for a type, AssertionError for an odd list.
-        raise InputError(f"configuration ({path} {' '.join(opts)}): {' '.join(str(error).split())}") from None
+    except (KeyError, ValueError, AssertionError, OSError, YAMLError, AttributeError, TypeError) as error:
+        # yacs: KeyError for an unknown key, ValueError for a type, AssertionError for an odd list,
+        # AttributeError or TypeError for a file that is no mapping. OSError: a missing _BASE_.
+        raise InputError(
+            f"configuration ({' '.join([path, *opts])}): {' '.join(str(error).split())}"
+        ) from None
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         if comm.is_main_process():
             logger.warning("No GPU found: running on the CPU (MODEL.DEVICE cpu)")

@@ -11,19 +11,38 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, create_ddp_model, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
+from yaml import YAMLError
 
 from rt_detectron.attacks import PGD
+from rt_detectron.checkpoint.formats import read_classifier
 from rt_detectron.errors import InputError
 
 from .strategies import Classifier, Pretraining
 
 logger = logging.getLogger(__name__)
 
+KEYS = ("model", "dataloader", "optimizer", "lr_multiplier", "evaluator", "train")  # of a recipe
+
 
 def build_model(cfg) -> Pretraining:
     """The model of ``cfg.model`` on ``cfg.train.device``."""
     return instantiate(cfg.model).to(cfg.train.device)
+
+
+def load_weights(model: Pretraining, path: str) -> None:
+    """Fill the classifier from the file at ``path``; one that does not fit is an :class:`InputError`."""
+    classifier = model.classifier
+    try:
+        classifier.network.load_state_dict(read_classifier(path).state_dict)
+    except RuntimeError as error:  # names the tensors
+        raise InputError(
+            f"{path} does not fit model.classifier.arch={classifier.arch} with "
+            f"num_classes={classifier.num_classes}: {_one_line(error)}"
+        ) from None
 
 
 def do_train(cfg, resume: bool = False) -> None:
@@ -79,11 +98,22 @@ def do_train(cfg, resume: bool = False) -> None:
 
 def do_eval(cfg, model: Pretraining) -> dict:
     """Clean and robust accuracy of ``model`` on ``cfg.dataloader.test``, printed and returned."""
+    _share_buffers(model)
     cfg.evaluator.model = model
     results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.evaluator))
     if comm.is_main_process():
         print_csv_format(results)
     return results
+
+
+def _share_buffers(model: Pretraining) -> None:
+    """Give every process the first one's BN statistics, which are those that are saved.
+
+    Each process has gathered its own; evaluation shares the images among them.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def classifier_metadata(model: Pretraining) -> dict:
@@ -106,30 +136,67 @@ def export_classifier(model: Pretraining, path: str) -> str:
     """Write the network under torchvision's names with its metadata, atomically; returns ``path``."""
     content = {"model": model.classifier.network.state_dict(), "rt_detectron": classifier_metadata(model)}
     temporary = f"{path}.tmp{os.getpid()}"
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
     return path
 
 
 def load_config(path: str, overrides: list[str]):
-    """The LazyConfig at ``path`` with ``key=value`` overrides; an unknown key is an :class:`InputError`."""
+    """The LazyConfig at ``path`` with ``key=value`` overrides.
+
+    Where there is no GPU, train.device becomes "cpu", with a warning.
+
+    Raises:
+        InputError: for a missing or broken file, an unknown key, or an override that cannot be parsed.
+    """
     if not os.path.isfile(path):
-        raise InputError(f"--config-file {path}: no such file; configs/pretrain/ holds the recipes")
-    cfg = LazyConfig.load(path)
+        raise InputError(
+            f"--config-file {path or '(none)'}: no such file; configs/pretrain/ holds the recipes"
+        )
+    try:
+        cfg = LazyConfig.load(path)
+    except (SyntaxError, ImportError, AssertionError, YAMLError) as error:
+        raise InputError(f"--config-file {path}: not a LazyConfig file ({_one_line(error)})") from None
+    missing = [key for key in KEYS if key not in cfg]
+    if missing:
+        raise InputError(
+            f"--config-file {path}: no pretraining recipe, it lacks {', '.join(missing)}; "
+            "configs/pretrain/ holds the recipes"
+        )
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
             raise InputError(f"{override!r} is not of the form key=value, e.g. train.epochs=10")
         if not _has_key(cfg, key):
             raise InputError(f"unknown configuration key {key!r}; {path} shows the keys")
-    return LazyConfig.apply_overrides(cfg, overrides)
+    try:
+        cfg = LazyConfig.apply_overrides(cfg, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(f"{' '.join(overrides)}: {_one_line(error)}") from None
+    if cfg.train.device == "cuda" and not torch.cuda.is_available():
+        if comm.is_main_process():
+            logger.warning("No GPU found: running on the CPU (train.device=cpu)")
+        cfg.train.device = "cpu"
+        cfg.train.amp = False  # Detectron2's AMP is for GPUs only
+    return cfg
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _has_key(cfg, key: str) -> bool:
     for part in key.split("."):
-        if not hasattr(cfg, "keys") or part not in cfg:
+        if OmegaConf.is_list(cfg) and part.isdigit() and int(part) < len(cfg):
+            cfg = cfg[int(part)]
+        elif OmegaConf.is_dict(cfg) and part in cfg:
+            cfg = cfg[part]
+        else:
             return False
-        cfg = cfg[part]
     return True
 
 

@@ -37,8 +37,10 @@ def digit_shards(digit_folders, tmp_path_factory):
 
 @pytest.fixture
 def digits_cfg(digit_folders, tmp_path):
-    """The demo's pretraining recipe on those digits, for seconds."""
+    """The demo's pretraining recipe on those digits at their 16 pixels, for seconds."""
     cfg = LazyConfig.load("configs/pretrain/demo_l2.py")
+    cfg.dataloader.test.dataset.transform.transforms[0].size = 16
+    cfg.dataloader.train.dataset.transform = cfg.dataloader.test.dataset.transform
     overrides = [
         "model.classifier.num_classes=2",
         f"dataloader.train.dataset.root={digit_folders}/train",
@@ -46,6 +48,7 @@ def digits_cfg(digit_folders, tmp_path):
         "dataloader.train.total_batch_size=16",
         "dataloader.train.num_workers=0",
         "dataloader.test.num_workers=0",
+        "model.attack.steps=1",
         "evaluator.attack.steps=2",
         "evaluator.max_attacked=20",
         "train.device=cpu",

@@ -27,6 +27,7 @@ dataloader.test.dataset = L(FolderDataset)(
     transform=L(T.Compose)(transforms=[L(T.Resize)(size=32), L(T.PILToTensor)()]),
     on_corrupt="stop",
 )
+optimizer.lr = 0.05
 evaluator.max_attacked = 500
 
 train.epochs = 5

@@ -1,0 +1,171 @@
+"""The demo set's registration, and every mistake in a data set as one line with the way out."""
+
+import json
+import os
+import re
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from rt_detectron.data import check_datasets, load_training_set
+from rt_detectron.data.datasets import _register_demo
+from rt_detectron.errors import InputError
+
+NAME = "rt_test_datasets"
+BOX = [10.0, 20.0, 30.0, 40.0]
+
+
+def annotation(number=1, **changes):
+    common = {"id": number, "image_id": number, "category_id": 7, "iscrowd": 0, "area": 1200.0}
+    kept = {**common, "bbox": BOX, "segmentation": [[10, 20, 40, 20, 40, 60]], **changes}
+    return {key: value for key, value in kept.items() if value is not None}
+
+
+@pytest.fixture
+def register(tmp_path):
+    """Registers a set of two classes and two images of which only the annotations exist."""
+
+    def register(annotations, name=NAME, **changes):
+        content = {
+            "images": [{"id": i, "file_name": f"{i}.jpg", "width": 100, "height": 80} for i in (1, 2)],
+            "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}],
+            "annotations": annotations,
+            **changes,
+        }
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+        register_coco_instances(name, {}, str(path), str(tmp_path))
+        return path
+
+    yield register
+    for name in [name for name in DatasetCatalog.list() if name.startswith(NAME)]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def cfg(make_cfg):
+    """Of a detector with two classes, to be trained on the registered set."""
+    cfg = make_cfg("resnet18")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = 2
+    cfg.DATASETS.TRAIN = (NAME,)
+    return cfg
+
+
+def message(function, *arguments) -> str:
+    with pytest.raises(InputError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_demo_set_is_registered():
+    root = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "demo", "detection")
+    for split in ("train", "val"):
+        metadata = MetadataCatalog.get(f"rt_demo_{split}")
+        assert metadata.json_file == f"{root}/annotations/instances_{split}.json"
+        assert metadata.image_root == f"{root}/{split}"
+        assert metadata.evaluator_type == "coco"
+
+
+def test_the_demo_set_follows_the_given_root(tmp_path, monkeypatch):
+    registered = {}
+    monkeypatch.setattr(
+        "rt_detectron.data.datasets.register_coco_instances",
+        lambda name, metadata, json_file, image_root: registered.update({name: (json_file, image_root)}),
+    )
+    _register_demo(str(tmp_path))
+    folder = tmp_path / "demo" / "detection"
+    assert registered["rt_demo_val"] == (
+        f"{folder}/annotations/instances_val.json",
+        f"{folder}/val",
+    )
+
+
+class TestCheckDatasets:
+    def test_an_unknown_name_gets_near_ones(self):
+        text = message(check_datasets, ["rt_demo_trian"])
+        assert text.startswith("dataset 'rt_demo_trian' is not registered; did you mean rt_demo_train")
+        text = message(check_datasets, ["zzz"])
+        assert "did you mean" not in text
+        assert "register it" in text
+
+    def test_missing_files_are_named(self, register, tmp_path):
+        path = register([annotation()])
+        check_datasets([NAME])
+        path.unlink()
+        text = message(check_datasets, [NAME])
+        assert f"needs {path}, which does not exist" in text
+        assert "DETECTRON2_DATASETS" in text
+        assert "datasets/README.md" in text
+        register_coco_instances(
+            f"{NAME}_images", {}, str(register([], f"{NAME}_2")), str(tmp_path / "nowhere")
+        )
+        assert f"{tmp_path / 'nowhere'}, which" in message(check_datasets, [f"{NAME}_images"])
+
+    def test_every_name_is_checked(self, register):
+        register([annotation()])
+        assert "'zzz'" in message(check_datasets, [NAME, "zzz"])
+
+
+class TestLoadTrainingSet:
+    def test_the_dicts_are_detectron2s(self, register, cfg):
+        register(
+            [annotation(1), annotation(2, category_id=9, iscrowd=1), annotation(3, image_id=1, category_id=9)]
+        )
+        dicts = load_training_set(cfg)
+        # the image with a crowd alone is filtered out; category ids are mapped to 0, 1
+        assert [image["image_id"] for image in dicts] == [1]
+        assert [(a["category_id"], a["bbox"]) for a in dicts[0]["annotations"]] == [(0, BOX), (1, BOX)]
+        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+        assert [image["image_id"] for image in load_training_set(cfg)] == [1, 2]
+
+    @pytest.mark.parametrize(
+        "bbox", [None, [1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0, 5.0], [1, 2, "x", 4], [1, 2, float("nan"), 4]]
+    )
+    def test_an_annotation_without_a_box(self, register, cfg, bbox):
+        register([annotation(1), annotation(2, bbox=bbox)])
+        text = message(load_training_set, cfg)
+        assert re.search(r"2\.jpg: annotation 0 has no box; .*'bbox' of four numbers", text)
+
+    @pytest.mark.parametrize(
+        ("annotations", "changes", "words"),
+        [
+            ([annotation(bbox=[])], {}, "empty 'bbox'"),
+            ([annotation(bbox=7)], {}, "int"),
+            ([annotation(category_id=8)], {}, "category_id=8"),
+            ([annotation(), annotation()], {}, "not unique"),
+            ([], {}, "No valid data"),
+            (None, {}, "No valid data"),
+            ([annotation()], {"images": []}, "empty"),
+            ([annotation()], {"categories": []}, ""),
+            ([annotation()], {"categories": None}, ""),
+            ([annotation()], {"images": [{"id": 1, "file_name": "1.jpg"}]}, "height"),
+            ([{"id": 1, "bbox": BOX}], {}, "image_id"),
+        ],
+    )
+    def test_unusable_annotations_name_the_file(self, register, cfg, annotations, changes, words):
+        path = register(annotations, **changes)
+        text = message(load_training_set, cfg)
+        assert text.startswith(f"{path}: not usable COCO annotations (")
+        assert words in text
+
+    @pytest.mark.parametrize("content", ['{"images": [', "", "[1, 2]", "\xff"])
+    def test_broken_json_names_the_file(self, register, cfg, content):
+        path = register([])
+        path.write_text(content, encoding="latin-1")
+        assert message(load_training_set, cfg).startswith(f"{path}: not usable COCO annotations (")
+
+    @pytest.mark.parametrize(("detector", "key"), [("fpn", "ROI_HEADS"), ("retinanet", "RETINANET")])
+    def test_the_class_count_must_be_the_sets(self, register, make_cfg, detector, key):
+        register([annotation()])
+        cfg = make_cfg("resnet18", detector)
+        cfg.DATASETS.TRAIN = (NAME,)
+        cfg.MODEL[key].NUM_CLASSES = 80
+        text = message(load_training_set, cfg)
+        assert text == (
+            f"MODEL.{key}.NUM_CLASSES is 80, but {NAME} has 2 classes; set MODEL.{key}.NUM_CLASSES 2"
+        )
+        cfg.MODEL[key].NUM_CLASSES = 2
+        assert len(load_training_set(cfg)) == 1
