@@ -33,9 +33,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def print_summary(args: argparse.Namespace, conversion: Conversion) -> None:
     metadata = conversion.metadata
-    norm = metadata["norm"] or "unknown"
-    eps = "unknown" if metadata["eps"] is None else f"{metadata['eps']:g}"
-    print(f"read   {args.input}: {metadata['arch']}, norm {norm}, eps {eps}, sha256 {metadata['sha256']}")
+    training = "training unknown" if metadata["eps"] is None else f"eps {metadata['eps']:g}"
+    training = f"{metadata['norm']} {training}" if metadata["norm"] else training
+    print(f"read   {args.input}: {metadata['arch']}, {training}, sha256 {metadata['sha256']}")
     print(f"wrote  {args.output}: {conversion.num_tensors} tensors. Config lines for it:")
     print(f'  MODEL.WEIGHTS "{args.output}"')
     print(f'  MODEL.ROBUST.ARCH "{metadata["arch"]}"')

@@ -218,7 +218,7 @@ def _check_output(source: str, output: str) -> None:
 def _metadata(file: ClassifierFile, source: str, arch: str, norm: str | None, eps: float | None) -> dict:
     if norm is None:
         norm, eps = file.metadata.get("norm"), file.metadata.get("eps")
-    if norm is None:
+    if norm is None and eps is None:  # our standard training says eps 0 without a norm
         norm, eps = parse_threat_model(source)
     if norm is not None:
         _check_threat_model(norm, eps)

@@ -66,7 +66,9 @@ def do_train(cfg, resume: bool = False) -> None:
 
     epoch = max(len(loader.dataset) // cfg.dataloader.train.total_batch_size, 1)  # in iterations
     max_iter = max(round(cfg.train.epochs * epoch), 1)
-    checkpointer = DetectionCheckpointer(model.classifier, cfg.train.output_dir, trainer=trainer)
+    checkpointer = DetectionCheckpointer(
+        model.classifier, cfg.train.output_dir, trainer=trainer, rt_detectron=_Metadata(model)
+    )
     is_main = comm.is_main_process()
     trainer.register_hooks(
         [
@@ -130,6 +132,19 @@ def classifier_metadata(model: Pretraining) -> dict:
         "stride_in_1x1": False,
         "source": "rt_detectron pretraining",
     }
+
+
+class _Metadata:
+    """Has the checkpointer write :func:`classifier_metadata` into each file; resuming has no use for it."""
+
+    def __init__(self, model: Pretraining):
+        self.model = model
+
+    def state_dict(self) -> dict:
+        return classifier_metadata(self.model)
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
 
 
 def export_classifier(model: Pretraining, path: str) -> str:

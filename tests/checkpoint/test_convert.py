@@ -231,6 +231,14 @@ def test_given_values_precede_metadata_and_metadata_the_file_name(source, tmp_pa
     assert (metadata["norm"], metadata["eps"]) == ("l2", 0.0)
 
 
+def test_standard_training_stays_eps_0_whatever_the_file_is_called(source, tmp_path):
+    content = torch.load(source, weights_only=True)
+    content["rt_detectron"].update(norm=None, eps=0.0)
+    torch.save(content, source)  # resnet18_l2_eps3.pth
+    metadata = convert_checkpoint(str(source), str(tmp_path / "b.pkl")).metadata
+    assert (metadata["norm"], metadata["eps"]) == (None, 0.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,7 +1,10 @@
 """Files with our metadata must fit exactly; all others load as in Detectron2."""
 
+import builtins
+import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -138,7 +141,7 @@ def test_fine_tuned_detector_is_guarded(files, tmp_path, make_cfg):
         RobustCheckpointer(build_model(wrong_std)).load(path)
     other_classes = make_cfg("resnet18")
     other_classes.MODEL.ROI_HEADS.NUM_CLASSES = 4
-    with pytest.raises(InputError, match=r"misshaped .*cls_score.*config it was trained with"):
+    with pytest.raises(InputError, match=r"misshaped .*cls_score.*or start from its backbone's \.pkl"):
         RobustCheckpointer(build_model(other_classes)).load(path)
     no_masks = make_cfg("resnet18")
     no_masks.MODEL.MASK_ON = False
@@ -176,3 +179,84 @@ def test_missing_weights_file(tmp_path, make_cfg):
     with pytest.raises(InputError, match=r"no weights file .*none\.pkl: check MODEL\.WEIGHTS"):
         checkpointer.load(str(tmp_path / "none.pkl"))
     assert checkpointer.load("") == {}
+
+
+@pytest.fixture
+def backbone(make_cfg):
+    return build_backbone(make_cfg("resnet18")).bottom_up
+
+
+class Payload:
+    """Unpickles as a call of ``function(*args)``."""
+
+    def __init__(self, function, *args):
+        self.call = (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("ending", ["pkl", "pth"])
+@pytest.mark.parametrize("function", [os.system, builtins.eval])
+def test_payloads_do_not_run(tmp_path, backbone, ending, function):
+    mark, path = tmp_path / "ran", tmp_path / f"evil.{ending}"
+    code = f"touch {mark}" if function is os.system else f"open({str(mark)!r}, 'w')"
+    content = {"model": {"stem.conv1.weight": Payload(function, code)}, "__author__": "me"}
+    if ending == "pkl":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=rf"refused for (\w+\.)?{function.__name__},") as error:
+        RobustCheckpointer(backbone).load(str(path))
+    assert "\n" not in str(error.value)
+    assert not mark.exists()
+    torch.load(path, weights_only=False) if ending == "pth" else pickle.loads(path.read_bytes())
+    assert mark.exists()  # the payload is live
+
+
+@pytest.mark.parametrize("ending", ["pkl", "pth"])
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_damaged_files(files, tmp_path, backbone, ending, share):
+    content = (files / f"resnet18.{ending}").read_bytes()
+    path = tmp_path / f"cut.{ending}"
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(InputError, match="damaged or not a checkpoint" if share else "is empty") as error:
+        RobustCheckpointer(backbone).load(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ending", ["pkl", "pth"])
+def test_file_without_names(tmp_path, backbone, ending):
+    path = tmp_path / f"list.{ending}"
+    path.write_bytes(pickle.dumps([1])) if ending == "pkl" else torch.save([1], path)
+    with pytest.raises(InputError, match="holds no weights by name"):
+        RobustCheckpointer(backbone).load(str(path))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(lambda tensors: {"blobs": tensors, "cfg": "MODEL: {}"}, id="Detectron1"),
+        pytest.param(lambda tensors: tensors, id="Caffe2"),
+        pytest.param(lambda tensors: {"model": tensors, "__author__": "me"}, id="Detectron2"),
+    ],
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_pickles_read_as_in_detectron2(tmp_path, backbone, wrap, protocol):
+    tensors = {name: np.full(3, i, np.float32) for i, name in enumerate(("conv1_w", "conv1_w_momentum"))}
+    path = tmp_path / "zoo.pkl"
+    path.write_bytes(pickle.dumps(wrap(tensors), protocol))
+    ours = RobustCheckpointer(backbone)._load_file(str(path))
+    theirs = DetectionCheckpointer(backbone)._load_file(str(path))
+    assert pickle.dumps(ours) == pickle.dumps(theirs)
+
+
+def test_converted_backbone_reads_as_in_detectron2(files, backbone):
+    path = str(files / "resnet18.pkl")
+    ours = RobustCheckpointer(backbone)._load_file(path)
+    theirs = DetectionCheckpointer(backbone)._load_file(path)
+    for name, array in theirs["model"].items():
+        np.testing.assert_array_equal(ours["model"].pop(name), array)
+    assert ours.pop("model") == {}
+    del theirs["model"]
+    assert ours == theirs

@@ -8,11 +8,12 @@ import zipfile
 from collections import OrderedDict
 
 import dill
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from rt_detectron.checkpoint.formats import PREFIXES, read_classifier
+from rt_detectron.checkpoint.formats import PREFIXES, read_classifier, read_pickle
 from rt_detectron.errors import InputError
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
@@ -283,3 +284,96 @@ def test_other_networks_are_named(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(InputError, match="holds no state dict"):
         read_classifier(path)
+
+
+ARRAYS = {
+    "weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "columns": np.asfortranarray(np.arange(6, dtype=np.float16).reshape(2, 3)),
+    "big endian": np.arange(3, dtype=">f4"),
+    "counter": np.array(7),
+    "scalar": np.float64(0.5),
+    "nested": OrderedDict(list=[1, 2.5, "text", None, True], tuple=(b"\xff\x00", np.int64(3))),
+}
+
+
+def assert_same_arrays(found):
+    assert list(found) == list(ARRAYS)
+    for name in list(ARRAYS)[:5]:
+        assert found[name].dtype == ARRAYS[name].dtype
+        np.testing.assert_array_equal(found[name], ARRAYS[name])
+    assert found["nested"] == ARRAYS["nested"]
+
+
+@pytest.mark.parametrize("core", [b"numpy.core", b"numpy._core"])
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_pickled_arrays(tmp_path, core, protocol):
+    path = tmp_path / "weights.pkl"
+    content = pickle.dumps(ARRAYS, protocol)
+    home = np.zeros(1).__reduce__()[0].__module__.removesuffix(".multiarray").encode()
+    if protocol == 2:  # lines; later protocols prefix the length of a name
+        content = content.replace(b"c" + home + b".", b"c" + core + b".")
+        assert b"c" + core + b".multiarray\n_reconstruct\n" in content
+    path.write_bytes(content)
+    assert_same_arrays(read_pickle(str(path)))
+
+
+def test_arrays_pickled_by_python_2(tmp_path):
+    """As in Detectron2's model zoo: array data is a byte string, not bytes."""
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(
+        b"\x80\x02}U\x01wcnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
+        b"(K\x01K\x02\x85cnumpy\ndtype\n(U\x02f4K\x00K\x01tR(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff"
+        b"\xff\xffK\x00tb\x89U\x08\x00\x00\x80?\x00\x00\xc0\xbftbs."
+    )
+    np.testing.assert_array_equal(read_pickle(str(path))["w"], np.array([1, -1.5], np.float32))
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize(
+    ("name", "global_"),
+    [
+        ("os.system", r"\w+\.system"),
+        ("eval", r"\w+\.eval"),
+        ("exec", r"\w+\.exec"),
+        ("popen", r"subprocess\.Popen"),
+        ("open", r"\w+\.open"),
+    ],
+)
+def test_payloads_in_pickles_are_refused(tmp_path, name, global_, protocol):
+    path = tmp_path / "evil.pkl"
+    content = {"model": {"w": payloads(tmp_path)[name]}, "__author__": "me"}
+    path.write_bytes(pickle.dumps(content, protocol))
+    with pytest.raises(InputError, match=rf"evil\.pkl was refused for {global_}, .*that you trust$"):
+        read_pickle(str(path))
+    assert not list(tmp_path.glob("ran-*"))
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        pytest.param(b"\x80\x02c_codecs\nencode\nU\x01aU\x03hex\x86R.", "unknown spelling", id="codec"),
+        pytest.param(b"\x80\x02cnumpy\nload\nU\x01a\x85R.", r"for numpy\.load,", id="numpy.load"),
+        pytest.param(b"\x80\x04\x8c\x05numpy\x8c\x0cndarray.dump\x93.", r"numpy\.ndarray\.dump", id="dotted"),
+        pytest.param(b"\x80\x04\x8c\x02os\x8c\x07sys\n em\x93.", r"os\.sys\?\?em,", id="line end"),
+        pytest.param(b"\x80\x02U\x01aQ.", "not a checkpoint", id="persistent id"),
+        pytest.param(b"\x80\x02\x82\x01.", "not a checkpoint", id="extension"),
+        pytest.param(b"", "empty", id="empty"),
+        pytest.param(pickle.dumps(ARRAYS, 4)[:-20], "damaged", id="truncated"),
+    ],
+)
+def test_bad_pickles_are_one_line(tmp_path, program, message):
+    path = tmp_path / "bad.pkl"
+    path.write_bytes(program)
+    with pytest.raises(InputError, match=message) as error:
+        read_pickle(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_numpy_functions_cannot_be_changed(tmp_path):
+    frombuffer = np.zeros(1).__reduce_ex__(5)[0]
+    before = dict(vars(frombuffer)), frombuffer.__defaults__
+    path = tmp_path / "evil.pkl"
+    state = pickle.dumps((None, {"__defaults__": (1,), "planted": 2}), 2)[2:-1]
+    path.write_bytes(b"\x80\x02cnumpy.core.numeric\n_frombuffer\n" + state + b"b.")
+    read_pickle(str(path))
+    assert before == (vars(frombuffer), frombuffer.__defaults__)

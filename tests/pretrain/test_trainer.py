@@ -6,6 +6,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 
 from rt_detectron.checkpoint.architectures import build_classifier
+from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.errors import InputError
 from rt_detectron.pretrain.trainer import (
     build_model,
@@ -219,3 +220,13 @@ class TestLoadConfig:
         cfg = load_config("configs/pretrain/demo_l2.py", ["train.amp=true"])
         assert (cfg.train.device, cfg.train.amp) == (device, gpu)
         assert len([line for line in caplog.messages if "No GPU found" in line]) == warnings
+
+
+def test_every_checkpoint_converts_with_its_threat_model(digits_cfg, tmp_path):
+    digits_cfg.train.epochs = 0.25
+    do_train(digits_cfg)
+    checkpoint = f"{digits_cfg.train.output_dir}/model_final.pth"
+    metadata = convert_checkpoint(checkpoint, str(tmp_path / "backbone.pkl")).metadata
+    assert (metadata["arch"], metadata["norm"], metadata["eps"]) == ("resnet18", "l2", 0.5)
+    saved = torch.load(checkpoint, weights_only=True)["rt_detectron"]
+    assert saved == classifier_file(digits_cfg)["rt_detectron"]

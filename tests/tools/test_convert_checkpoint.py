@@ -40,7 +40,7 @@ def test_converts_and_prints_the_config_lines(source, tmp_path):
     assert result.returncode == 0, result.stderr
     with open(output, "rb") as file:
         metadata = pickle.load(file)["rt_detectron"]
-    assert f"resnet18, norm l2, eps 3, sha256 {metadata['sha256']}" in result.stdout
+    assert f"resnet18, l2 eps 3, sha256 {metadata['sha256']}" in result.stdout
     assert f"wrote  {output}: 100 tensors" in result.stdout
     for line in (
         f'MODEL.WEIGHTS "{output}"',

@@ -247,7 +247,7 @@ def test_a_detectron2_of_the_calling_python_is_used_with_its_torch(tmp_path, ind
     outer = tmp_path / "outer"
     subprocess.run([BASE_PYTHON, "-m", "venv", "--without-pip", outer], check=True)
     packages = next(outer.glob("lib/*/site-packages"))
-    for name, version in [("torch", "2.5.0"), ("torchvision", "0.20.0"), ("detectron2", "0.6")]:
+    for name, version in [("torch", "2.6.0"), ("torchvision", "0.21.0"), ("detectron2", "0.6")]:
         with zipfile.ZipFile(wheel(tmp_path, name, version, {f"{name}/__init__.py": b""})) as archive:
             archive.extractall(packages)
     folder = tmp_path / "clone"
