@@ -30,5 +30,5 @@ dataloader.test.dataset = L(FolderDataset)(
 optimizer.lr = 0.05
 evaluator.max_attacked = 500
 
-train.epochs = 5
-train.eval_epochs = 5
+train.epochs = 4
+train.eval_epochs = 4
