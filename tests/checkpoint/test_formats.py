@@ -299,7 +299,7 @@ ARRAYS = {
 def assert_same_arrays(found):
     assert list(found) == list(ARRAYS)
     for name in list(ARRAYS)[:5]:
-        assert found[name].dtype == ARRAYS[name].dtype
+        assert found[name].dtype.newbyteorder("=") == ARRAYS[name].dtype.newbyteorder("=")
         np.testing.assert_array_equal(found[name], ARRAYS[name])
     assert found["nested"] == ARRAYS["nested"]
 
@@ -335,7 +335,7 @@ def test_arrays_pickled_by_python_2(tmp_path):
         ("os.system", r"\w+\.system"),
         ("eval", r"\w+\.eval"),
         ("exec", r"\w+\.exec"),
-        ("popen", r"subprocess\.Popen"),
+        ("popen", r"\w+\.Popen"),
         ("open", r"\w+\.open"),
     ],
 )
