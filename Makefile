@@ -29,6 +29,8 @@ setup:
 # resume what was cut off. `make clean` starts over.
 # The data set is looked for in the clone, whatever DETECTRON2_DATASETS the caller has.
 demo: export DETECTRON2_DATASETS := datasets
+# Detectron2 still scripts functions as it is imported, on which torch remarks each time.
+demo: export PYTHONWARNINGS := ignore::FutureWarning
 demo: $(DEMO)/resnet18_standard.pkl $(DEMO)/resnet18_l2.pkl
 	@$(PY) tools/compare.py --study configs/study/demo.yaml --output $(DEMO)/compare
 

@@ -6,8 +6,8 @@ metrics.json, TensorBoard events and log.txt.
 
 examples:
   tools/pretrain.py --config-file configs/pretrain/resnet50_l2_eps3.py --num-gpus 8
-  tools/pretrain.py --config-file configs/pretrain/resnet18_l2_eps0_5_small.py \\
-      dataloader.train.dataset.urls=shards/cifar10-train-*.tar.gz train.epochs=10
+  tools/pretrain.py --config-file configs/pretrain/resnet18_l2_eps0_5_cifar10.py \\
+      dataloader.train.dataset.urls='shards/cifar10-train-*.tar.gz' train.epochs=10
   tools/pretrain.py --config-file ... --resume
   tools/pretrain.py --config-file ... --eval-only train.init_checkpoint=output/classifier.pth
 """
