@@ -28,7 +28,7 @@ dataloader.test.dataset = L(FolderDataset)(
     on_corrupt="stop",
 )
 optimizer.lr = 0.05
-evaluator.max_attacked = 500
+evaluator.max_attacked = 256
 
 train.epochs = 4
 train.eval_epochs = 4
