@@ -24,7 +24,7 @@ from rt_detectron.visualization.coco import (
 from rt_detectron.visualization.draw import draw_instances, panel
 from rt_detectron.visualization.plots import Series, curve_plot, dot_plot
 
-SCORE_THRESHOLD = 0.5  # of the predictions shown in pictures; AP uses all of them
+SCORE_THRESHOLD = 0.3  # of the predictions shown in pictures; AP uses all of them
 EXAMPLES = 4
 
 
