@@ -18,8 +18,8 @@ from detectron2.layers import ShapeSpec
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
-from rt_detectron.checkpoint.architectures import ARCHITECTURES, build_classifier
-from rt_detectron.checkpoint.convert import IMAGENET_MEAN, IMAGENET_STD, convert_checkpoint
+from rt_detectron.checkpoint.architectures import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, build_classifier
+from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.errors import one_line_errors
 from rt_detectron.modeling.backbone import build_robust_resnet_fpn_backbone

@@ -8,6 +8,10 @@ from torch import nn
 
 from rt_detectron.errors import InputError
 
+# What torchvision's and the published classifiers subtract and divide by. RGB, 0..255.
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
 
 @dataclass(frozen=True)
 class Architecture:

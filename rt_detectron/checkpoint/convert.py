@@ -11,12 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rt_detectron.checkpoint.architectures import ARCHITECTURES, build_classifier, get_architecture
+from rt_detectron.checkpoint.architectures import (
+    ARCHITECTURES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    build_classifier,
+    get_architecture,
+)
 from rt_detectron.checkpoint.formats import ClassifierFile, read_classifier
 from rt_detectron.errors import InputError
+from rt_detectron.files import replaced_atomically
 
-IMAGENET_MEAN = [123.675, 116.28, 103.53]  # RGB, 0..255
-IMAGENET_STD = [58.395, 57.12, 57.375]
 OUTPUT_FORMATS = (".pkl",)
 NORMS = ("l2", "linf")
 
@@ -268,14 +273,9 @@ def _sha256(path: str) -> str:
 
 
 def _write_pickle(content: dict, path: str) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, "wb") as file:
+        with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
             pickle.dump(content, file, protocol=4)
-        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)

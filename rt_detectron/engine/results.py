@@ -10,6 +10,8 @@ from importlib import metadata
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
+from rt_detectron.files import replaced_atomically
+
 from .trainer import inference_folder
 
 PACKAGES = ("torch", "torchvision", "numpy", "pycocotools")
@@ -35,14 +37,8 @@ def write_results(cfg: CfgNode, results: dict, wall_time_s: float, iterations: i
         "datasets": [_dataset(cfg, name) for name in cfg.DATASETS.TEST],
     }
     path = os.path.join(cfg.OUTPUT_DIR, "results.json")
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        with open(temporary, "w") as file:
-            json.dump(content, file, indent=2, allow_nan=False)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with replaced_atomically(path) as temporary, open(temporary, "w") as file:
+        json.dump(content, file, indent=2, allow_nan=False)
     return path
 
 

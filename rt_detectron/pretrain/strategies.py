@@ -5,10 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rt_detectron.attacks import PGD
-from rt_detectron.checkpoint.architectures import build_classifier
-
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_STD = (58.395, 57.12, 57.375)
+from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD, build_classifier
 
 
 class Classifier(nn.Module):

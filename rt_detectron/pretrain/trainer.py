@@ -20,6 +20,7 @@ from yaml import YAMLError
 from rt_detectron.attacks import PGD
 from rt_detectron.checkpoint.formats import read_classifier
 from rt_detectron.errors import InputError
+from rt_detectron.files import replaced_atomically
 
 from .strategies import Classifier, Pretraining
 
@@ -150,13 +151,8 @@ class _Metadata:
 def export_classifier(model: Pretraining, path: str) -> str:
     """Write the network under torchvision's names with its metadata, atomically; returns ``path``."""
     content = {"model": model.classifier.network.state_dict(), "rt_detectron": classifier_metadata(model)}
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
+    with replaced_atomically(path) as temporary:
         torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
     return path
 
 

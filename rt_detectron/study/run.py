@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from rt_detectron.errors import InputError
+from rt_detectron.files import replaced_atomically
 from rt_detectron.study.grid import Trial
 
 LOG = "train.log"  # beside Detectron2's own log.txt, which misses tracebacks and stderr
@@ -173,9 +174,5 @@ def _outcome(trial: Trial, output: Path, crash: str | None) -> Outcome:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` is at any time either the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced_atomically(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")

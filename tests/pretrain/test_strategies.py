@@ -2,8 +2,8 @@ import torch
 import torch.nn.functional as F
 
 from rt_detectron.attacks import PGD, ThreatModel
-from rt_detectron.checkpoint.architectures import build_classifier
-from rt_detectron.pretrain.strategies import IMAGENET_MEAN, IMAGENET_STD, Classifier, Pretraining
+from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD, build_classifier
+from rt_detectron.pretrain.strategies import Classifier, Pretraining
 
 
 def test_classifier_is_the_network_behind_its_normalisation(photograph):

@@ -1,0 +1,21 @@
+"""Files that are whole or not there at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def replaced_atomically(path: str | os.PathLike) -> Iterator[str]:
+    """Gives the path of a temporary file beside ``path``, which takes its place when the block succeeds.
+
+    So ``path`` is at any time either the old file or the whole new one, and nothing is left of a block
+    that fails or is interrupted.
+    """
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
