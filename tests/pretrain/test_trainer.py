@@ -28,13 +28,13 @@ def classifier_file(cfg):
 
 
 def test_training_learns_and_writes_what_the_next_tool_needs(digits_cfg):
-    digits_cfg.train.update(epochs=6, log_period=2)
+    digits_cfg.train.update(epochs=20, log_period=2)  # 80 steps: BN statistics must settle, too
     digits_cfg.optimizer.lr = 0.02
     digits_cfg.evaluator.max_attacked = None
     torch.manual_seed(0)
     do_train(digits_cfg)
     log = metrics(digits_cfg)
-    assert log[-1]["accuracy/clean"] >= 85  # 39 or 40 of the 40
+    assert log[-1]["accuracy/clean"] >= 85
     assert log[-1]["accuracy/pgd2"] <= log[-1]["accuracy/clean"]
     losses = [line["total_loss"] for line in log if "total_loss" in line]
     assert sum(losses[-3:]) < sum(losses[:3]) / 4
