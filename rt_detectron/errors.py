@@ -9,6 +9,11 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message is one line and names the way out."""
 
 
+def one_line(error: Exception) -> str:
+    """The text of another library's error, as part of a one-line message; its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @contextmanager
 def one_line_errors():
     """Wrap a tool's main(): an :class:`InputError` ends the process with its message and exit status 2.

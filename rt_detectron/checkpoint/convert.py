@@ -1,7 +1,6 @@
 """From torchvision's names to Detectron2's, and from a classifier's file to a backbone's."""
 
 import functools
-import hashlib
 import math
 import os
 import pickle
@@ -20,7 +19,7 @@ from rt_detectron.checkpoint.architectures import (
 )
 from rt_detectron.checkpoint.formats import ClassifierFile, read_classifier
 from rt_detectron.errors import InputError
-from rt_detectron.files import replaced_atomically
+from rt_detectron.files import file_sha256, replaced_atomically
 
 OUTPUT_FORMATS = (".pkl",)
 NORMS = ("l2", "linf")
@@ -242,7 +241,7 @@ def _metadata(file: ClassifierFile, source: str, arch: str, norm: str | None, ep
         "pixel_std": _pixels(file.pixel_std or file.metadata.get("pixel_std", IMAGENET_STD), "pixel_std"),
         "stride_in_1x1": False,
         "source": os.path.basename(source),
-        "sha256": _sha256(source),
+        "sha256": file_sha256(source),
     }
 
 
@@ -262,14 +261,6 @@ def _pixels(values, name: str) -> list[float]:
     if len(values) != 3 or not all(lowest <= value <= 255 for value in values):
         raise InputError(f"the file's {name} is not three numbers in 0..255: its metadata is damaged")
     return values
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write_pickle(content: dict, path: str) -> None:

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 
-from rt_detectron.errors import InputError
+from rt_detectron.errors import InputError, one_line
 
 
 def _register_demo(root: str) -> None:
@@ -58,7 +58,7 @@ def load_training_set(cfg: CfgNode) -> list[dict]:
         )
     except (ValueError, TypeError, LookupError, AssertionError) as error:  # Detectron2, of a broken file
         files = [str(MetadataCatalog.get(name).get("json_file", name)) for name in cfg.DATASETS.TRAIN]
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise InputError(
             f"{', '.join(files)}: not usable COCO annotations ({reason}); datasets/README.md names the format"
         ) from None

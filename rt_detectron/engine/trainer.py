@@ -24,7 +24,7 @@ from yaml import YAMLError
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.config import add_robust_config
 from rt_detectron.data import check_datasets, load_training_set
-from rt_detectron.errors import InputError
+from rt_detectron.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,7 @@ def load_config(path: str, opts: list[str]) -> CfgNode:
     except (KeyError, ValueError, AssertionError, OSError, YAMLError, AttributeError, TypeError) as error:
         # yacs: KeyError for an unknown key, ValueError for a type, AssertionError for an odd list,
         # AttributeError or TypeError for a file that is no mapping. OSError: a missing _BASE_.
-        raise InputError(
-            f"configuration ({' '.join([path, *opts])}): {' '.join(str(error).split())}"
-        ) from None
+        raise InputError(f"configuration ({' '.join([path, *opts])}): {one_line(error)}") from None
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         if comm.is_main_process():
             logger.warning("No GPU found: running on the CPU (MODEL.DEVICE cpu)")

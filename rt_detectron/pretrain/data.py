@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision.datasets import ImageFolder
 
-from rt_detectron.errors import InputError
+from rt_detectron.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +42,11 @@ class CorruptImages:
     def report(self, name: str, error: Exception) -> None:
         if self.policy == "stop":
             raise InputError(
-                f"{name}: cannot be read ({_one_line(error)}); repair or delete it, or set on_corrupt=skip"
+                f"{name}: cannot be read ({one_line(error)}); repair or delete it, or set on_corrupt=skip"
             ) from error
         with self._count.get_lock():
             self._count.value += 1
-        logger.warning("skipped %s: cannot be read (%s); %d so far", name, _one_line(error), self.count)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        logger.warning("skipped %s: cannot be read (%s); %d so far", name, one_line(error), self.count)
 
 
 class FolderDataset(Dataset):

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from rt_detectron.attacks import PGD
 from rt_detectron.checkpoint.formats import read_classifier
-from rt_detectron.errors import InputError
+from rt_detectron.errors import InputError, one_line
 from rt_detectron.files import replaced_atomically
 
 from .strategies import Classifier, Pretraining
@@ -42,7 +42,7 @@ def load_weights(model: Pretraining, path: str) -> None:
     except RuntimeError as error:  # names the tensors
         raise InputError(
             f"{path} does not fit model.classifier.arch={classifier.arch} with "
-            f"num_classes={classifier.num_classes}: {_one_line(error)}"
+            f"num_classes={classifier.num_classes}: {one_line(error)[:200]}"
         ) from None
 
 
@@ -171,7 +171,7 @@ def load_config(path: str, overrides: list[str]):
     try:
         cfg = LazyConfig.load(path)
     except (SyntaxError, ImportError, AssertionError, YAMLError) as error:
-        raise InputError(f"--config-file {path}: not a LazyConfig file ({_one_line(error)})") from None
+        raise InputError(f"--config-file {path}: not a LazyConfig file ({one_line(error)[:200]})") from None
     missing = [key for key in KEYS if key not in cfg]
     if missing:
         raise InputError(
@@ -187,17 +187,13 @@ def load_config(path: str, overrides: list[str]):
     try:
         cfg = LazyConfig.apply_overrides(cfg, overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(f"{' '.join(overrides)}: {_one_line(error)}") from None
+        raise InputError(f"{' '.join(overrides)}: {one_line(error)[:200]}") from None
     if cfg.train.device == "cuda" and not torch.cuda.is_available():
         if comm.is_main_process():
             logger.warning("No GPU found: running on the CPU (train.device=cpu)")
         cfg.train.device = "cpu"
         cfg.train.amp = False  # Detectron2's AMP is for GPUs only
     return cfg
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _has_key(cfg, key: str) -> bool:

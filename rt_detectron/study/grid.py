@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from rt_detectron.errors import InputError
+from rt_detectron.errors import InputError, one_line
+from rt_detectron.files import file_sha256
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names of arms and detectors become folders
 _BASE_CONFIG = re.compile(r"""^_BASE_:\s*["']?([^"'#\n]+?)["']?\s*(?:#.*)?$""", re.MULTILINE)
@@ -157,7 +158,7 @@ def _read_yaml(file: str | Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{file} is not valid YAML: {one_line(error)}") from None
 
 
 def _mapping(value: Any, where: str, required: set[str], optional: set[str]) -> dict[str, Any]:
@@ -241,24 +242,16 @@ def _seed(value: Any, where: str) -> int:
 
 
 def _weights_sha256(weights: str) -> str | None:
-    return None if "://" in weights else _file_sha256(_local(weights))
+    return None if "://" in weights else file_sha256(_local(weights))
 
 
 def _config_sha256(config: str) -> str:
     """SHA-256 over the config file and, one after another, the ``_BASE_`` files it inherits from."""
     digests, file = [], Path(config)
     while file.is_file() and len(digests) < 20:  # a circle of _BASE_ is train_net's to report
-        digests.append(_file_sha256(file))
+        digests.append(file_sha256(file))
         base = _BASE_CONFIG.search(file.read_text(encoding="utf-8", errors="replace"))
         if base is None:
             break
         file = file.parent / Path(base[1]).expanduser()
     return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _file_sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
