@@ -1,6 +1,7 @@
-"""Convert a classifier into a Detectron2 backbone.
+"""Convert a classifier into a Detectron2 backbone, or into another of the formats that it comes in.
 
 python tools/convert_checkpoint.py resnet50_l2_eps3.ckpt resnet50_l2_eps3.pkl
+python tools/convert_checkpoint.py output/pretrain/classifier.pth resnet50_l2_eps3.safetensors
 """
 
 import argparse
@@ -12,13 +13,24 @@ from rt_detectron.errors import one_line_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Convert a classifier into a Detectron2 backbone.")
-    parser.add_argument(
-        "input", help="robustness .ckpt, torchvision .pth, .safetensors, or output of tools/pretrain.py"
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="No code in the input is ever run. Every conversion keeps the weights bit by bit but for "
+        "--input-format BGR and for half precision, which becomes float32.",
     )
-    parser.add_argument("output", help="the .pkl to write, for MODEL.WEIGHTS")
     parser.add_argument(
-        "--arch", help=f"default: detected from the tensors; one of {', '.join(ARCHITECTURES)}"
+        "input",
+        help="robustness .ckpt, torchvision or timm .pth, .safetensors, output of tools/pretrain.py, "
+        "or a .pkl written by this tool",
+    )
+    parser.add_argument(
+        "output",
+        help=".pkl (Detectron2 backbone, for MODEL.WEIGHTS), .pth (torchvision), .ckpt (robustness) "
+        "or .safetensors",
+    )
+    parser.add_argument(
+        "--arch",
+        help=f"default: detected; one of {', '.join(ARCHITECTURES)}, or timm/NAME, which is never detected",
     )
     parser.add_argument("--norm", choices=NORMS, help="default: from the file's metadata or name")
     parser.add_argument("--eps", type=float, help="L2 in [0,1] pixel units, Linf in 1/255")
@@ -36,11 +48,13 @@ def print_summary(args: argparse.Namespace, conversion: Conversion) -> None:
     training = "training unknown" if metadata["eps"] is None else f"eps {metadata['eps']:g}"
     training = f"{metadata['norm']} {training}" if metadata["norm"] else training
     print(f"read   {args.input}: {metadata['arch']}, {training}, sha256 {metadata['sha256']}")
-    print(f"wrote  {args.output}: {conversion.num_tensors} tensors. Config lines for it:")
-    print(f'  MODEL.WEIGHTS "{args.output}"')
-    print(f'  MODEL.ROBUST.ARCH "{metadata["arch"]}"')
-    for line in preprocessing_lines(metadata).values():
-        print(f"  {line}")
+    print(f"wrote  {args.output}: {conversion.num_tensors} tensors")
+    if args.output.endswith(".pkl"):
+        print("Config lines for it:")
+        print(f'  MODEL.WEIGHTS "{args.output}"')
+        print(f'  MODEL.ROBUST.ARCH "{metadata["arch"]}"')
+        for line in preprocessing_lines(metadata).values():
+            print(f"  {line}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,12 +1,15 @@
 """The table of networks. A new architecture is one entry here."""
 
 import difflib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
 from rt_detectron.errors import InputError
+
+TIMM = "timm/"  # before the name of a network of timm's
 
 # What torchvision's and the published classifiers subtract and divide by. RGB, 0..255.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -15,15 +18,26 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True)
 class Architecture:
-    """One network, seen from torchvision (the classifier) and from Detectron2 (the backbone).
+    """One network, seen from its classifier and from the Detectron2 backbone made of it.
 
     Attributes:
-        build: ``build(num_classes)`` gives torchvision's network, randomly initialised.
-        resnets: the ``MODEL.RESNETS`` keys of Detectron2 that describe the same network.
+        build: ``build(num_classes)`` gives the classifier, randomly initialised.
+        stem: name of the convolution that the image enters.
+        head: what the names of the tensors begin with that only the classifier has.
+        resnets: the ``MODEL.RESNETS`` keys that describe the same network, if it is one of Detectron2's.
+        taps: where the other torchvision networks yield stem, res2 (stride 4) ... res5 (stride 32), as node
+            names of :func:`torchvision.models.feature_extraction.create_feature_extractor`.
+        pixel_mean, pixel_std: what the classifier subtracts and divides by unless its file says otherwise.
+            RGB, 0..255.
     """
 
     build: Callable[[int], nn.Module]
-    resnets: dict[str, int]
+    stem: str
+    head: str
+    resnets: dict[str, int] | None = None
+    taps: dict[str, str] | None = None
+    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
+    pixel_std: tuple[float, ...] = IMAGENET_STD
 
 
 def _torchvision(name: str, **kwargs) -> Callable[[int], nn.Module]:
@@ -36,47 +50,126 @@ def _torchvision(name: str, **kwargs) -> Callable[[int], nn.Module]:
 
 
 def _resnet(
-    depth: int, groups: int = 1, width_per_group: int = 64, res2_channels: int = 256
-) -> dict[str, int]:
-    return {
+    name: str, depth: int, groups: int = 1, width_per_group: int = 64, res2_channels: int = 256
+) -> Architecture:
+    resnets = {
         "DEPTH": depth,
         "NUM_GROUPS": groups,
         "WIDTH_PER_GROUP": width_per_group,
         "RES2_OUT_CHANNELS": res2_channels,
     }
+    build = _torchvision(name, groups=groups, width_per_group=width_per_group)
+    return Architecture(build, stem="conv1", head="fc.", resnets=resnets)
+
+
+def _tapped(name: str, stem: str, head: str, *taps: str) -> Architecture:
+    names = ("stem", "res2", "res3", "res4", "res5")
+    return Architecture(_torchvision(name), stem, head, taps=dict(zip(names, taps, strict=True)))
 
 
 # Names are the file stems of the published checkpoints. wide_resnet50_4 is not in torchvision: it is
 # ResNet-50 with four times the bottleneck width (Salman et al. 2020, section 4).
 ARCHITECTURES: dict[str, Architecture] = {
-    "resnet18": Architecture(_torchvision("resnet18"), _resnet(18, res2_channels=64)),
-    "resnet34": Architecture(_torchvision("resnet34"), _resnet(34, res2_channels=64)),
-    "resnet50": Architecture(_torchvision("resnet50"), _resnet(50)),
-    "resnet101": Architecture(_torchvision("resnet101"), _resnet(101)),
-    "resnet152": Architecture(_torchvision("resnet152"), _resnet(152)),
-    "wide_resnet50_2": Architecture(_torchvision("wide_resnet50_2"), _resnet(50, width_per_group=128)),
-    "wide_resnet50_4": Architecture(
-        _torchvision("resnet50", width_per_group=256), _resnet(50, width_per_group=256)
+    "resnet18": _resnet("resnet18", 18, res2_channels=64),
+    "resnet34": _resnet("resnet34", 34, res2_channels=64),
+    "resnet50": _resnet("resnet50", 50),
+    "resnet101": _resnet("resnet101", 101),
+    "resnet152": _resnet("resnet152", 152),
+    "wide_resnet50_2": _resnet("wide_resnet50_2", 50, width_per_group=128),
+    "wide_resnet50_4": _resnet("resnet50", 50, width_per_group=256),
+    "wide_resnet101_2": _resnet("wide_resnet101_2", 101, width_per_group=128),
+    "resnext50_32x4d": _resnet("resnext50_32x4d", 50, groups=32, width_per_group=4),
+    "resnext101_32x8d": _resnet("resnext101_32x8d", 101, groups=32, width_per_group=8),
+    # The last tap of each stride, after its activation; res5 is all that the classifier pools, so that
+    # no trained layer is lost.
+    "densenet": _tapped(
+        "densenet161",
+        "features.conv0",
+        "classifier.",
+        "features.pool0",
+        "features.transition1.relu",
+        "features.transition2.relu",
+        "features.transition3.relu",
+        "relu",
     ),
-    "wide_resnet101_2": Architecture(_torchvision("wide_resnet101_2"), _resnet(101, width_per_group=128)),
-    "resnext50_32x4d": Architecture(
-        _torchvision("resnext50_32x4d"), _resnet(50, groups=32, width_per_group=4)
+    "mnasnet": _tapped(
+        "mnasnet1_0", "layers.0", "classifier.", "layers.7", "layers.8", "layers.9", "layers.11", "layers.16"
     ),
-    "resnext101_32x8d": Architecture(
-        _torchvision("resnext101_32x8d"), _resnet(101, groups=32, width_per_group=8)
+    "mobilenet": _tapped(
+        "mobilenet_v2",
+        "features.0.0",
+        "classifier.",
+        "features.1",
+        "features.3",
+        "features.6",
+        "features.13",
+        "features.18",
+    ),
+    "shufflenet": _tapped(
+        "shufflenet_v2_x1_0", "conv1.0", "fc.", "conv1", "maxpool", "stage2", "stage3", "conv5"
+    ),
+    "vgg16_bn": _tapped(
+        "vgg16_bn",
+        "features.0",
+        "classifier.",
+        "features.13",
+        "features.22",
+        "features.32",
+        "features.42",
+        "features.43",
     ),
 }
 
 
 def get_architecture(name: str) -> Architecture:
-    """The table's entry for ``name``; an unknown one raises :class:`InputError` listing the known."""
+    """The table's entry for ``name``, or timm's network for ``timm/NAME``.
+
+    Raises:
+        InputError: for an unknown name, listing the known; for a timm name without timm installed.
+    """
+    name = str(name)
+    if name.startswith(TIMM):
+        return _timm_architecture(name.removeprefix(TIMM))
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
-    near = difflib.get_close_matches(str(name), ARCHITECTURES, n=1)
+    near = difflib.get_close_matches(name, ARCHITECTURES, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise InputError(f"unknown architecture {name!r}: {hint}known are {', '.join(ARCHITECTURES)}")
+    raise InputError(
+        f"unknown architecture {name!r}: {hint}known are {', '.join(ARCHITECTURES)} and timm/NAME"
+    )
+
+
+def import_timm():
+    """The module timm; an :class:`InputError` that names the extra to install where it is missing."""
+    try:
+        import timm
+    except ImportError:
+        raise InputError("timm networks need timm: pip install 'rt_detectron[timm]'") from None
+    return timm
+
+
+@functools.cache
+def _timm_architecture(name: str) -> Architecture:
+    timm = import_timm()
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f": did you mean {' or '.join(near)}?" if near else ""
+        raise InputError(f"timm has no model {name!r}{hint}")
+    config = timm.get_pretrained_cfg(name)
+    first_conv, classifier = getattr(config, "first_conv", None), getattr(config, "classifier", None)
+    if not isinstance(first_conv, str) or not isinstance(classifier, str):
+        raise InputError(
+            f"timm/{name} has no single first convolution and classifier: choose another network"
+        )
+    return Architecture(
+        lambda num_classes: timm.create_model(name, num_classes=num_classes),
+        stem=first_conv,
+        head=f"{classifier}.",
+        pixel_mean=tuple(round(255 * value, 4) for value in config.mean),
+        pixel_std=tuple(round(255 * value, 4) for value in config.std),
+    )
 
 
 def build_classifier(arch: str, num_classes: int = 1000) -> nn.Module:
-    """torchvision's network ``arch`` with ``num_classes`` outputs, randomly initialised."""
+    """The network ``arch`` with ``num_classes`` logits, randomly initialised. Raises as get_architecture."""
     return get_architecture(arch).build(num_classes)

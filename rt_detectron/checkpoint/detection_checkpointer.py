@@ -8,11 +8,14 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor, nn
 
-from rt_detectron.checkpoint.formats import check_file, read_pickle, unreadable
+from rt_detectron.checkpoint.architectures import get_architecture
+from rt_detectron.checkpoint.formats import check_archive, check_file, read_pickle, unreadable
 from rt_detectron.checkpoint.preprocessing import check_preprocessing
 from rt_detectron.errors import InputError
 
-TRUNK = re.compile(r"(?:^|\.)(stem|res[2-5])\.")
+# What a backbone's file fills, and the stage that a tensor belongs to. A network that is not Detectron2's
+# sits in its backbone as `trunk` with names of its own, of which two words tell one stage from another.
+TRUNK = re.compile(r"(?:^|\.)(stem|res[2-5]|trunk(?:\.\w+){1,2})(?=\.)")
 # In the trunk of a model, but in no classifier: BN's counter and a deformable convolution's own layer.
 NOT_FROM_CLASSIFIER = re.compile(r"\.num_batches_tracked$|\.conv2_offset\.")
 
@@ -62,6 +65,7 @@ class RobustCheckpointer(DetectionCheckpointer):
         return {"model": tensors, "__author__": "Caffe2", "matching_heuristics": True}
 
     def _torch_load(self, f: str) -> dict:
+        check_archive(f)
         try:
             loaded = super()._torch_load(f)  # weights_only is torch's default
         except Exception as error:  # damaged and hostile files fail in every way there is
@@ -72,7 +76,8 @@ class RobustCheckpointer(DetectionCheckpointer):
         metadata = checkpoint.get("rt_detectron")
         if metadata is None:
             return super()._load_model(checkpoint)
-        if any(name.endswith("layer1.0.conv1.weight") for name in checkpoint["model"]):
+        stem = f"{get_architecture(metadata['arch']).stem}.weight"
+        if any(name.removeprefix("network.") == stem for name in checkpoint["model"]):
             raise InputError(
                 "MODEL.WEIGHTS is a classifier: convert it with tools/convert_checkpoint.py and load the .pkl"
             )

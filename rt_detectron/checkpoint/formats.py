@@ -1,10 +1,12 @@
 """Read weights from any of the files they come in, without running anything the file says."""
 
+import json
 import os
 import pickle
 import re
 import types
 import warnings
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -12,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rt_detectron.checkpoint.architectures import ARCHITECTURES
+from rt_detectron.checkpoint.names import backbone_names
 from rt_detectron.errors import InputError
 
-# Where a file keeps torchvision's names. The robustness package stores the network twice, plainly and
+# Where a file keeps the network's own names. The robustness package stores the network twice, plainly and
 # inside its attacker: only the plain copy is listed, so exactly one is taken.
 PREFIXES = (
     "module.model.model.",  # robustness, with its inner wrapper
@@ -23,15 +27,20 @@ PREFIXES = (
     "model.",
     "module.network.",  # our pretraining under DistributedDataParallel
     "network.",  # our pretraining
-    "module.",  # torchvision under DataParallel
-    "",  # torchvision
+    "module.",  # torchvision or timm under DataParallel
+    "",  # torchvision or timm
 )
-NORMALIZERS = (
-    "module.normalizer.",
-    "module.attacker.normalize.",
-    "normalizer.",
-    "attacker.normalize.",
-)
+# Beside the network: the normalisation in front of it, by its buffers for mean and std in [0, 1] units.
+NORMALIZERS = {
+    "module.normalizer.": ("new_mean", "new_std"),  # robustness
+    "module.attacker.normalize.": ("new_mean", "new_std"),
+    "normalizer.": ("new_mean", "new_std"),
+    "attacker.normalize.": ("new_mean", "new_std"),
+    "normalize.": ("mean", "std"),  # RobustBench
+    "module.normalize.": ("mean", "std"),
+}
+NOT_THE_NETWORK = (*NORMALIZERS, "module.attacker.", "attacker.")
+STEMS = frozenset(f"{architecture.stem}.weight" for architecture in ARCHITECTURES.values())
 
 
 @dataclass
@@ -39,7 +48,7 @@ class ClassifierFile:
     """What a classifier's file holds.
 
     Attributes:
-        state_dict: the network's tensors on the CPU under torchvision's names, floats as float32.
+        state_dict: the network's tensors on the CPU under torchvision's or timm's names, floats as float32.
         metadata: the file's ``rt_detectron`` entry, or {}.
         pixel_mean, pixel_std: of the normalisation stored beside the network, RGB in 0..255, or None.
     """
@@ -51,31 +60,61 @@ class ClassifierFile:
 
 
 def read_classifier(path: str) -> ClassifierFile:
-    """Read a robustness ``.ckpt``, torchvision ``.pth``, ``.safetensors`` or a file of our pretraining.
+    """Read a robustness ``.ckpt``, torchvision or timm ``.pth``, ``.safetensors``, a file of our pretraining,
+    or a backbone ``.pkl`` converted before.
 
     Raises:
         InputError: if there is no such file, it is none of these, is damaged, or holds tensors that are
             not finite.
     """
     check_file(path)
-    content = _read_safetensors(path) if path.endswith(".safetensors") else _read_torch(path)
-    tensors = _find_tensors(content, path)
-    prefix = next((p for p in PREFIXES if f"{p}conv1.weight" in tensors), None)
-    if prefix is None:
-        seen = ", ".join(list(tensors)[:3]) or "none"
-        raise InputError(f"{path}: no ResNet in this file (no conv1.weight; its first tensors: {seen})")
+    metadata, tensors = _read(path)
+    if path.endswith(".pkl"):
+        tensors = _classifier_names(tensors, metadata, path)
+    prefix = _prefix(tensors)
     state_dict = {
         name.removeprefix(prefix): _as_float32(tensor, name, path)
         for name, tensor in tensors.items()
-        if name.startswith(prefix)
+        if name.startswith(prefix) and not name.startswith(NOT_THE_NETWORK)
     }
+    if not state_dict:
+        raise InputError(f"{path} holds no tensors: give a file of weights")
+    pixel_mean, pixel_std = _normalizer(tensors, path)
+    return ClassifierFile(state_dict, metadata, pixel_mean, pixel_std)
+
+
+def _read(path: str) -> tuple[dict, dict[str, Tensor]]:
+    """The file's ``rt_detectron`` entry and its tensors."""
+    if path.endswith(".safetensors"):
+        return _read_safetensors(path)
+    content = read_pickle(path) if path.endswith(".pkl") else _read_torch(path)
+    tensors = _find_tensors(content, path)
     metadata = content.get("rt_detectron")
-    return ClassifierFile(
-        state_dict=state_dict,
-        metadata=metadata if isinstance(metadata, dict) else {},
-        pixel_mean=_normalizer(tensors, "new_mean", path),
-        pixel_std=_normalizer(tensors, "new_std", path),
-    )
+    return metadata if isinstance(metadata, dict) else {}, tensors
+
+
+def _prefix(tensors: dict[str, Tensor]) -> str:
+    """What stands before the network's own names."""
+    for prefix in PREFIXES:
+        if any(f"{prefix}{stem}" in tensors for stem in STEMS):
+            return prefix
+    # Not a network of the table, so the names are not known, but all of them have it.
+    names = [name for name in tensors if not name.startswith(NOT_THE_NETWORK)]
+    return next(prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in names))
+
+
+def _classifier_names(tensors: dict[str, Tensor], metadata: dict, path: str) -> dict[str, Tensor]:
+    """The tensors of a backbone's file under the names that they have in the classifier."""
+    if "arch" not in metadata:
+        raise InputError(
+            f"{path} was not written by rt_detectron, so the network in it is not known: give the checkpoint "
+            "that it was made from"
+        )
+    names = {in_backbone: name for name, in_backbone in backbone_names(str(metadata["arch"])).items()}
+    unknown = [name for name in tensors if name not in names]
+    if unknown:
+        raise InputError(f"{path} is no backbone {metadata['arch']}: it holds {unknown[0]}")
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def read_pickle(path: str):
@@ -111,20 +150,41 @@ def check_file(path: str) -> None:
         raise InputError(f"{path} is a Git LFS pointer, not the checkpoint: run `git lfs pull`")
 
 
-def _read_safetensors(path: str) -> dict:
+def _read_safetensors(path: str) -> tuple[dict, dict[str, Tensor]]:
     try:
-        from safetensors.torch import load_file
+        from safetensors import safe_open
     except ImportError:
         raise InputError(
             f"reading {path} needs safetensors: pip install 'rt_detectron[safetensors]'"
         ) from None
     try:
-        return load_file(path)
-    except Exception as error:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("rt_detectron", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except Exception as error:  # broad, as in _read_torch
         raise InputError(unreadable(path, error)) from None
+    return metadata if isinstance(metadata, dict) else {}, tensors
+
+
+def check_archive(path: str) -> None:
+    """Raise :class:`InputError` if a record of torch's zip format is not what its checksum says.
+
+    torch.load does not look at them, and a flipped bit in a weight would go unnoticed. Files in torch's
+    older format have none.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # broad, as in _read_torch
+        raise InputError(unreadable(path, error)) from None
+    if damaged is not None:
+        raise InputError(f"{path} is damaged ({damaged} has a wrong checksum): download or write it again")
 
 
 def _read_torch(path: str):
+    check_archive(path)
     # Hostile and damaged files fail in every way there is, from EOFError to RecursionError, and a file
     # that cannot be read is always the user's to replace: hence the broad `except`.
     with open(path, "rb") as file, warnings.catch_warnings():
@@ -281,7 +341,11 @@ def _find_tensors(content, path: str) -> dict[str, Tensor]:
     state_dict = next((content[key] for key in ("model", "state_dict") if key in content), content)
     if not isinstance(state_dict, dict):
         raise InputError(f"{path} holds a whole model: save model.state_dict() instead")
-    return {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
+    return {
+        name: torch.as_tensor(value)
+        for name, value in state_dict.items()
+        if isinstance(value, Tensor | np.ndarray) and isinstance(name, str)
+    }
 
 
 def _as_float32(tensor: Tensor, name: str, path: str) -> Tensor:
@@ -293,12 +357,16 @@ def _as_float32(tensor: Tensor, name: str, path: str) -> Tensor:
     return tensor
 
 
-def _normalizer(tensors: dict[str, Tensor], name: str, path: str) -> list[float] | None:
-    """The mean or std that the robustness package stores in [0,1] units, in 0..255."""
-    key = next((prefix + name for prefix in NORMALIZERS if prefix + name in tensors), None)
-    if key is None:
-        return None
-    values = _as_float32(tensors[key], key, path).flatten().tolist()
+def _normalizer(tensors: dict[str, Tensor], path: str) -> tuple[list[float] | None, list[float] | None]:
+    """The mean and std that are stored in [0,1] units beside the network, in 0..255."""
+    for prefix, names in NORMALIZERS.items():
+        if all(prefix + name in tensors for name in names):
+            return tuple(_pixels(tensors[prefix + name], prefix + name, path) for name in names)
+    return None, None
+
+
+def _pixels(tensor: Tensor, name: str, path: str) -> list[float]:
+    values = _as_float32(tensor, name, path).flatten().tolist()
     if len(values) != 3:
-        raise InputError(f"{path}: {key} has {len(values)} values, RGB needs 3")
+        raise InputError(f"{path}: {name} has {len(values)} values, RGB needs 3")
     return [round(255 * value, 4) for value in values]  # rounded: 0.485 is stored as 0.48500001

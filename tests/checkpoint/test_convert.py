@@ -2,39 +2,42 @@
 
 import hashlib
 import pickle
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
+from safetensors.torch import load_file
 
 from rt_detectron.checkpoint import convert
-from rt_detectron.checkpoint.architectures import ARCHITECTURES
-from rt_detectron.checkpoint.convert import (
-    check_architecture,
-    convert_checkpoint,
-    detect_architecture,
-    parse_threat_model,
-    to_detectron2_name,
-    to_torchvision_name,
-)
+from rt_detectron.checkpoint.architectures import ARCHITECTURES, build_classifier
+from rt_detectron.checkpoint.convert import convert_checkpoint, parse_threat_model
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.errors import InputError
 
 STAGES = ("res2", "res3", "res4", "res5")
+TAPPED = [arch for arch, architecture in ARCHITECTURES.items() if architecture.taps]
 
 
-def torchvision_features(network, photograph):
+def torchvision_features(arch, network, photograph):
     """res2..res5 as torchvision computes them, from uint8 RGB (3, H, W)."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     images = (photograph / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    features = {}
-    hooks = [
-        getattr(network, f"layer{i}").register_forward_hook(
-            lambda _, __, output, i=i: features.update({f"res{i + 1}": output})
+    features, hooks = {}, []
+    for stage in STAGES:
+        taps = ARCHITECTURES[arch].taps or {f"res{i + 1}": f"layer{i}" for i in (1, 2, 3, 4)}
+        # torchvision's DenseNet applies its last ReLU by a function, to all of its features.
+        module = network.get_submodule("features" if taps[stage] == "relu" else taps[stage])
+        hooks.append(
+            module.register_forward_hook(
+                # a clone, since later layers work in place
+                lambda _, __, output, stage=stage, last=taps[stage] == "relu": features.update(
+                    {stage: output.relu() if last else output.clone()}
+                )
+            )
         )
-        for i in (1, 2, 3, 4)
-    ]
     with torch.no_grad():
         network(images[None])
     for hook in hooks:
@@ -51,15 +54,17 @@ def largest_difference(found, expected):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_features_equal_torchvision(arch, tmp_path, random_classifier, make_cfg, photograph):
     network = random_classifier(arch)
-    expected = torchvision_features(network, photograph)
+    expected = torchvision_features(arch, network, photograph)
     source, output = tmp_path / f"{arch}.pth", tmp_path / f"{arch}.pkl"
     torch.save(network.state_dict(), source)
     del network
     assert convert_checkpoint(str(source), str(output)).metadata["arch"] == arch
     source.unlink()  # the largest is 0.9 GB, and pytest keeps its temporary folders
     cfg = make_cfg(arch)
+    cfg.MODEL.BACKBONE.NAME = "build_robust_torchvision_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
     with torch.device("meta"):  # loading must fill every tensor, so initialise none
-        backbone = build_backbone(cfg).bottom_up.eval()
+        backbone = build_backbone(cfg).eval()
     backbone.to_empty(device="cpu")
     RobustCheckpointer(backbone).load(str(output))
     output.unlink()
@@ -69,7 +74,7 @@ def test_features_equal_torchvision(arch, tmp_path, random_classifier, make_cfg,
     assert largest_difference(found, expected) < 1e-4
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d", *TAPPED])
 def test_folded_weights_serve_detectron2s_default_preprocessing(
     arch, tmp_path, random_classifier, make_cfg, photograph
 ):
@@ -81,11 +86,12 @@ def test_folded_weights_serve_detectron2s_default_preprocessing(
         output = str(tmp_path / f"{input_format}.pkl")
         convert_checkpoint(str(tmp_path / "c.pth"), output, input_format=input_format)
         cfg = make_cfg(arch, "retinanet")
+        cfg.MODEL.BACKBONE.NAME = "build_retinanet_robust_torchvision_fpn_backbone"
         if input_format == "BGR":
             default = get_cfg()
             cfg.INPUT.FORMAT = default.INPUT.FORMAT
             cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = default.MODEL.PIXEL_MEAN, default.MODEL.PIXEL_STD
-        cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
+        cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = list(STAGES)
         model = build_model(cfg).eval()
         RobustCheckpointer(model).load(output)
         image = photograph if input_format == "RGB" else photograph.flip(0)
@@ -94,7 +100,7 @@ def test_folded_weights_serve_detectron2s_default_preprocessing(
                 model.preprocess_image([{"image": image}]).tensor
             )
     assert largest_difference(features["BGR"], features["RGB"]) < 1e-4
-    assert largest_difference(features["BGR"], torchvision_features(network, photograph)) < 1e-4
+    assert largest_difference(features["BGR"], torchvision_features(arch, network, photograph)) < 1e-4
 
 
 def test_folding_an_unusual_normalisation_records_its_own_mean(tmp_path, random_classifier):
@@ -139,54 +145,6 @@ def test_file_contents(tmp_path, random_classifier):
     assert len(content["model"]) == conversion.num_tensors == 100  # 20 convolutions, 20 norms of 4
     assert all(name.split(".")[0] in ("stem", *STAGES) for name in content["model"])
     assert [p.name for p in output.parent.iterdir()] == ["b.pkl"]
-
-
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_names_are_inverse(arch):
-    names = [n for n in convert._shapes(arch) if not n.startswith("fc.")]
-    converted = [to_detectron2_name(name) for name in names]
-    assert [to_torchvision_name(name) for name in converted] == names
-    assert len(set(converted)) == len(names)
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_detection(arch):
-    shapes = convert._shapes(arch)
-    state_dict = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    assert detect_architecture(state_dict) == arch
-    assert detect_architecture({n: t for n, t in state_dict.items() if not n.startswith("fc.")}) == arch
-    counters = {n: t for n, t in state_dict.items() if not n.endswith("num_batches_tracked")}
-    assert detect_architecture(counters) == arch
-
-
-@pytest.fixture
-def meta_resnet50():
-    shapes = convert._shapes("resnet50")
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-
-
-def test_misfits_are_named(meta_resnet50):
-    del meta_resnet50["layer2.1.bn2.running_var"]
-    meta_resnet50["layer5.0.conv1.weight"] = torch.empty(1)
-    meta_resnet50["layer1.0.conv1.weight"] = torch.empty(64, 32, 1, 1)
-    named = (
-        r"resnet50: missing layer2\.1\.bn2\.running_var; unexpected layer5\.0\.conv1\.weight; "
-        r"misshaped layer1\.0\.conv1\.weight \(64, 32, 1, 1\) instead of \(64, 64, 1, 1\)"
-    )
-    with pytest.raises(InputError, match=f"nearest is {named}"):
-        detect_architecture(meta_resnet50)
-    with pytest.raises(InputError, match=f"do not fit {named}"):
-        check_architecture(meta_resnet50, "resnet50")
-
-
-def test_wrong_and_unknown_architecture(meta_resnet50):
-    with pytest.raises(InputError, match=r"do not fit resnet101: missing layer3\.6.* and \d+ more"):
-        check_architecture(meta_resnet50, "resnet101")
-    with pytest.raises(InputError, match="did you mean 'resnet50'"):
-        check_architecture(meta_resnet50, "resnet5")
-    meta_resnet50["fc.weight"] = torch.empty(10, 512)
-    with pytest.raises(InputError, match=r"fc\.weight \(10, 512\)"):
-        detect_architecture(meta_resnet50)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +220,7 @@ def test_wrong_arguments_write_nothing(source, tmp_path, arguments, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input_format": "BGR"}, "only RGB"),
+        ({"input_format": "BGR"}, "for BGR images: convert the file it was made from"),
         ({"pixel_std": [1.0, 0.0, 1.0]}, "pixel_std is not three numbers"),
         ({"pixel_mean": "grey"}, "pixel_mean is not three numbers"),
         ({"eps": None}, "eps must be a number"),
@@ -277,8 +235,10 @@ def test_damaged_metadata(source, tmp_path, change, message):
 
 
 def test_impossible_outputs(source, tmp_path):
-    with pytest.raises(InputError, match=r"must end in \.pkl"):
-        convert_checkpoint(str(source), str(tmp_path / "b.pth"))
+    with pytest.raises(InputError, match=r"must end in \.pkl, \.pth, \.ckpt, \.safetensors"):
+        convert_checkpoint(str(source), str(tmp_path / "b.onnx"))
+    with pytest.raises(InputError, match=r"give a \.pkl"):
+        convert_checkpoint(str(source), str(tmp_path / "b.pth"), input_format="BGR")
     (tmp_path / "folder.pkl").mkdir()
     with pytest.raises(InputError, match="is a folder"):
         convert_checkpoint(str(source), str(tmp_path / "folder.pkl"))
@@ -288,3 +248,99 @@ def test_impossible_outputs(source, tmp_path):
     link.symlink_to(source)
     with pytest.raises(InputError, match="is the input itself"):
         convert_checkpoint(str(source), str(link))
+
+
+def read(path):
+    """A file's tensors, each by an independent reader."""
+    if path.suffix == ".pkl":
+        with open(path, "rb") as file:
+            return {name: torch.as_tensor(array) for name, array in pickle.load(file)["model"].items()}
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    content = torch.load(path, weights_only=True)
+    if path.suffix == ".pth":
+        return content
+    plain, attacked = (
+        {n.removeprefix(p): t for n, t in content["model"].items() if n.startswith(p)}
+        for p in ("module.model.", "module.attacker.model.")
+    )
+    assert_equal(plain, attacked)
+    return plain
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "shufflenet", "mobilenet"])
+def test_round_trips_are_bit_equal(arch, tmp_path, random_classifier):
+    network = random_classifier(arch)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    paths = [tmp_path / name for name in ("a.pth", "b.ckpt", "c.safetensors", "d.pth", "e.pkl")]
+    torch.save(network.to(memory_format=torch.channels_last).state_dict(), paths[0])
+    for source, output in pairwise(paths):
+        convert_checkpoint(str(source), str(output), norm="l2", eps=3.0)
+    for path in paths[1:4]:
+        assert_equal(read(path), before)
+    build_classifier(arch, 5).load_state_dict(torch.load(tmp_path / "d.pth", weights_only=True))
+    # From the backbone back to every format, and once more to the backbone.
+    backbone = {
+        name: tensor
+        for name, tensor in before.items()
+        if not name.startswith(ARCHITECTURES[arch].head) and not name.endswith("num_batches_tracked")
+    }
+    for ending in (".pth", ".ckpt", ".safetensors"):
+        back, again = tmp_path / f"f{ending}", tmp_path / f"g{ending}.pkl"
+        convert_checkpoint(str(tmp_path / "e.pkl"), str(back))
+        assert_equal(read(back), backbone)
+        convert_checkpoint(str(back), str(again))
+        assert_equal(read(again), read(tmp_path / "e.pkl"))
+
+
+@pytest.mark.parametrize("ending", [".ckpt", ".safetensors"])
+def test_metadata_survives_a_round_trip(ending, source, tmp_path):
+    first = convert_checkpoint(str(source), str(tmp_path / "a.pkl")).metadata
+    convert_checkpoint(str(source), str(tmp_path / f"b{ending}"))
+    assert convert_checkpoint(str(tmp_path / f"b{ending}"), str(tmp_path / "c.pkl")).metadata == first
+    convert_checkpoint(str(tmp_path / "a.pkl"), str(tmp_path / f"d{ending}"))
+    assert convert_checkpoint(str(tmp_path / f"d{ending}"), str(tmp_path / "e.pkl")).metadata == first
+
+
+def test_robustness_layout_is_complete(source, tmp_path):
+    """The names that robustness.attacker.AttackerModel's state dict has, under DataParallel."""
+    convert_checkpoint(str(source), str(tmp_path / "a.ckpt"))
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    network = set(build_classifier("resnet18").state_dict())
+    statistics = {"new_mean", "new_std"}
+    assert set(content["model"]) == {
+        *(f"module.{part}.{name}" for part in ("model", "attacker.model") for name in network),
+        *(f"module.{part}.{name}" for part in ("normalizer", "attacker.normalize") for name in statistics),
+    }
+    mean = content["model"]["module.normalizer.new_mean"]
+    assert mean.shape == (3, 1, 1)
+    torch.testing.assert_close(mean.flatten(), torch.tensor([125.3, 123.0, 113.9]) / 255)
+
+
+def test_folded_weights_do_not_go_back(source, tmp_path):
+    convert_checkpoint(str(source), str(tmp_path / "a.pkl"), input_format="BGR")
+    with pytest.raises(InputError, match="for BGR images: convert the file it was made from"):
+        convert_checkpoint(str(tmp_path / "a.pkl"), str(tmp_path / "b.pth"))
+
+
+def test_foreign_pickles_do_not_go_back(tmp_path):
+    with open(tmp_path / "R-50.pkl", "wb") as file:
+        pickle.dump({"model": {"stem.conv1.weight": np.zeros((64, 3, 7, 7))}, "__author__": "x"}, file)
+    with pytest.raises(InputError, match="not written by rt_detectron"):
+        convert_checkpoint(str(tmp_path / "R-50.pkl"), str(tmp_path / "b.pth"))
+
+
+def test_a_full_disk_is_one_line(source, tmp_path, monkeypatch):
+    def fail(state_dict, metadata, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos\n 64 vs 0")
+
+    monkeypatch.setitem(convert.WRITERS, ".pth", fail)
+    with pytest.raises(InputError, match=r"cannot write .*b\.pth: \[enforce fail") as error:
+        convert_checkpoint(str(source), str(tmp_path / "b.pth"))
+    assert "\n" not in str(error.value)

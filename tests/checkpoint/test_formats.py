@@ -276,13 +276,46 @@ def test_nan_is_named(tmp_path, state_dict):
         read_classifier(path)
 
 
-def test_other_networks_are_named(tmp_path):
-    path = str(tmp_path / "vgg.pth")
-    torch.save({"features.0.weight": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match=r"no ResNet in this file.*features\.0\.weight"):
-        read_classifier(path)
-    torch.save([1, 2], path)
-    with pytest.raises(InputError, match="holds no state dict"):
+@pytest.mark.parametrize("archive", ["weights_only", "refused"])
+def test_a_flipped_bit_in_a_weight_is_seen(tmp_path, state_dict, archive):
+    path = tmp_path / "c.ckpt"
+    torch.save(robustness_layout(state_dict, schedule=print if archive == "refused" else None), path)
+    content = path.read_bytes()
+    weights = state_dict["conv1.weight"].numpy().tobytes()
+    start = content.index(weights)
+    for place in np.random.default_rng(0).integers(len(weights), size=20):
+        flipped = bytearray(content)
+        flipped[start + place] ^= 0x10
+        path.write_bytes(flipped)
+        with pytest.raises(InputError, match=r"is damaged \(.* has a wrong checksum\)"):
+            read_classifier(str(path))
+    path.write_bytes(content)
+    assert_same(read_classifier(str(path)).state_dict, state_dict)
+
+
+def test_networks_outside_the_table(tmp_path, state_dict):
+    """As RobustBench saves timm's networks; the names below the prefix may themselves begin with one."""
+    path = str(tmp_path / "convnext.pth")
+    network = {"stem.0.weight": torch.ones(2, 3), "network.0.weight": torch.zeros(2)}
+    normalize = {
+        "normalize.mean": torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1),
+        "normalize.std": torch.tensor([0.2, 0.2, 0.4]).view(1, 3, 1, 1),
+    }
+    for prefix in ("model.", "module.model.", "module.", ""):
+        torch.save({**normalize, **prefixed(network, prefix)}, path)
+        file = read_classifier(path)
+        assert_same(file.state_dict, network)
+        assert (file.pixel_mean, file.pixel_std) == ([127.5, 102.0, 76.5], [51.0, 51.0, 102.0])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [([1, 2], "holds no state dict"), ({"epoch": 3}, "no tensors"), ({"model": {}}, "no tensors")],
+)
+def test_files_without_a_network(tmp_path, content, message):
+    path = str(tmp_path / "c.pth")
+    torch.save(content, path)
+    with pytest.raises(InputError, match=message):
         read_classifier(path)
 
 

@@ -41,7 +41,7 @@ def test_converts_and_prints_the_config_lines(source, tmp_path):
     with open(output, "rb") as file:
         metadata = pickle.load(file)["rt_detectron"]
     assert f"resnet18, l2 eps 3, sha256 {metadata['sha256']}" in result.stdout
-    assert f"wrote  {output}: 100 tensors" in result.stdout
+    assert f"wrote  {output}: 100 tensors\n" in result.stdout
     for line in (
         f'MODEL.WEIGHTS "{output}"',
         'MODEL.ROBUST.ARCH "resnet18"',
@@ -51,6 +51,13 @@ def test_converts_and_prints_the_config_lines(source, tmp_path):
         "MODEL.RESNETS.STRIDE_IN_1X1 False",
     ):
         assert f"  {line}\n" in result.stdout
+
+
+def test_other_formats_come_without_config_lines(tool, source, tmp_path, capsys):
+    tool.main([str(source), str(tmp_path / "c.safetensors")])
+    printed = capsys.readouterr().out
+    assert "c.safetensors: 122 tensors\n" in printed  # the counters and the last layer, too
+    assert "MODEL" not in printed
 
 
 @pytest.mark.parametrize(
