@@ -26,6 +26,7 @@ EXTRAS = {
     "demo": ["scikit-image>=0.22", "scikit-learn>=1.3"],
     "webdataset": ["webdataset>=1.0"],
     "safetensors": ["safetensors>=0.4"],
+    "timm": ["timm>=1.0.9"],
     "test": ["dill", "pytest>=8"],
     "lint": ["ruff"],
 }
@@ -39,10 +40,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["rt_detectron", "rt_detectron.*"]),
-    package_data={"rt_detectron.study": ["report.html.j2"]},
+    package_data={"rt_detectron.checkpoint": ["zoo.json"], "rt_detectron.study": ["report.html.j2"]},
     install_requires=[
         "filelock",
         "fvcore>=0.1.5",
+        "huggingface_hub>=0.30",
         "jinja2",
         "numpy",
         "opencv-python",

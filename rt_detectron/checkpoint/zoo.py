@@ -1,37 +1,289 @@
-"""``robust://NAME.pkl``: converted backbones by name, from a local folder."""
+"""The published robust classifiers by name, and ``robust://NAME.pkl``: their Detectron2 backbones."""
 
+import builtins
+import difflib
+import errno
+import functools
+import json
+import logging
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
-from iopath.common.file_io import PathHandler
+from filelock import AcquireReturnProxy, FileLock
+from iopath.common.file_io import PathHandler, get_cache_dir
 
-from rt_detectron.errors import InputError
+from rt_detectron.checkpoint.convert import convert_checkpoint
+from rt_detectron.checkpoint.formats import check_file
+from rt_detectron.errors import InputError, one_line
+from rt_detectron.files import file_sha256
+
+logger = logging.getLogger(__name__)
+
+TABLE = Path(__file__).with_name("zoo.json")
+BGR = "-bgr"  # ends the names of weights that absorb Detectron2's default preprocessing
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published checkpoint.
+
+    Attributes:
+        name: e.g. "resnet50_l2_eps3", for ``robust://resnet50_l2_eps3.pkl``.
+        arch: a name of :data:`rt_detectron.checkpoint.architectures.ARCHITECTURES`.
+        norm, eps: the threat model of its training: "l2" with eps in [0,1] pixels, or "linf" in 1/255.
+        file: its name on the Hugging Face Hub and in a mirror.
+        top1: accuracy on clean ImageNet, in percent (Salman et al. 2020).
+        input_format: the order of the colours that it takes.
+        size, sha256: of the file, in bytes and hexadecimal; None where not recorded yet.
+    """
+
+    name: str
+    arch: str
+    norm: str
+    eps: float
+    file: str
+    top1: float
+    input_format: str
+    size: int | None
+    sha256: str | None
+
+    @property
+    def url(self) -> str:
+        """Where the file is downloaded from; ``$HF_ENDPOINT`` names another server than the Hub."""
+        endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+        return f"{endpoint}/{_table()['hub']}/resolve/main/{self.file}"
+
+
+@functools.cache
+def _table() -> dict:
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _entries() -> dict[str, Entry]:
+    return {fields["name"]: Entry(**fields) for fields in _table()["checkpoints"]}
+
+
+def list(
+    norm: str | None = None, arch: str | None = None, eps: float | None = None
+) -> "builtins.list[Entry]":
+    """The published checkpoints, all or those of a norm ("l2", "linf"), an architecture, an eps.
+
+    Raises:
+        InputError: for a norm or an architecture that the publication does not have.
+    """
+    for key, wanted in (("norm", norm), ("arch", arch)):
+        known = dict.fromkeys(getattr(entry, key) for entry in _entries().values())
+        if wanted is not None and wanted not in known:
+            raise InputError(f"the zoo has no {key} {wanted!r}: {', '.join(known)}")
+    wanted = {"norm": norm, "arch": arch, "eps": eps}
+    return [
+        entry
+        for entry in _entries().values()
+        if all(value is None or getattr(entry, key) == value for key, value in wanted.items())
+    ]
+
+
+def find(name: str) -> Entry:
+    """The published checkpoint ``name``, such as "resnet50_l2_eps3".
+
+    Raises:
+        InputError: if there is none, with the nearest names.
+    """
+    if name in _entries():
+        return _entries()[name]
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), _entries(), n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise InputError(f"the zoo has no {name}: {hint}docs/MODEL_ZOO.md lists all names")
+
+
+def checkpoint(name: str) -> str:
+    """The local path of a published classifier's own file, verified.
+
+    It is taken from the folder ``$RT_DETECTRON_ZOO`` if it is there, else from huggingface_hub's cache or
+    the Hub. Verified means: of the size and SHA-256 in the zoo's table; where these are not recorded yet, a
+    download must have the SHA-256 that the Hub announces.
+
+    Raises:
+        InputError: for an unknown name, a file that cannot be had, and one that is not what was published.
+    """
+    entry = find(name)
+    path = _in_mirror(entry.file)
+    if path is None:
+        return _download(entry)
+    _verify(path, entry, entry.sha256, "replace it by the published file or take it out of RT_DETECTRON_ZOO")
+    return path
+
+
+def backbone(name: str) -> str:
+    """The local path of a backbone ``.pkl``, converted once and cached in Detectron2's cache folder.
+
+    Args:
+        name: of ``NAME.pkl`` in the folder ``$RT_DETECTRON_ZOO``, taken as it is, or of a published
+            checkpoint; with ``-bgr`` at its end the weights absorb Detectron2's default preprocessing.
+
+    Raises:
+        InputError: as for :func:`checkpoint`, and if the file cannot be converted or the cache be written.
+    """
+    _check_name(name)
+    own = _in_mirror(f"{name}.pkl")
+    if own:
+        check_file(own)
+        return own
+    entry = _find_for(name)
+    source = checkpoint(entry.name) if _in_mirror(entry.file) else None
+    # By content, so that one mirror's file is never mistaken for another's. As long as the table does not
+    # know the SHA-256, what came from the Hub must be found without it.
+    content = entry.sha256 or (file_sha256(source) if source else "hub")
+    output = os.path.join(get_cache_dir(), "rt_detectron", content, f"{name}.pkl")
+    if os.path.isfile(output):
+        return output
+    with _locked(output):
+        if not os.path.isfile(output):  # else another process converted it meanwhile
+            source = source or checkpoint(entry.name)
+            logger.info("converting %s to %s", source, output)
+            input_format = "BGR" if name.endswith(BGR) else "RGB"
+            convert_checkpoint(source, output, entry.arch, entry.norm, entry.eps, input_format)
+    return output
+
+
+def _check_name(name: str) -> None:
+    if name != os.path.basename(name) or not name:
+        raise InputError(f"robust://{name}.pkl: a name of the zoo has no folders: write robust://NAME.pkl")
+
+
+def _find_for(name: str) -> Entry:
+    try:
+        return find(name.removesuffix(BGR))
+    except InputError as error:
+        folder = os.environ.get("RT_DETECTRON_ZOO") or "not set"
+        raise InputError(f"no {name}.pkl in RT_DETECTRON_ZOO ({folder}), and {error}") from None
+
+
+def _locked(path: str) -> AcquireReturnProxy:
+    """A context in which no other process makes the file ``path``."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return FileLock(f"{path}.lock").acquire()
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path} ({error.strerror}): set FVCORE_CACHE to a folder that can be written"
+        ) from None
+
+
+def _in_mirror(file: str) -> str | None:
+    """The path of ``file`` in the folder ``$RT_DETECTRON_ZOO``, if it is there."""
+    folder = os.environ.get("RT_DETECTRON_ZOO", "")
+    if folder and not os.path.isdir(folder):
+        raise InputError(f"RT_DETECTRON_ZOO is {folder}, which is no folder: set it to one, or unset it")
+    path = os.path.join(folder, file)
+    return path if folder and os.path.lexists(path) else None
+
+
+def _verify(path: str, entry: Entry, sha256: str | None, way_out: str) -> None:
+    check_file(path)
+    size = os.path.getsize(path)
+    if entry.size is not None and size != entry.size:
+        raise InputError(f"{path} has {size} bytes, but {entry.size} were published: {way_out}")
+    if sha256 is not None and (found := file_sha256(path)) != sha256:
+        raise InputError(f"{path} has SHA-256 {found}, but {sha256} was published: {way_out}")
+
+
+def _download(entry: Entry) -> str:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise InputError(
+            f"cannot download {entry.file} without huggingface_hub: pip install it, or {_by_hand(entry)}"
+        ) from None
+    hub = _table()["hub"]
+    # Networks, servers and disks fail in every way there is, and under the names of whichever HTTP package
+    # this huggingface_hub is made on: hence the broad `except`.
+    try:
+        path = huggingface_hub.hf_hub_download(hub, entry.file)
+        announced = _announced_sha256(path, huggingface_hub.hf_hub_url(hub, entry.file))
+    except Exception as error:
+        raise InputError(f"cannot download {entry.file}: {_reason(error)}; or {_by_hand(entry)}") from None
+    try:
+        sha256 = entry.sha256 or announced
+        if sha256 is None:
+            raise InputError(f"{entry.url} comes without a SHA-256 to verify it by: {_by_hand(entry)}")
+        _verify(path, entry, sha256, f"it was removed; try again, or {_by_hand(entry)}")
+    except InputError:
+        _discard(path)
+        raise
+    return path
+
+
+def _announced_sha256(path: str, url: str) -> str | None:
+    """What the Hub says of a large file: its ETag, which huggingface_hub also names the cached file by."""
+    if os.path.islink(path):
+        # The first link only: the cached file may be a link itself, into a store with other names.
+        etag = os.path.basename(os.readlink(path))
+    else:  # on disks without links
+        from huggingface_hub import get_hf_file_metadata
+
+        etag = get_hf_file_metadata(url).etag or ""
+    is_sha256 = len(etag) == 64 and set(etag) <= set("0123456789abcdef")
+    return etag if is_sha256 else None
+
+
+def _discard(path: str) -> None:
+    """Remove a file from huggingface_hub's cache: the links and what they lead to."""
+    while os.path.lexists(path):
+        target = os.path.join(os.path.dirname(path), os.readlink(path)) if os.path.islink(path) else ""
+        os.remove(path)
+        path = target
+
+
+def _by_hand(entry: Entry) -> str:
+    folder = os.environ.get("RT_DETECTRON_ZOO", "")
+    if folder:
+        return f"download {entry.url} to {os.path.join(folder, entry.file)}"
+    return (
+        f"download {entry.url} to FOLDER/{entry.file} and export RT_DETECTRON_ZOO=FOLDER "
+        "(RT_DETECTRON_ZOO is not set)"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Why a download failed and what to do, in a few words."""
+    error = error.__cause__ or error  # what huggingface_hub wraps when it finds nothing in its cache either
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"the server wants a login (status {status}): run `hf auth login` or set HF_TOKEN"
+    if status == 404:
+        return "the server does not have it (status 404)"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full: free some space, or set HF_HOME to a folder on another disk"
+    return one_line(error)[:300]
 
 
 class RobustPathHandler(PathHandler):
-    """Finds ``robust://NAME.pkl`` as ``NAME.pkl`` in the folder ``$RT_DETECTRON_ZOO``."""
+    """Makes ``robust://NAME.pkl`` the file :func:`backbone` gives, wherever Detectron2 takes a path."""
 
     PREFIX = "robust://"
 
-    def _get_supported_prefixes(self) -> list[str]:
+    def _get_supported_prefixes(self) -> builtins.list[str]:
         return [self.PREFIX]
 
-    def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
+    def _name(self, path: str) -> str:
         name = path.removeprefix(self.PREFIX)
-        folder = os.environ.get("RT_DETECTRON_ZOO", "")
-        local = os.path.join(folder, name)
-        if folder and os.path.isfile(local):
-            return local
-        checkpoint = f"{name.removesuffix('.pkl')}.ckpt"
-        problem = f"no {name} in {folder}" if folder else "RT_DETECTRON_ZOO is not set"
-        raise InputError(
-            f"{path}: {problem}; download {checkpoint} from madrylab/robust-imagenet-models on the Hugging "
-            f"Face Hub, then run tools/convert_checkpoint.py {checkpoint} FOLDER/{name} and export "
-            "RT_DETECTRON_ZOO=FOLDER"
-        )
+        if not name.endswith(".pkl"):
+            stem = name.removesuffix(".ckpt").removesuffix(".pth")
+            raise InputError(f"{path} names no backbone: write {self.PREFIX}{stem}.pkl")
+        return name.removesuffix(".pkl")
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
+        return backbone(self._name(path))
 
     def _isfile(self, path: str, **kwargs) -> bool:
+        """Whether the name is in the mirror or was published; downloads nothing."""
         try:
-            return os.path.isfile(self._get_local_path(path))
+            name = self._name(path)
+            _check_name(name)
+            return _in_mirror(f"{name}.pkl") is not None or bool(find(name.removesuffix(BGR)))
         except InputError:
             return False
 

@@ -1,0 +1,124 @@
+#!/usr/bin/env python
+"""For maintainers: record the published checkpoints' sizes and hashes, and rewrite docs/MODEL_ZOO.md.
+
+python tools/update_zoo.py --mirror FOLDER
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+
+from rt_detectron.checkpoint.formats import read_classifier
+from rt_detectron.checkpoint.names import check_architecture
+from rt_detectron.checkpoint.zoo import TABLE
+from rt_detectron.errors import InputError, one_line_errors
+from rt_detectron.files import file_sha256, replaced_atomically
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "MODEL_ZOO.md"
+INTRODUCTION = """\
+# Model zoo
+
+<!-- Written by tools/update_zoo.py from rt_detectron/checkpoint/zoo.json: change that, not this. -->
+
+The {count} ImageNet classifiers published with
+[Do Adversarially Robust ImageNet Models Transfer Better?](https://arxiv.org/abs/2007.08489)
+(Salman et al. 2020), by name, as Detectron2 backbones:
+
+```
+MODEL.WEIGHTS "robust://resnet50_l2_eps3.pkl"
+```
+
+After `import rt_detectron` this works wherever Detectron2 takes a path. The first use downloads the
+checkpoint from [{hub}](https://huggingface.co/{hub}),
+verifies it, reads it without running any code in it, and converts it into Detectron2's cache folder
+(`$FVCORE_CACHE/rt_detectron`); every later use, offline too, takes what is there.
+
+- **eps** is the size of the attacks in training: for L2 in pixels of [0,1], for Linf in 1/255. eps 0 is
+  standard training under the same recipe, the fair baseline.
+- **`robust://NAME-bgr.pkl`** absorbs Detectron2's default preprocessing (BGR, std 1) in its first
+  convolution, for a config that keeps it. The others want RGB and the lines that
+  `tools/convert_checkpoint.py` prints.
+- **A mirror**: files in the folder that `RT_DETECTRON_ZOO` names come first. `NAME.ckpt`, as published, is
+  converted into the cache; `NAME.pkl`, which may be a backbone of your own under any name, is taken as it is.
+  Nothing is written to the folder. Without network access, this is where downloaded files go.
+- **What is verified**: size and SHA-256, for the {recorded} of {count} checkpoints that zoo.json has them of.
+  For the others a download must have the SHA-256 that the Hub announces; in a mirror's file only damage that
+  breaks reading is noticed, which in files of torch before 1.6 is little, since they have no checksums.
+
+From Python:
+
+```python
+import rt_detectron
+
+for entry in rt_detectron.zoo.list(norm="linf", arch="resnet50"):
+    print(entry.name, entry.eps, entry.top1)
+path = rt_detectron.zoo.backbone("resnet50_linf_eps4.0")  # of the converted .pkl
+path = rt_detectron.zoo.checkpoint("resnet50_linf_eps4.0")  # of the published classifier's own file
+```
+
+Top-1 is the accuracy on clean ImageNet, in percent, as published.
+"""
+
+
+def document(table: dict) -> str:
+    """The text of docs/MODEL_ZOO.md for the content of zoo.json."""
+    hub, entries = table["hub"], table["checkpoints"]
+    recorded = sum(entry["sha256"] is not None for entry in entries)
+    parts = [INTRODUCTION.format(hub=hub, count=len(entries), recorded=recorded)]
+    for family, members in itertools.groupby(entries, lambda entry: re.match("[a-z_]+", entry["arch"])[0]):
+        parts += [f"\n## {family}\n\n| name | eps | top-1 | file |\n|---|--:|--:|---|\n"]
+        for entry in members:
+            eps = f"{entry['eps']:g}" + ("/255" if entry["norm"] == "linf" else "")
+            link = f"[{entry['file']}](https://huggingface.co/{hub}/blob/main/{entry['file']})"
+            parts.append(f"| `{entry['name']}` | {eps} | {entry['top1']:.2f} | {link} |\n")
+    return "".join(parts)
+
+
+def dumped(table: dict) -> str:
+    """The text of zoo.json: a checkpoint a line, so that changes can be read."""
+    lines = ",\n".join(f"    {json.dumps(entry)}" for entry in table["checkpoints"])
+    return f'{{\n  "hub": {json.dumps(table["hub"])},\n  "checkpoints": [\n{lines}\n  ]\n}}\n'
+
+
+def record(table: dict, mirror: str, overwrite: bool) -> None:
+    """Put size and SHA-256 of the checkpoints in the folder ``mirror`` into ``table``."""
+    if not os.path.isdir(mirror):
+        raise InputError(f"{mirror} is no folder: give one with the published .ckpt files in it")
+    entries = {entry["file"]: entry for entry in table["checkpoints"]}
+    for path in sorted(Path(mirror).rglob("*.ckpt")):
+        if path.name not in entries:
+            print(f"unknown   {path}")
+            continue
+        entry = entries[path.name]
+        check_architecture(read_classifier(str(path)).state_dict, entry["arch"])  # it is whole
+        sha256 = file_sha256(path)
+        if entry["sha256"] not in (None, sha256) and not overwrite:
+            raise InputError(
+                f"{path} has SHA-256 {sha256}, but {entry['sha256']} is recorded: if it was published anew, "
+                "give --overwrite"
+            )
+        entry.update(size=path.stat().st_size, sha256=sha256)
+        print(f"recorded  {path}: {entry['size']} bytes, SHA-256 {sha256}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mirror", metavar="FOLDER", help="where published .ckpt files lie, at any depth")
+    parser.add_argument("--overwrite", action="store_true", help="change hashes that are already recorded")
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        table = json.loads(TABLE.read_text(encoding="utf-8"))
+        if args.mirror is not None:
+            record(table, args.mirror, args.overwrite)
+        for path, text in ((TABLE, dumped(table)), (DOCUMENT, document(table))):
+            with replaced_atomically(path) as temporary:
+                Path(temporary).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
