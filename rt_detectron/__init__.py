@@ -5,9 +5,10 @@ Importing this registers the backbone builders and the ``robust://`` paths; noth
 
 from detectron2.utils.file_io import PathManager
 
-from rt_detectron import modeling  # noqa: F401  (registers the backbone builders)
-from rt_detectron.checkpoint.zoo import RobustPathHandler
+from rt_detectron.checkpoint import zoo
+from rt_detectron.modeling import load_backbone, load_classifier  # also registers the backbone builders
 
-PathManager.register_handler(RobustPathHandler(), allow_override=True)
-
+__all__ = ["load_backbone", "load_classifier", "zoo"]
 __version__ = "0.1.0"
+
+PathManager.register_handler(zoo.RobustPathHandler(), allow_override=True)

@@ -5,35 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rt_detectron.attacks import PGD
-from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD, build_classifier
-
-
-class Classifier(nn.Module):
-    """A torchvision network behind its normalisation: images in [0, 1] to logits.
-
-    Args:
-        arch: a name of :data:`rt_detectron.checkpoint.architectures.ARCHITECTURES`.
-        num_classes: number of logits.
-        pixel_mean, pixel_std: of RGB, in 0..255 as in Detectron2's configuration.
-    """
-
-    def __init__(self, arch: str, num_classes: int, pixel_mean=IMAGENET_MEAN, pixel_std=IMAGENET_STD):
-        super().__init__()
-        self.arch = arch
-        self.num_classes = num_classes
-        self.pixel_mean = list(pixel_mean)
-        self.pixel_std = list(pixel_std)
-        # channels_last: the same numbers, and convolutions that are up to 1.5 times as fast on CPUs and
-        # on GPUs with tensor cores.
-        self.network = build_classifier(arch, num_classes).to(memory_format=torch.channels_last)
-        # Not persistent: the state dict is the network's alone.
-        self.register_buffer("mean", torch.tensor(self.pixel_mean).view(-1, 1, 1) / 255, persistent=False)
-        self.register_buffer("std", torch.tensor(self.pixel_std).view(-1, 1, 1) / 255, persistent=False)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) RGB in [0, 1] to (N, num_classes)."""
-        images = images.contiguous(memory_format=torch.channels_last)
-        return self.network((images - self.mean) / self.std)
+from rt_detectron.modeling.classifier import Classifier
 
 
 class Pretraining(nn.Module):

@@ -21,8 +21,9 @@ from rt_detectron.attacks import PGD
 from rt_detectron.checkpoint.formats import read_classifier
 from rt_detectron.errors import InputError, one_line
 from rt_detectron.files import replaced_atomically
+from rt_detectron.modeling.classifier import Classifier
 
-from .strategies import Classifier, Pretraining
+from .strategies import Pretraining
 
 logger = logging.getLogger(__name__)
 

@@ -3,8 +3,9 @@ import torch
 from detectron2.evaluation import inference_on_dataset
 
 from rt_detectron.attacks import PGD, ThreatModel
+from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.evaluation import AccuracyEvaluator
-from rt_detectron.pretrain.strategies import Classifier, Pretraining
+from rt_detectron.pretrain.strategies import Pretraining
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@ import torch.nn.functional as F
 
 from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD, build_classifier
-from rt_detectron.pretrain.strategies import Classifier, Pretraining
+from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.pretrain.strategies import Pretraining
 
 
 def test_classifier_is_the_network_behind_its_normalisation(photograph):

@@ -12,9 +12,10 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torchvision.transforms import v2 as T
 
 from rt_detectron.attacks import PGD, ThreatModel
+from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.data import FolderDataset, Lighting, build_test_loader, build_train_loader
 from rt_detectron.pretrain.evaluation import AccuracyEvaluator
-from rt_detectron.pretrain.strategies import Classifier, Pretraining
+from rt_detectron.pretrain.strategies import Pretraining
 
 from .train import train
 

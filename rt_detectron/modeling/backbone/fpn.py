@@ -1,20 +1,92 @@
-"""Detectron2's two pyramids on the ResNets of :mod:`rt_detectron.modeling.backbone.resnet`."""
+"""Detectron2's two pyramids on the backbones of this folder."""
+
+from collections.abc import Callable
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN
-from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone, build_retinanet_resnet_fpn_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
-from rt_detectron.modeling.backbone.resnet import resolve_resnet
+from rt_detectron.errors import InputError
+from rt_detectron.modeling.backbone.resnet import build_robust_resnet_backbone
+from rt_detectron.modeling.backbone.timm import build_robust_timm_backbone
+from rt_detectron.modeling.backbone.torchvision import build_robust_torchvision_backbone
+from rt_detectron.modeling.backbone.trunk import STRIDES
+
+Builder = Callable[[CfgNode, ShapeSpec], Backbone]
 
 
 @BACKBONE_REGISTRY.register()
 def build_robust_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """FPN with p6 by max pooling, for Faster and Mask R-CNN. Raises as :func:`resolve_resnet`."""
-    return build_resnet_fpn_backbone(resolve_resnet(cfg), input_shape)
+    """FPN with p6 by max pooling, for Faster and Mask R-CNN, on a ResNet."""
+    return _fpn(build_robust_resnet_backbone, cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_robust_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """FPN with p6 by max pooling, for Faster and Mask R-CNN, on a torchvision network."""
+    return _fpn(build_robust_torchvision_backbone, cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_robust_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """FPN with p6 by max pooling, for Faster and Mask R-CNN, on a timm network."""
+    return _fpn(build_robust_timm_backbone, cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_robust_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """FPN with p6 and p7 by convolution from res5, for RetinaNet. Raises as :func:`resolve_resnet`."""
-    return build_retinanet_resnet_fpn_backbone(resolve_resnet(cfg), input_shape)
+    """FPN with p6 and p7 by convolution from res5, for RetinaNet, on a ResNet."""
+    return _retinanet_fpn(build_robust_resnet_backbone, cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_robust_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """FPN with p6 and p7 by convolution from res5, for RetinaNet, on a torchvision network."""
+    return _retinanet_fpn(build_robust_torchvision_backbone, cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_robust_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """FPN with p6 and p7 by convolution from res5, for RetinaNet, on a timm network."""
+    return _retinanet_fpn(build_robust_timm_backbone, cfg, input_shape)
+
+
+def _fpn(build: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    return _pyramid(_bottom_up(build, cfg, input_shape), cfg, LastLevelMaxPool())
+
+
+def _retinanet_fpn(build: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    bottom_up = _bottom_up(build, cfg, input_shape)
+    channels = bottom_up.output_shape()["res5"].channels
+    return _pyramid(bottom_up, cfg, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+
+
+def _bottom_up(build: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The backbone with just the features that the pyramid stands on, MODEL.FPN.IN_FEATURES.
+
+    Raises:
+        InputError: as ``build``, and if these are not contiguous up to res5, on which both pyramids end.
+    """
+    wanted, known = list(cfg.MODEL.FPN.IN_FEATURES), list(STRIDES)
+    if not wanted or wanted != known[-len(wanted) :]:
+        raise InputError(
+            f"MODEL.FPN.IN_FEATURES {wanted}: a pyramid needs {known}, or fewer of them that end with res5"
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.RESNETS.OUT_FEATURES = wanted
+    # Detectron2's default, a C4 head, stands on no pyramid, so its demands do not count.
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    return build(cfg, input_shape)
+
+
+def _pyramid(bottom_up: Backbone, cfg: CfgNode, top_block: LastLevelMaxPool | LastLevelP6P7) -> FPN:
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

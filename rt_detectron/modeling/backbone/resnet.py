@@ -14,10 +14,15 @@ from detectron2.modeling import (
 from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.modeling.roi_heads import Res5ROIHeads
 
-from rt_detectron.checkpoint.architectures import ARCHITECTURES, get_architecture
+from rt_detectron.checkpoint.architectures import ARCHITECTURES, TIMM, get_architecture
 from rt_detectron.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+RESNETS = {name: architecture for name, architecture in ARCHITECTURES.items() if architecture.resnets}
+# What all of them have: the stride of a bottleneck sits on its 3x3 convolution, and the stem is one
+# 7x7 convolution of 64 channels (DeepLab's configs ask for another).
+ALWAYS = {"STRIDE_IN_1X1": False, "STEM_OUT_CHANNELS": 64}
 
 
 def resolve_resnet(cfg: CfgNode) -> CfgNode:
@@ -25,8 +30,7 @@ def resolve_resnet(cfg: CfgNode) -> CfgNode:
 
     The network is ``MODEL.ROBUST.ARCH`` if that key exists and is not empty; otherwise it is read off
     ``MODEL.RESNETS``. Under a given ARCH, a RESNETS key that still holds Detectron2's default counts as
-    not set. ``STRIDE_IN_1X1`` is always False, as in every network of the table: the stride of a
-    bottleneck sits on its 3x3 convolution.
+    not set, and what the networks of the table have in common (:data:`ALWAYS`) is not asked of the config.
 
     Raises:
         InputError: for an unknown ARCH, for MODEL.RESNETS that describe none of the known networks or
@@ -34,15 +38,23 @@ def resolve_resnet(cfg: CfgNode) -> CfgNode:
     """
     arch = _chosen_arch(cfg) or _arch_of_resnets(cfg)
     needed = get_architecture(arch).resnets
-    _refuse_disagreement(cfg, arch, needed)
-    if cfg.MODEL.RESNETS.RES5_DILATION != 1 and not _has_bottlenecks(needed):
+    if needed is None:
+        family = "timm" if arch.startswith(TIMM) else "torchvision"
         raise InputError(
-            f"a dilated res5 (DC5) needs a bottleneck network, {arch} has none: "
-            "set MODEL.RESNETS.RES5_DILATION 1 or choose resnet50 or larger"
+            f"MODEL.ROBUST.ARCH {arch} is no ResNet: set MODEL.BACKBONE.NAME build_robust_{family}_backbone "
+            f"or build_robust_{family}_fpn_backbone"
+        )
+    _refuse_disagreement(cfg, arch, needed)
+    if (cfg.MODEL.RESNETS.RES5_DILATION != 1 or _is_deeplab(cfg)) and not _has_bottlenecks(needed):
+        raise InputError(
+            f"a dilated res5 (DC5, DeepLab) needs a bottleneck network, {arch} has none: "
+            "choose resnet50 or larger, or an FPN detector"
         )
     resolved = cfg.clone()
     resolved.defrost()
-    resolved.MODEL.RESNETS.update(needed, STRIDE_IN_1X1=False)
+    resolved.MODEL.RESNETS.update(needed, **ALWAYS)
+    if _is_deeplab(cfg):
+        resolved.MODEL.RESNETS.STEM_TYPE = "basic"
     described = ", ".join(f"{key} {value}" for key, value in needed.items())
     logger.info(
         "building %s (MODEL.RESNETS: %s, STRIDE_IN_1X1 False, NORM %s)",
@@ -55,20 +67,32 @@ def resolve_resnet(cfg: CfgNode) -> CfgNode:
 
 @BACKBONE_REGISTRY.register()
 def build_robust_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """Detectron2's ResNet for C4 and DC5 heads; see :func:`resolve_resnet` for which one.
+    """Detectron2's ResNet, dilated as DeepLab's in a DeepLab config; :func:`resolve_resnet` says which one.
+
+    A C4 head builds its res5 from MODEL.RESNETS itself, after the backbone and from the same ``cfg``: there
+    the resolved keys are written into ``cfg``, so that both are stages of one network.
 
     Raises:
-        InputError: as :func:`resolve_resnet`, and under a C4 head that would build its res5 differently.
+        InputError: as :func:`resolve_resnet`, and under a C4 head for a network without bottlenecks.
     """
     resolved = resolve_resnet(cfg)
     if _has_c4_head(cfg):
-        _check_c4_head(cfg, resolved)
+        _complete_for_c4_head(cfg, resolved)
+    if _is_deeplab(cfg):
+        from detectron2.projects.deeplab import build_resnet_deeplab_backbone
+
+        return build_resnet_deeplab_backbone(resolved, input_shape)
     return build_resnet_backbone(resolved, input_shape)
 
 
 def _chosen_arch(cfg: CfgNode) -> str:
     # Projects that only `import rt_detectron` have no MODEL.ROBUST: add_robust_config makes it.
     return cfg.MODEL.ROBUST.ARCH if "ROBUST" in cfg.MODEL else ""
+
+
+def _is_deeplab(cfg: CfgNode) -> bool:
+    """Whether ``cfg`` has the keys of add_deeplab_config, which only DeepLab's own builder heeds."""
+    return "RES5_MULTI_GRID" in cfg.MODEL.RESNETS
 
 
 def _has_bottlenecks(resnets: dict[str, int]) -> bool:
@@ -82,19 +106,18 @@ def _lines(values: dict) -> str:
 
 def _arch_of_resnets(cfg: CfgNode) -> str:
     resnets = cfg.MODEL.RESNETS
-    for name, architecture in ARCHITECTURES.items():
+    for name, architecture in RESNETS.items():
         if all(resnets[key] == value for key, value in architecture.resnets.items()):
             return name
-    found = _lines({key: resnets[key] for key in ARCHITECTURES["resnet50"].resnets})
+    found = _lines({key: resnets[key] for key in RESNETS["resnet50"].resnets})
     same_depth = [
         f"{_lines(architecture.resnets)} ({name})"
-        for name, architecture in ARCHITECTURES.items()
+        for name, architecture in RESNETS.items()
         if architecture.resnets["DEPTH"] == resnets.DEPTH
     ]
     way_out = f"set {' or '.join(same_depth)}, or" if same_depth else "set"
     raise InputError(
-        f"{found} is none of the known networks: {way_out} MODEL.ROBUST.ARCH "
-        f"to one of {', '.join(ARCHITECTURES)}"
+        f"{found} is none of the known networks: {way_out} MODEL.ROBUST.ARCH to one of {', '.join(RESNETS)}"
     )
 
 
@@ -118,17 +141,18 @@ def _has_c4_head(cfg: CfgNode) -> bool:
     )
 
 
-def _check_c4_head(cfg: CfgNode, resolved: CfgNode) -> None:
-    """A C4 head builds res5 from the caller's ``cfg``, which a backbone builder cannot correct."""
-    needed = {key: resolved.MODEL.RESNETS[key] for key in ARCHITECTURES["resnet50"].resnets}
+def _complete_for_c4_head(cfg: CfgNode, resolved: CfgNode) -> None:
+    needed = {key: resolved.MODEL.RESNETS[key] for key in (*RESNETS["resnet50"].resnets, *ALWAYS)}
     if not _has_bottlenecks(needed):
         raise InputError(
             f"{cfg.MODEL.ROI_HEADS.NAME} (C4) needs a bottleneck network, DEPTH {needed['DEPTH']} has none: "
             "choose resnet50 or larger, or an FPN detector"
         )
-    needed["STRIDE_IN_1X1"] = False
-    wrong = {key: value for key, value in needed.items() if cfg.MODEL.RESNETS[key] != value}
-    if wrong:
-        raise InputError(
-            f"{cfg.MODEL.ROI_HEADS.NAME} (C4) builds res5 from MODEL.RESNETS itself: set {_lines(wrong)}"
-        )
+    missing = {key: value for key, value in needed.items() if cfg.MODEL.RESNETS[key] != value}
+    if missing:
+        logger.info("completing the config for %s (C4): %s", cfg.MODEL.ROI_HEADS.NAME, _lines(missing))
+        frozen = cfg.is_frozen()
+        cfg.defrost()
+        cfg.MODEL.RESNETS.update(missing)
+        if frozen:
+            cfg.freeze()

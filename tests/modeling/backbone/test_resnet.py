@@ -1,7 +1,6 @@
 """The builders: what they build, what they refuse, and which lines they ask for."""
 
 import logging
-import shlex
 import subprocess
 import sys
 
@@ -10,10 +9,12 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone, build_model
+from detectron2.projects.deeplab import add_deeplab_config
 
 from rt_detectron.checkpoint.architectures import ARCHITECTURES
 from rt_detectron.errors import InputError
 from rt_detectron.modeling.backbone import resolve_resnet
+from rt_detectron.modeling.backbone.resnet import RESNETS
 
 BOTTLENECK = ("resnet50", "wide_resnet50_2", "resnext50_32x4d")
 
@@ -32,13 +33,13 @@ def test_importing_registers_the_builders():
     )
     printed = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=True)
     assert set(printed.stdout.decode().split()) == {
-        "build_robust_resnet_backbone",
-        "build_robust_resnet_fpn_backbone",
-        "build_retinanet_robust_resnet_fpn_backbone",
+        f"build_{name}_backbone"
+        for family in ("resnet", "torchvision", "timm")
+        for name in (f"robust_{family}", f"robust_{family}_fpn", f"retinanet_robust_{family}_fpn")
     }
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", RESNETS)
 def test_arch_fills_in_the_keys(arch, make_cfg):
     cfg = make_cfg(arch)
     cfg.freeze()
@@ -70,29 +71,48 @@ def test_dc5_runs(arch, make_cfg, photograph):
     assert instances.has("pred_masks")
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("arch", BOTTLENECK)
-def test_c4_runs_with_the_lines_it_asks_for(arch, make_cfg, photograph):
+def test_c4_head_is_a_stage_of_the_same_network(arch, frozen, make_cfg, photograph):
     cfg = make_cfg(arch, "c4")
-    with pytest.raises(InputError, match=r"STRIDE_IN_1X1 False$") as error:
-        build_model(cfg)
-    cfg.merge_from_list(shlex.split(str(error.value).split(": set ")[1]))
+    if frozen:
+        cfg.freeze()
     model, instances = run(cfg, photograph)
     assert instances.has("pred_masks")
+    assert cfg.is_frozen() == frozen
     # The head's res5 is the stage that the backbone leaves out.
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    cfg = make_cfg(arch, "c4", OUT_FEATURES=["res5"])
     expected = {n: t.shape for n, t in build_backbone(cfg).res5.state_dict().items()}
     assert {n: t.shape for n, t in model.roi_heads.res5.state_dict().items()} == expected
+    assert model.roi_heads.res5[0].conv1.stride == (1, 1)
     assert model.roi_heads.res5[0].conv2.stride == (2, 2)
 
 
-def test_c4_asks_for_every_key_that_differs(make_cfg):
-    with pytest.raises(InputError) as error:
-        build_model(make_cfg("wide_resnet50_2", "c4"))
-    assert str(error.value).endswith(
-        "set MODEL.RESNETS.WIDTH_PER_GROUP 128 MODEL.RESNETS.STRIDE_IN_1X1 False"
-    )
-    with pytest.raises(InputError, match=r"set MODEL\.RESNETS\.STRIDE_IN_1X1 False$"):
-        build_model(make_cfg("", "c4"))
+def test_completing_for_c4_is_logged(make_cfg, caplog):
+    with caplog.at_level(logging.INFO, logger="rt_detectron"):
+        build_backbone(make_cfg("wide_resnet50_2", "c4"))
+    assert "MODEL.RESNETS.WIDTH_PER_GROUP 128 MODEL.RESNETS.STRIDE_IN_1X1 False" in caplog.text
+
+
+def test_deeplab_keeps_its_dilations_and_gets_the_weights_own_stem(make_cfg):
+    cfg = make_cfg("resnet50", RES5_DILATION=2, STEM_OUT_CHANNELS=128)
+    add_deeplab_config(cfg)  # multi-grid 1, 2, 4
+    cfg.MODEL.RESNETS.STEM_TYPE = "deeplab"
+    cfg.MODEL.BACKBONE.NAME = "build_robust_resnet_backbone"
+    backbone = build_backbone(cfg)
+    assert backbone.stem.conv1.weight.shape == (64, 3, 7, 7)
+    assert [block.conv2.dilation[0] for block in backbone.res5] == [2, 4, 8]
+    assert backbone.output_shape()["res5"].stride == 16
+    cfg.MODEL.ROBUST.ARCH = "resnet18"
+    with pytest.raises(InputError, match="bottleneck network"):
+        build_backbone(cfg)
+
+
+@pytest.mark.parametrize("arch", ["densenet", "timm/convnext_atto"])
+def test_other_networks_are_sent_to_their_builder(arch, make_cfg):
+    family = "timm" if "/" in arch else "torchvision"
+    with pytest.raises(InputError, match=f"build_robust_{family}_fpn_backbone"):
+        build_backbone(make_cfg(arch))
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34"])

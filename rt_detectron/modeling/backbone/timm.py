@@ -1,0 +1,154 @@
+"""timm's networks as Detectron2 backbones, by timm's own features_only models."""
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from torch import Tensor, nn
+
+from rt_detectron.checkpoint.architectures import TIMM, get_architecture, import_timm
+from rt_detectron.errors import InputError, one_line
+from rt_detectron.modeling.backbone.trunk import (
+    STAGES,
+    STRIDES,
+    Trunk,
+    checked_features,
+    chosen_arch,
+    set_norms,
+)
+
+# Multiples of 32 that no window, patch grid or pretraining size of another number divides.
+PROBE = (96, 160)
+# What lets a network take images of any size, tried in this order. always_partition is Swin's: its res5 at
+# 224 pixels is one window, so unless told it would shift none of the many that it has in a detector.
+ANY_SIZE = ({"dynamic_img_size": True, "always_partition": True}, {"dynamic_img_size": True}, {})
+
+
+class TimmTrunk(Trunk):
+    """A :class:`Trunk` whose network gives its features as a list, some networks with channels last."""
+
+    def features(self, output: list[Tensor]) -> dict[str, Tensor]:
+        names = sorted(self._out_features, key=STAGES.index)
+        return dict(zip(names, _channels_first(self.trunk, output), strict=True))
+
+
+@BACKBONE_REGISTRY.register()
+def build_robust_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmTrunk:
+    """The network MODEL.ROBUST.ARCH, ``timm/NAME``, with the features MODEL.RESNETS.OUT_FEATURES.
+
+    res2 ... res5 are the last features of strides 4 ... 32; stages behind the last one wanted are not
+    built. Networks of a fixed input size take any multiple of 32 if timm lets them.
+
+    Raises:
+        InputError: without timm; for a network that is none of timm's, has no features_only model, not the
+            features wanted, or takes its own image size only; for settings that it cannot follow.
+    """
+    arch = chosen_arch(cfg)
+    if not arch.startswith(TIMM):
+        raise InputError(
+            f"{arch} is no timm network: write timm/NAME, or set MODEL.BACKBONE.NAME to "
+            "build_robust_torchvision_backbone or build_robust_torchvision_fpn_backbone"
+        )
+    get_architecture(arch)  # knows the names, and a missing timm
+    wanted = checked_features(cfg, arch)
+    with torch.device("meta"):  # shapes alone, at no cost
+        info = timm_features(arch).feature_info.info
+        indices = _indices(arch, info, wanted)
+        shapes = _shapes(arch, timm_features(arch, out_indices=indices), wanted)
+    trunk = timm_features(arch, out_indices=indices)
+    _drop_unused_blocks(trunk)
+    stages = _stage_modules(arch, trunk, info[: indices[-1] + 1]) if cfg.MODEL.BACKBONE.FREEZE_AT > 0 else {}
+    set_norms(trunk, stages, cfg)
+    return TimmTrunk(trunk, shapes)
+
+
+def timm_features(arch: str, **kwargs) -> nn.Module:
+    """timm's features_only model of ``timm/NAME``, randomly initialised, for any image size if possible.
+
+    Raises:
+        InputError: if timm cannot build one.
+    """
+    timm = import_timm()
+    name = arch.removeprefix(TIMM)
+    try:
+        for settings in ANY_SIZE:
+            try:
+                return timm.create_model(name, features_only=True, pretrained=False, **settings, **kwargs)
+            except TypeError as error:
+                if not any(key in str(error) for key in settings):
+                    raise
+    except Exception as error:  # each network refuses in its own way
+        raise InputError(
+            f"timm has no features of {arch} ({one_line(error)}): choose another network"
+        ) from None
+
+
+def _indices(arch: str, info: list[dict], wanted: list[str]) -> list[int]:
+    """Where in timm's list of features the wanted ones are, each the last of its stride, in that order."""
+    last = {feature["reduction"]: index for index, feature in enumerate(info)}
+    missing = [name for name in wanted if STRIDES[name] not in last]
+    if missing:
+        found = [name for name, stride in STRIDES.items() if stride in last]
+        raise InputError(
+            f"{arch} has {', '.join(found) or 'features of other strides'} only, "
+            f"{', '.join(missing)} missing: choose a network with strides "
+            f"{', '.join(str(STRIDES[name]) for name in wanted)}"
+        )
+    return sorted(last[STRIDES[name]] for name in wanted)
+
+
+def _shapes(arch: str, network: nn.Module, wanted: list[str]) -> dict[str, ShapeSpec]:
+    """Channels and strides of the wanted features, on an image as detectors have them."""
+    try:
+        features = network.eval()(torch.zeros(1, 3, *PROBE))
+    except Exception as error:  # each network refuses in its own way
+        raise InputError(
+            f"{arch} does not take images of any size ({one_line(error)}): choose another network"
+        ) from None
+    names = sorted(wanted, key=STAGES.index)
+    by_name = dict(zip(names, _channels_first(network, features), strict=True))
+    for name, feature in by_name.items():
+        if feature.shape[2:] != tuple(side // STRIDES[name] for side in PROBE):
+            raise InputError(
+                f"{arch} gives {name} of {tuple(feature.shape[2:])} pixels for an image of {PROBE}, "
+                f"which is not its stride {STRIDES[name]}: choose another network"
+            )
+    return {name: ShapeSpec(channels=by_name[name].shape[1], stride=STRIDES[name]) for name in wanted}
+
+
+def _drop_unused_blocks(trunk: nn.Module) -> None:
+    """Remove what lies behind the last feature, where timm's own features_only model keeps it."""
+    from timm.models.efficientnet import EfficientNetFeatures
+    from timm.models.mobilenetv3 import MobileNetV3Features
+
+    if isinstance(trunk, (EfficientNetFeatures, MobileNetV3Features)):
+        del trunk.blocks[trunk.feature_info.get_dicts()[-1]["stage"] :]
+
+
+def _channels_first(network: nn.Module, features: list[Tensor]) -> list[Tensor]:
+    if getattr(network, "output_fmt", "NCHW") == "NHWC":
+        return [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
+    return features
+
+
+def _stage_modules(arch: str, trunk: nn.Module, info: list[dict]) -> dict[str, list[str]]:
+    """Names of the modules in each stage, after the features in ``info`` and the order of registration.
+
+    The stem is all in front of the first layer of stride 4, or of the first feature if there is no earlier
+    one: timm's features_only models rest on that order, too.
+    """
+    names = [name for name, _ in trunk.named_modules()]
+    # features_only models write stages.0 as stages_0, or have the whole network as `model`.
+    flat = [f"{name.removeprefix('model.').replace('.', '_')}_" if name else "" for name in names]
+    found = [
+        [i for i, name in enumerate(flat) if name.startswith(f"{feature['module'].replace('.', '_')}_")]
+        for feature in info
+    ]
+    if not all(found):
+        raise InputError(f"{arch} does not tell its stages apart: set MODEL.BACKBONE.FREEZE_AT 0")
+    ends = {"stem": found[0][0]}
+    for feature, positions in zip(info, found, strict=True):
+        stage = next((s for s, stride in STRIDES.items() if stride == feature["reduction"]), "stem")
+        ends[stage] = positions[-1] + 1
+    starts = [0, *ends.values()]
+    return {stage: names[start:end] for (stage, end), start in zip(ends.items(), starts, strict=False)}

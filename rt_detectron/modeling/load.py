@@ -1,0 +1,106 @@
+"""Robust networks in one line, for projects without a Detectron2 config."""
+
+import os
+
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone
+from detectron2.modeling.backbone import Backbone
+from detectron2.utils.file_io import PathManager
+
+from rt_detectron.checkpoint import zoo
+from rt_detectron.checkpoint.architectures import TIMM, get_architecture
+from rt_detectron.checkpoint.convert import read_network
+from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
+from rt_detectron.checkpoint.formats import read_pickle
+from rt_detectron.checkpoint.writers import WRITERS
+from rt_detectron.config import add_robust_config
+from rt_detectron.errors import InputError
+from rt_detectron.modeling.classifier import Classifier
+
+_BUILDERS = {
+    None: "build_robust_{family}_backbone",
+    "fpn": "build_robust_{family}_fpn_backbone",
+    "retinanet": "build_retinanet_robust_{family}_fpn_backbone",
+}
+
+
+def load_backbone(
+    name: str, detector: str | None = None, norm: str = "FrozenBN", freeze_at: int = 2
+) -> Backbone:
+    """A pretrained Detectron2 backbone. Serves as a LazyConfig node: ``L(load_backbone)(name=...)``.
+
+    Args:
+        name: of the zoo, such as "resnet50_l2_eps3" (or "resnet50_l2_eps3-bgr"), or a backbone's ``.pkl``.
+        detector: None for the bare network, "fpn" or "retinanet" for the pyramid of that detector, whose
+            own layers are randomly initialised.
+        norm: "FrozenBN", "BN" or "SyncBN".
+        freeze_at: 1 freezes the stem, 2 also res2, ... 5 everything; 0 nothing.
+
+    Returns:
+        A module from images (N, 3, H, W) to a dict of features: "res2" ... "res5" at strides 4 to 32,
+        "p2" ... "p6" at 4 to 64 for "fpn", "p3" ... "p7" at 8 to 128 for "retinanet". It takes what its
+        ``metadata`` says: colours in the order ``input_format``, as floats of 0..255, minus ``pixel_mean``,
+        divided by ``pixel_std``; H and W multiples of ``size_divisibility``, if that is not 0.
+
+    Raises:
+        InputError: for an unknown name, detector or norm, a network without these strides, and for what
+            :mod:`rt_detectron.checkpoint.zoo` and :class:`RobustCheckpointer` refuse.
+    """
+    if detector not in _BUILDERS:
+        raise InputError(f"unknown detector {detector!r}: None, 'fpn' or 'retinanet'")
+    path = PathManager.get_local_path(name) if name.endswith(".pkl") else zoo.backbone(name)
+    metadata = read_pickle(path).get("rt_detectron")
+    if metadata is None:
+        raise InputError(
+            f"{path} was not written by rt_detectron: convert it with tools/convert_checkpoint.py"
+        )
+    backbone = build_backbone(_config(metadata["arch"], detector, norm, freeze_at), ShapeSpec(channels=3))
+    RobustCheckpointer(backbone).load(path)
+    backbone.metadata = metadata
+    return backbone
+
+
+def _config(arch: str, detector: str | None, norm: str, freeze_at: int):
+    stages = ["res3", "res4", "res5"] if detector == "retinanet" else ["res2", "res3", "res4", "res5"]
+    family = "timm" if arch.startswith(TIMM) else "torchvision"
+    cfg = get_cfg()
+    add_robust_config(cfg)
+    cfg.MODEL.ROBUST.ARCH = arch
+    cfg.MODEL.BACKBONE.NAME = _BUILDERS[detector].format(family=family)
+    cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
+    cfg.MODEL.RESNETS.NORM = norm
+    cfg.MODEL.RESNETS.OUT_FEATURES = stages
+    cfg.MODEL.FPN.IN_FEATURES = stages
+    cfg.MODEL.ROI_HEADS.NAME = ""  # Detectron2's default, a C4 head, would have a say in the backbone
+    return cfg
+
+
+def load_classifier(name: str, arch: str | None = None) -> Classifier:
+    """A pretrained classifier in eval mode, its normalisation included, as attacks want it.
+
+    Args:
+        name: of the zoo, such as "resnet50_l2_eps3", or a classifier's file (anything that
+            :func:`rt_detectron.checkpoint.formats.read_classifier` reads).
+        arch: the network in the file; None detects it. Needed for timm's ("timm/convnext_tiny").
+
+    Returns:
+        A module from RGB images (N, 3, H, W) in [0, 1] to logits (N, classes); 1000 ImageNet classes for
+        the zoo's.
+
+    Raises:
+        InputError: for an unknown name, a file that cannot be read or is of another network, and for a
+            backbone, which has no classifier's layer.
+    """
+    is_file = os.path.isfile(name) or name.endswith(tuple(WRITERS))
+    path = name if is_file else zoo.checkpoint(name)
+    state_dict, metadata = read_network(path, arch)
+    logits = [t for n, t in state_dict.items() if n.startswith(get_architecture(metadata["arch"]).head)]
+    if not logits:
+        raise InputError(
+            f"{path} is a backbone without the classifier's last layer: give the classifier's file"
+        )
+    num_classes = len(logits[-1])
+    classifier = Classifier(metadata["arch"], num_classes, metadata["pixel_mean"], metadata["pixel_std"])
+    classifier.network.load_state_dict(state_dict)
+    return classifier.eval()

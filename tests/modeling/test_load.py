@@ -1,0 +1,125 @@
+"""The library call: whole networks by a zoo name or a file."""
+
+import pytest
+import torch
+from detectron2.modeling import FPN
+
+from rt_detectron import load_backbone, load_classifier
+from rt_detectron.checkpoint.convert import convert_checkpoint
+from rt_detectron.errors import InputError
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder for published files, which are converted into a cache beside it."""
+    folder = tmp_path / "zoo"
+    folder.mkdir()
+    monkeypatch.setenv("RT_DETECTRON_ZOO", str(folder))
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+@pytest.fixture
+def publish(mirror, random_classifier):
+    """``publish(arch)`` puts ``{arch}_l2_eps3.ckpt`` into the mirror and returns torchvision's network."""
+
+    def publish(arch):
+        network = random_classifier(arch, 7)
+        tensors = {f"module.model.{name}": tensor for name, tensor in network.state_dict().items()}
+        torch.save({"model": tensors}, mirror / f"{arch}_l2_eps3.ckpt")
+        return network
+
+    return publish
+
+
+def normalised(photograph):
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    return ((photograph / 255 - mean) / std)[None]
+
+
+@pytest.mark.parametrize(
+    ("detector", "levels"),
+    [
+        (None, ["res2", "res3", "res4", "res5"]),
+        ("fpn", ["p2", "p3", "p4", "p5", "p6"]),
+        ("retinanet", ["p3", "p4", "p5", "p6", "p7"]),
+    ],
+)
+@pytest.mark.parametrize("arch", ["resnet18", "shufflenet"])
+def test_backbones_come_with_their_weights(arch, detector, levels, publish, photograph):
+    network = publish(arch)
+    backbone = load_backbone(f"{arch}_l2_eps3", detector)
+    assert list(backbone.output_shape()) == levels
+    assert isinstance(backbone, FPN) == (detector is not None)
+    images = normalised(photograph)
+    if detector is None:
+        last = {"resnet18": "layer4", "shufflenet": "conv5"}[arch]
+        expected = []
+        network.get_submodule(last).register_forward_hook(lambda _, __, output: expected.append(output))
+        with torch.no_grad():
+            network(images)
+            found = backbone.eval()(images)["res5"]
+        torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-4 * float(expected[0].abs().max()))
+    else:
+        features = backbone(images)
+        assert {name: 96 // feature.shape[2] for name, feature in features.items()}[levels[0]] == (
+            4 if detector == "fpn" else 8
+        )
+    metadata = backbone.metadata
+    assert (metadata["arch"], metadata["norm"], metadata["eps"]) == (arch, "l2", 3.0)
+
+
+def test_folded_backbone_says_what_it_takes(publish):
+    publish("resnet18")
+    assert load_backbone("resnet18_l2_eps3-bgr").metadata["input_format"] == "BGR"
+
+
+def test_timm_backbone_from_a_file(tmp_path, random_classifier, photograph):
+    network = random_classifier("timm/convnext_atto", 7)
+    torch.save(network.state_dict(), tmp_path / "c.pth")
+    output = str(tmp_path / "convnext.pkl")
+    convert_checkpoint(str(tmp_path / "c.pth"), output, arch="timm/convnext_atto", norm="linf", eps=4.0)
+    expected = []
+    network.stages[3].register_forward_hook(lambda _, __, output: expected.append(output))
+    images = normalised(photograph)
+    backbone = load_backbone(output)
+    with torch.no_grad():
+        network(images)
+        found = backbone.eval()(images)["res5"]
+    torch.testing.assert_close(found, expected[0])
+    assert load_classifier(str(tmp_path / "c.pth"), arch="timm/convnext_atto").num_classes == 7
+
+
+def test_norm_and_freezing(publish):
+    publish("resnet18")
+    backbone = load_backbone("resnet18_l2_eps3", norm="BN", freeze_at=0)
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    backbone = load_backbone("resnet18_l2_eps3", freeze_at=5)
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet"])
+def test_classifier_takes_pixels_in_0_to_1(arch, publish, mirror, photograph):
+    network = publish(arch)
+    for name in (f"{arch}_l2_eps3", str(mirror / f"{arch}_l2_eps3.ckpt")):
+        classifier = load_classifier(name)
+        assert not classifier.training
+        with torch.no_grad():
+            logits = classifier(photograph[None] / 255)
+            torch.testing.assert_close(logits, network(normalised(photograph)), rtol=1e-3, atol=1e-3)
+        assert logits.shape == (1, 7)
+
+
+def test_wrong_requests_are_named(publish, mirror, tmp_path, backbone_file):
+    publish("resnet18")
+    with pytest.raises(InputError, match="did you mean resnet18_l2_eps3"):
+        load_backbone("resnet18_l2_eps33")
+    with pytest.raises(InputError, match="unknown detector 'yolo': None, 'fpn' or 'retinanet'"):
+        load_backbone("resnet18_l2_eps3", "yolo")
+    with pytest.raises(InputError, match="cannot read"):
+        load_backbone(str(tmp_path / "none.pkl"))
+    with pytest.raises(InputError, match="cannot read"):
+        load_classifier("resnet18_l2_eps3.ckpt")
+    with pytest.raises(InputError, match="backbone without the classifier's last layer"):
+        load_classifier(backbone_file)
