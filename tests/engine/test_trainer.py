@@ -12,6 +12,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.modeling import build_model
 
+from rt_detectron.checkpoint import zoo
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.engine import Trainer, load_config, write_results
 from rt_detectron.errors import InputError
@@ -78,17 +79,22 @@ class TestLoadConfig:
             model = build_model(cfg)
         assert model.input_format == "RGB"
         assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE
-        assert len(model.backbone.bottom_up.stages[2]) == (6 if cfg.MODEL.ROBUST.ARCH == "resnet50" else 2)
+        backbone = getattr(model.backbone, "bottom_up", model.backbone)
+        assert len(backbone.stages[2]) == (6 if "resnet50" in cfg.MODEL.ROBUST.ARCH else 2)
+        if cfg.MODEL.WEIGHTS.startswith("robust://"):
+            published = zoo.find(cfg.MODEL.WEIGHTS.removeprefix("robust://").removesuffix(".pkl"))
+            assert published.arch == cfg.MODEL.ROBUST.ARCH
         assert not path.name.startswith("Base-") or not cfg.MODEL.WEIGHTS
 
     def test_each_robust_config_has_its_fair_baseline(self):
-        for path in Path("configs").glob("*robust_r50_eps3.yaml"):
+        for path in Path("configs").glob("*robust_*_eps3.yaml"):
             robust = load_config(str(path), ["OUTPUT_DIR", "x"]).clone()
             baseline = path.with_name(path.name.replace("robust", "standard").replace("eps3", "eps0"))
             standard = load_config(str(baseline), ["OUTPUT_DIR", "x"])
             robust.defrost()
-            assert robust.MODEL.WEIGHTS == "robust://resnet50_l2_eps3.pkl"
-            robust.MODEL.WEIGHTS = "robust://resnet50_l2_eps0.pkl"
+            weights = f"robust://{robust.MODEL.ROBUST.ARCH}_l2_eps3.pkl"
+            assert robust.MODEL.WEIGHTS == weights
+            robust.MODEL.WEIGHTS = robust.MODEL.WEIGHTS.replace("eps3", "eps0")
             assert robust.dump() == standard.dump()
 
     def test_opts_win_over_the_file_and_the_result_is_frozen(self):

@@ -3,6 +3,7 @@ import json
 import pytest
 import yaml
 
+from rt_detectron.checkpoint import zoo
 from rt_detectron.errors import InputError
 from rt_detectron.study.grid import load_study
 
@@ -147,3 +148,12 @@ def test_wrong_yaml_is_one_line(tmp_path, text, message):
 def test_missing_study_file(tmp_path):
     with pytest.raises(InputError, match="no study file"):
         load_study(tmp_path / "gone.yaml")
+
+
+def test_the_published_grid_has_every_l2_eps_of_both_families():
+    for arch in ("resnet50", "wide_resnet50_2"):
+        study = load_study(f"configs/study/paper_coco_{arch}.yaml")
+        weights = [arm.weights for arm in study.arms]
+        assert weights == [f"robust://{entry.name}.pkl" for entry in zoo.list(norm="l2", arch=arch)]
+        assert study.opts == ("MODEL.ROBUST.ARCH", arch)
+        assert len(study.trials()) == 10 * 2 * 4
