@@ -26,7 +26,7 @@ EXTRAS = {
     "demo": ["scikit-image>=0.22", "scikit-learn>=1.3"],
     "webdataset": ["webdataset>=1.0"],
     "safetensors": ["safetensors>=0.4"],
-    "timm": ["timm>=1.0.9"],
+    "timm": ["timm>=1.0.31"],
     "test": ["dill", "pytest>=8"],
     "lint": ["ruff"],
 }

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
+from rt_detectron.config import add_robust_config
 from rt_detectron.errors import one_line_errors
-from rt_detectron.modeling.backbone import build_robust_resnet_fpn_backbone
+from rt_detectron.modeling.backbone import build_robust_torchvision_fpn_backbone
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -49,12 +50,18 @@ def random_classifier(arch: str) -> nn.Module:
 
 
 @torch.no_grad()
-def torchvision_features(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    x = normalise(image, IMAGENET_MEAN, IMAGENET_STD)
-    x = network.maxpool(network.relu(network.bn1(network.conv1(x))))
+def torchvision_features(arch: str, network: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Read off torchvision's own modules as it runs."""
+    taps = ARCHITECTURES[arch].taps or {stage: f"layer{i}" for i, stage in enumerate(STAGES, start=1)}
     features = {}
-    for i, stage in enumerate(STAGES, start=1):
-        features[stage] = x = getattr(network, f"layer{i}")(x)
+    for stage in STAGES:
+        by_function = taps[stage] == "relu"  # DenseNet's last ReLU is no module
+        network.get_submodule("features" if by_function else taps[stage]).register_forward_hook(
+            lambda _, __, output, stage=stage, by_function=by_function: features.update(
+                {stage: output.relu() if by_function else output.clone()}  # later layers work in place
+            )
+        )
+    network(normalise(image, IMAGENET_MEAN, IMAGENET_STD))
     return features
 
 
@@ -62,10 +69,11 @@ def torchvision_features(network: nn.Module, image: Tensor) -> dict[str, Tensor]
 def detectron2_features(arch: str, weights: str, image: Tensor, input_format: str) -> dict[str, Tensor]:
     """From ``weights`` under their own preprocessing; BGR is that of an unchanged config."""
     cfg = get_cfg()
-    cfg.MODEL.RESNETS.update(ARCHITECTURES[arch].resnets, OUT_FEATURES=STAGES)
+    add_robust_config(cfg)
+    cfg.MODEL.ROBUST.ARCH = arch
     cfg.MODEL.FPN.IN_FEATURES = STAGES
     with torch.device("meta"):  # loading must fill every tensor, so initialise none
-        backbone = build_robust_resnet_fpn_backbone(cfg, ShapeSpec(channels=3)).bottom_up
+        backbone = build_robust_torchvision_fpn_backbone(cfg, ShapeSpec(channels=3)).bottom_up
     backbone.to_empty(device="cpu").eval()
     RobustCheckpointer(backbone).load(weights)
     if input_format == "BGR":
@@ -76,7 +84,7 @@ def detectron2_features(arch: str, weights: str, image: Tensor, input_format: st
 def largest_difference(arch: str, image: Tensor) -> dict[str, float]:
     """The largest relative difference over res2..res5, by input format."""
     network = random_classifier(arch)
-    expected = torchvision_features(network, image)
+    expected = torchvision_features(arch, network, image)
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         source, output = os.path.join(folder, f"{arch}.pth"), os.path.join(folder, f"{arch}.pkl")

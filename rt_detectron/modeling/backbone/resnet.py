@@ -76,7 +76,7 @@ def build_robust_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet
         InputError: as :func:`resolve_resnet`, and under a C4 head for a network without bottlenecks.
     """
     resolved = resolve_resnet(cfg)
-    if _has_c4_head(cfg):
+    if has_c4_head(cfg):
         _complete_for_c4_head(cfg, resolved)
     if _is_deeplab(cfg):
         from detectron2.projects.deeplab import build_resnet_deeplab_backbone
@@ -131,7 +131,7 @@ def _refuse_disagreement(cfg: CfgNode, arch: str, needed: dict[str, int]) -> Non
         raise InputError(f"MODEL.ROBUST.ARCH {arch} disagrees with {found}: set {_lines(wrong)}")
 
 
-def _has_c4_head(cfg: CfgNode) -> bool:
+def has_c4_head(cfg: CfgNode) -> bool:
     meta_arch, heads = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS.NAME
     return (
         meta_arch in META_ARCH_REGISTRY

@@ -8,7 +8,7 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from rt_detectron.errors import InputError
-from rt_detectron.modeling.backbone.resnet import _has_c4_head
+from rt_detectron.modeling.backbone.resnet import has_c4_head
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def checked_features(cfg: CfgNode, arch: str) -> list[str]:
         raise InputError(
             f"a dilated res5 (DC5) needs a ResNet, {arch} is none: set MODEL.RESNETS.RES5_DILATION 1"
         )
-    if _has_c4_head(cfg):
+    if has_c4_head(cfg):
         raise InputError(
             f"{cfg.MODEL.ROI_HEADS.NAME} (C4) has a ResNet's res5, {arch} has none: "
             "choose a ResNet or an FPN detector"
@@ -119,7 +119,9 @@ def _frozen(norm: nn.Module) -> nn.Module:
         from timm.layers import freeze_batch_norm_2d
 
         return freeze_batch_norm_2d(norm)
-    return FrozenBatchNorm2d.convert_frozen_batchnorm(norm)
+    frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(norm)
+    frozen.num_batches_tracked = None  # as in Detectron2's ResNet; weights' files do not have it
+    return frozen
 
 
 def _synchronised(norm: nn.Module) -> nn.Module:
