@@ -92,9 +92,9 @@ class TestLoadConfig:
             baseline = path.with_name(path.name.replace("robust", "standard").replace("eps3", "eps0"))
             standard = load_config(str(baseline), ["OUTPUT_DIR", "x"])
             robust.defrost()
-            weights = f"robust://{robust.MODEL.ROBUST.ARCH}_l2_eps3.pkl"
-            assert robust.MODEL.WEIGHTS == weights
-            robust.MODEL.WEIGHTS = robust.MODEL.WEIGHTS.replace("eps3", "eps0")
+            arch = robust.MODEL.ROBUST.ARCH
+            assert f"robust://{arch}_l2_eps3.pkl" == robust.MODEL.WEIGHTS
+            robust.MODEL.WEIGHTS = f"robust://{arch}_l2_eps0.pkl"
             assert robust.dump() == standard.dump()
 
     def test_opts_win_over_the_file_and_the_result_is_frozen(self):
