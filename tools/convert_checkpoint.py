@@ -6,7 +6,7 @@ python tools/convert_checkpoint.py output/pretrain/classifier.pth resnet50_l2_ep
 
 import argparse
 
-from rt_detectron.checkpoint.architectures import ARCHITECTURES
+from rt_detectron.checkpoint.architectures import ARCHITECTURES, TIMM, get_architecture
 from rt_detectron.checkpoint.convert import NORMS, Conversion, convert_checkpoint
 from rt_detectron.checkpoint.preprocessing import preprocessing_lines
 from rt_detectron.errors import one_line_errors
@@ -50,11 +50,15 @@ def print_summary(args: argparse.Namespace, conversion: Conversion) -> None:
     print(f"read   {args.input}: {metadata['arch']}, {training}, sha256 {metadata['sha256']}")
     print(f"wrote  {args.output}: {conversion.num_tensors} tensors")
     if args.output.endswith(".pkl"):
-        print("Config lines for it:")
+        is_resnet = get_architecture(metadata["arch"]).resnets is not None
+        family = "resnet" if is_resnet else "timm" if metadata["arch"].startswith(TIMM) else "torchvision"
+        print("Config lines for it, under FPN:")
         print(f'  MODEL.WEIGHTS "{args.output}"')
+        print(f'  MODEL.BACKBONE.NAME "build_robust_{family}_fpn_backbone"')
         print(f'  MODEL.ROBUST.ARCH "{metadata["arch"]}"')
-        for line in preprocessing_lines(metadata).values():
-            print(f"  {line}")
+        for key, line in preprocessing_lines(metadata).items():
+            if is_resnet or key != "MODEL.RESNETS.STRIDE_IN_1X1":
+                print(f"  {line}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -44,6 +44,7 @@ def test_converts_and_prints_the_config_lines(source, tmp_path):
     assert f"wrote  {output}: 100 tensors\n" in result.stdout
     for line in (
         f'MODEL.WEIGHTS "{output}"',
+        'MODEL.BACKBONE.NAME "build_robust_resnet_fpn_backbone"',
         'MODEL.ROBUST.ARCH "resnet18"',
         'INPUT.FORMAT "BGR"',
         "MODEL.PIXEL_MEAN [103.53, 116.28, 123.675]",
