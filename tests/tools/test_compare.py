@@ -96,6 +96,8 @@ def test_interrupt_stops_the_trial_too(project, run, stop):
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts its background jobs, such as these tests may be, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     pid = int(wait_for(lambda: (folder / "pid").is_file() and (folder / "pid").read_text()))
     second_status, _, second_error = run(folder)

@@ -113,10 +113,18 @@ def test_a_corrupt_image_in_a_loaders_worker_is_one_line(command, tmp_path):
     assert not (tmp_path / "out/classifier.pth").exists()
 
 
+def heed_interrupts():
+    """A shell starts its background jobs, such as these tests may be, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_an_interrupted_training_leaves_checkpoints_but_no_classifier(command, tmp_path):
     endless = ["train.epochs=10000", "train.log_period=1", "train.checkpoint_epochs=1"]
     process = subprocess.Popen(
-        **command(CONFIG, *endless), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        **command(CONFIG, *endless),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=heed_interrupts,
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "out/last_checkpoint").exists():
@@ -124,7 +132,10 @@ def test_an_interrupted_training_leaves_checkpoints_but_no_classifier(command, t
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) != 0
+    try:
+        assert process.wait(60) != 0
+    finally:
+        process.kill()
     assert not list((tmp_path / "out").glob("classifier.pth*"))
     assert list((tmp_path / "out").glob("model_*.pth"))
 
