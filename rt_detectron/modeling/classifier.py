@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD, build_classifier
+from rt_detectron.modeling.small_maps import use_small_maps
 
 
 class Classifier(nn.Module):
@@ -24,6 +25,7 @@ class Classifier(nn.Module):
         # channels_last: the same numbers, and convolutions that are up to 1.5 times as fast on CPUs and
         # on GPUs with tensor cores.
         self.network = build_classifier(arch, num_classes).to(memory_format=torch.channels_last)
+        use_small_maps(self.network)
         # Not persistent: the state dict is the network's alone.
         self.register_buffer("mean", torch.tensor(self.pixel_mean).view(-1, 1, 1) / 255, persistent=False)
         self.register_buffer("std", torch.tensor(self.pixel_std).view(-1, 1, 1) / 255, persistent=False)

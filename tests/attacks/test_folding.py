@@ -1,0 +1,171 @@
+"""The folded network is the network in eval mode: same logits, input gradients, adversarial examples."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rt_detectron.attacks import PGD, ThreatModel
+from rt_detectron.attacks.folding import FoldedConvolution, FoldedNetwork
+
+ARCHS = [
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "densenet",
+    "mobilenet",
+    "mnasnet",
+    "shufflenet",
+    "vgg16_bn",
+]
+
+
+def batch(size=64):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 3, size, size, generator=generator).contiguous(memory_format=torch.channels_last)
+    return images, torch.arange(4)
+
+
+def logits_and_gradient(model, images, labels):
+    images = images.clone().requires_grad_(True)
+    logits = model(images)
+    (grad,) = torch.autograd.grad(F.cross_entropy(logits, labels), images)
+    return logits.detach(), grad
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_same_function_and_gradient(arch, random_classifier):
+    network = random_classifier(arch).to(memory_format=torch.channels_last)
+    images, labels = batch()
+    expected = logits_and_gradient(network, images, labels)
+    folded = FoldedNetwork(network).eval()
+    assert any(isinstance(module, FoldedConvolution) for module in folded.modules())
+    found = logits_and_gradient(folded, images, labels)
+    assert relative(found[0], expected[0]) < 1e-4
+    # A ReLU or a maximum that is a tie but for rounding sends its gradient elsewhere; the next test is exact.
+    assert relative(found[1], expected[1]) < 5e-2
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_without_cpu_kernels_in_double_precision(arch, random_classifier):
+    """As on a GPU, and without rounding to speak of."""
+    network = random_classifier(arch).double()
+    images, labels = batch()
+    expected = logits_and_gradient(network, images.double(), labels)
+    found = logits_and_gradient(FoldedNetwork(network).eval(), images.double(), labels)
+    assert relative(found[0], expected[0]) < 1e-10
+    assert relative(found[1], expected[1]) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("stride", "size", "kernel", "padding", "channels"),
+    [
+        (2, 32, 7, 3, 3),  # in blocks of 2x2 pixels
+        (2, 32, 3, 1, 3),
+        (2, 33, 7, 3, 3),  # not divisible, so not in blocks
+        (2, 32, 5, 2, 3),
+        (1, 2, 3, 1, 16),  # as a matrix
+        (2, 2, 3, 1, 16),
+        (1, 1, 3, 1, 16),
+        (1, 2, 1, 0, 16),
+        (1, 8, 3, 1, 16),
+    ],
+)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_each_shape_equals_the_modules(stride, size, kernel, padding, channels, with_residual, relu):
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(channels, 8, kernel, stride, padding, bias=False)
+    norm = nn.BatchNorm2d(8).eval()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_()
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 1.5)
+    x = (
+        torch.randn(3, channels, size, size)
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_(True)
+    )
+    expected = norm(convolution(x))
+    residual = torch.randn_like(expected).requires_grad_(True) if with_residual else None
+    expected = expected if residual is None else expected + residual
+    expected = F.relu(expected) if relu else expected
+    found = FoldedConvolution(convolution, norm, relu)(x, residual)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    inputs = [x] if residual is None else [x, residual]
+    weight = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad((found * weight).sum(), inputs),
+        torch.autograd.grad((expected * weight).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_adversarial_examples_are_those_of_the_plain_loop(norm, random_classifier):
+    network = random_classifier("resnet18").to(memory_format=torch.channels_last)
+    images, labels = batch()
+    threat_model = ThreatModel(norm, 1.0 if norm == "l2" else 4.0)
+    plain = images.clone()
+    for _ in range(3):
+        plain.requires_grad_(True)
+        (grad,) = torch.autograd.grad(F.cross_entropy(network(plain), labels), plain)
+        size = 2 * threat_model.radius / 3
+        step = grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1) if norm == "l2" else grad.sign()
+        delta = plain.detach() + size * step - images
+        if norm == "l2":
+            delta *= (threat_model.radius / delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).clamp(max=1)
+        else:
+            delta = delta.clamp(-threat_model.radius, threat_model.radius)
+        plain = (images + delta).clamp(0, 1)
+    found = PGD(threat_model, steps=3, relative_step_size=2.0)(FoldedNetwork(network), images, labels)
+    moved = relative(found - images, plain - images)
+    # The sign of a gradient that is all but zero may be another.
+    assert moved < (1e-3 if norm == "l2" else 2e-2)
+
+
+def test_refresh_follows_the_optimiser(random_classifier):
+    network = random_classifier("resnet18").train()
+    folded = FoldedNetwork(network).eval()
+    images, labels = batch(32)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()  # moves the statistics, too
+        optimizer.step()
+    with torch.no_grad():
+        expected = network.eval()(images)
+        assert relative(folded(images), expected) > 1e-2
+        folded.refresh()
+        assert relative(folded(images), expected) < 1e-5
+
+
+def test_the_network_is_left_alone(random_classifier):
+    network = random_classifier("resnet18").train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    images, labels = batch(32)
+    PGD(ThreatModel("l2", 1.0), steps=2)(FoldedNetwork(network), images, labels)
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert network.training
+    assert all(module.training for module in network.modules())
+
+
+def test_copies_cost_no_state(random_classifier):
+    folded = FoldedNetwork(random_classifier("resnet18"))
+    assert set(folded.state_dict()) == {"network.fc.weight", "network.fc.bias"}
+
+
+def test_networks_that_cannot_be_traced_say_so():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(torch.fx.proxy.TraceError):
+        FoldedNetwork(Branching())
