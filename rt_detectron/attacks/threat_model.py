@@ -13,17 +13,20 @@ class ThreatModel:
     """A norm ball of perturbations, in the unit the published checkpoints are named by.
 
     Attributes:
-        norm: "l2" or "linf".
-        eps: the ball's size. For "l2" in units of images in [0, 1] (``3.0``); for "linf" in 1/255
+        norm: "l1", "l2" or "linf".
+        eps: the ball's size. For "l1" and "l2" in units of images in [0, 1] (``3.0``); for "linf" in 1/255
             (``4.0`` moves every pixel by at most 4/255).
+        scale: of the ball, in [0, 1]; for schedules, which are about what is allowed now and not about
+            what the name of the threat model says.
     """
 
     norm: str
     eps: float
+    scale: float = 1.0
 
     def __post_init__(self):
-        if self.norm not in ("l2", "linf"):
-            raise InputError(f"threat model: norm {self.norm!r} is unknown; use 'l2' or 'linf'")
+        if self.norm not in ("l1", "l2", "linf"):
+            raise InputError(f"threat model: norm {self.norm!r} is unknown; use 'l1', 'l2' or 'linf'")
         if not (isinstance(self.eps, int | float) and math.isfinite(self.eps) and self.eps >= 0):
             raise InputError(f"threat model: eps is {self.eps!r}; it must be a finite number >= 0")
         if self.norm == "linf" and 0 < self.eps < 0.1:
@@ -34,32 +37,59 @@ class ThreatModel:
 
     @property
     def radius(self) -> float:
-        """eps for images in [0, 1]."""
-        return self.eps / 255 if self.norm == "linf" else self.eps
+        """The ball's size now, for images in [0, 1]."""
+        return self.scale * (self.eps / 255 if self.norm == "linf" else self.eps)
 
     def random_start(self, images: torch.Tensor) -> torch.Tensor:
         """Perturbations uniform in the ball, of the shape (N, C, H, W) of ``images``."""
         if self.norm == "linf":
             return torch.empty_like(images).uniform_(-self.radius, self.radius)
-        direction = torch.randn_like(images)
         dimensions = images[0].numel()
+        direction = torch.randn_like(images)
+        if self.norm == "l1":  # a Laplace vector has a uniform direction on the L1 sphere
+            direction = direction.sign() * torch.empty_like(images).exponential_()
         # A uniform point of a d-dimensional ball lies at the distance radius * u^(1/d), u uniform.
-        distance = self.radius * torch.rand_like(_norms(direction)).pow(1 / dimensions)
-        return direction * (distance / _norms(direction))
+        distance = self.radius * torch.rand_like(direction[:, :1, :1, :1]).pow(1 / dimensions)
+        return direction * (distance / _norms(direction, self.norm))
 
     def step(self, grad: torch.Tensor, size: float) -> torch.Tensor:
-        """The perturbation of norm ``size`` along which a linear function with ``grad`` grows fastest."""
+        """The perturbation of norm ``size`` along which a linear function with ``grad`` grows fastest.
+
+        For "l1" that is a single pixel; as in sparse L1 descent (Tramer & Boneh 2019, section 3.1), the
+        one percent of largest gradients share the step instead.
+        """
         if self.norm == "linf":
             return size * grad.sign()
-        return grad * (size / _norms(grad))
+        if self.norm == "l1":
+            flat = grad.flatten(1)
+            places = flat.abs().topk(max(flat.shape[1] // 100, 1), dim=1).indices
+            grad = torch.zeros_like(flat).scatter_(1, places, flat.gather(1, places).sign()).view_as(grad)
+        return grad * (size / _norms(grad, self.norm))
 
     def project(self, perturbation: torch.Tensor) -> torch.Tensor:
         """The nearest point of the ball, image by image."""
         if self.norm == "linf":
             return perturbation.clamp(-self.radius, self.radius)
-        return perturbation * (self.radius / _norms(perturbation)).clamp(max=1.0)
+        if self.norm == "l1":
+            return _project_l1(perturbation, self.radius)
+        return perturbation * (self.radius / _norms(perturbation, "l2")).clamp(max=1.0)
 
 
-def _norms(x: torch.Tensor) -> torch.Tensor:
-    """L2 norm of each image of (N, C, H, W), as (N, 1, 1, 1); never zero, so that it can divide."""
-    return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+def _norms(x: torch.Tensor, norm: str) -> torch.Tensor:
+    """Norm of each image of (N, C, H, W), as (N, 1, 1, 1); never zero, so that it can divide."""
+    order = 1 if norm == "l1" else 2
+    norms = torch.linalg.vector_norm(x, order, dim=(1, 2, 3), keepdim=True)
+    return norms.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _project_l1(x: torch.Tensor, radius: float) -> torch.Tensor:
+    """Soft thresholding, by the threshold that leaves the norm ``radius`` (Duchi et al. 2008, figure 1)."""
+    if radius == 0:
+        return torch.zeros_like(x)
+    magnitude = x.flatten(1).abs()
+    descending = magnitude.sort(dim=1, descending=True).values
+    excess = descending.cumsum(1) - radius
+    count = torch.arange(1, magnitude.shape[1] + 1, device=x.device)
+    last = (descending * count > excess).sum(1, keepdim=True) - 1
+    threshold = (excess.gather(1, last) / (last + 1)).clamp_min(0)
+    return (x.flatten(1).sign() * (magnitude - threshold).clamp_min(0)).view_as(x)

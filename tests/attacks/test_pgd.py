@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,7 +67,7 @@ def test_one_step_on_a_linear_model_is_the_optimum():
 
 
 @pytest.mark.parametrize("random_start", [False, True])
-@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("linf", 8.0)])
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("linf", 8.0), ("l1", 8.0)])
 def test_stays_in_the_ball_and_in_0_1_and_raises_the_loss(batch, norm, eps, random_start):
     images, labels = batch
     images = images.round()  # at the border of [0, 1], where clamping matters
@@ -73,7 +75,7 @@ def test_stays_in_the_ball_and_in_0_1_and_raises_the_loss(batch, norm, eps, rand
     attack = PGD(ThreatModel(norm, eps), steps=10, random_start=random_start)
     adversarial = attack(model, images, labels)
     delta = (adversarial - images).flatten(1)
-    size = delta.norm(dim=1) if norm == "l2" else delta.abs().amax(1)
+    size = {"l1": delta.abs().sum(1), "l2": delta.norm(dim=1), "linf": delta.abs().amax(1)}[norm]
     assert (size <= attack.threat_model.radius * (1 + 1e-5)).all()
     assert adversarial.min() >= 0
     assert adversarial.max() <= 1
@@ -115,7 +117,58 @@ def test_eps_0_changes_nothing(batch):
     assert torch.equal(PGD(ThreatModel("l2", 0.0), steps=3)(small_network(), images, labels), images)
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"steps": 2.5}, {"steps": 3, "relative_step_size": 0}])
+def misclassified_and_loss(model, images, labels):
+    logits = model.eval()(images)
+    return logits.argmax(1) != labels, F.cross_entropy(logits, labels, reduction="none")
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_restarts_keep_each_images_strongest(batch, best):
+    images, labels = batch
+    model = small_network()
+    once = PGD(ThreatModel("linf", 2.0), steps=3, random_start=True)
+    torch.manual_seed(0)
+    strongest = replace(once, restarts=4, best=best)(model, images, labels)
+    torch.manual_seed(0)
+    singles = [once(model, images, labels) for _ in range(4)]
+    wrong, loss = misclassified_and_loss(model, strongest, labels)
+    for single in singles:
+        single_wrong, single_loss = misclassified_and_loss(model, single, labels)
+        assert (wrong | ~single_wrong).all()
+        assert (wrong & ~single_wrong | (loss >= single_loss - 1e-6)).all()
+    if not best:  # each image is that of one of the single runs
+        found = torch.stack([(strongest == single).flatten(1).all(1) for single in singles])
+        assert found.any(0).all()
+
+
+def test_best_is_the_strongest_iterate(batch):
+    """With steps so long that the last is not the best."""
+    images, labels = batch
+    model = small_network()
+    last = PGD(ThreatModel("l2", 0.3), steps=8, relative_step_size=16.0)
+    best = replace(last, best=True)
+    wrong, loss = misclassified_and_loss(model, last(model, images, labels), labels)
+    best_wrong, best_loss = misclassified_and_loss(model, best(model, images, labels), labels)
+    assert (best_wrong >= wrong).all()
+    assert (best_loss >= loss - 1e-6)[best_wrong == wrong].all()
+
+
+def test_memory_format_is_kept(batch):
+    images, labels = batch
+    images = images.contiguous(memory_format=torch.channels_last)
+    adversarial = PGD(ThreatModel("l2", 0.5), steps=2)(small_network(), images, labels)
+    assert adversarial.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"steps": 0}, {"steps": 2.5}, {"steps": 3, "relative_step_size": 0}, {"steps": 3, "restarts": 0}],
+)
 def test_bad_input_is_one_line(bad):
     with pytest.raises(InputError, match=r"must be .*>"):
         PGD(ThreatModel("l2", 1.0), **bad)
+
+
+def test_restarts_without_a_random_start_are_refused():
+    with pytest.raises(InputError, match="set random_start=True"):
+        PGD(ThreatModel("l2", 1.0), steps=2, restarts=3)

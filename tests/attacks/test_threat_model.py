@@ -8,11 +8,11 @@ SHAPE = (5, 3, 8, 8)
 
 
 def norms(threat_model, perturbation):
-    order = 2 if threat_model.norm == "l2" else float("inf")
+    order = {"l1": 1, "l2": 2, "linf": float("inf")}[threat_model.norm]
     return torch.linalg.vector_norm(perturbation.flatten(1), ord=order, dim=1)
 
 
-@pytest.fixture(params=[("l2", 0.5), ("linf", 8.0)], ids=lambda p: p[0])
+@pytest.fixture(params=[("l1", 4.0), ("l2", 0.5), ("linf", 8.0)], ids=lambda p: p[0])
 def threat_model(request):
     return ThreatModel(*request.param)
 
@@ -38,7 +38,7 @@ def test_random_start_fills_the_ball_and_stays_in_it(threat_model):
     start = threat_model.random_start(torch.zeros(200, 1, 1, 2))
     relative = norms(threat_model, start) / threat_model.radius
     assert relative.max() <= 1 + 1e-6
-    # In two dimensions both balls hold a quarter of their area within half the radius.
+    # In two dimensions each ball holds a quarter of their area within half the radius.
     assert 0.15 < (relative < 0.5).float().mean() < 0.35
 
 
@@ -47,6 +47,8 @@ def test_step_has_the_asked_size_and_no_direction_is_better(threat_model):
     grad = torch.randn(SHAPE, generator=generator)
     step = threat_model.step(grad, 0.25)
     assert torch.allclose(norms(threat_model, step), torch.tensor(0.25))
+    if threat_model.norm == "l1":  # best would be a single pixel; the largest of them share the step
+        assert (step != 0).flatten(1).sum(1).tolist() == [3 * 8 * 8 // 100] * 5
     others = torch.randn(SHAPE, generator=generator)
     others = others * (0.25 / norms(threat_model, others)).view(-1, 1, 1, 1)
     assert ((step * grad).flatten(1).sum(1) >= (others * grad).flatten(1).sum(1)).all()
@@ -60,7 +62,7 @@ def test_a_zero_gradient_gives_no_step_and_no_nan(threat_model):
 @pytest.mark.parametrize(
     ("norm", "eps", "words"),
     [
-        ("l1", 1.0, "use 'l2' or 'linf'"),
+        ("l0", 1.0, "use 'l1', 'l2' or 'linf'"),
         ("l2", -1.0, "finite number >= 0"),
         ("l2", float("nan"), "finite number >= 0"),
         ("l2", "3", "finite number >= 0"),
@@ -71,3 +73,24 @@ def test_bad_input_is_one_line(norm, eps, words):
     with pytest.raises(InputError, match=words) as error:
         ThreatModel(norm, eps)
     assert "\n" not in str(error.value)
+
+
+def test_l1_projection_is_the_nearest_point_of_the_ball():
+    """By the optimality condition: (x - p) . (q - p) <= 0 for every q in the ball."""
+    generator = torch.Generator().manual_seed(0)
+    threat_model = ThreatModel("l1", 2.0)
+    x = torch.randn(SHAPE, generator=generator)
+    projected = threat_model.project(x)
+    for _ in range(50):
+        other = torch.randn(SHAPE, generator=generator).pow(3)  # some of them all but sparse
+        other *= 2.0 / norms(threat_model, other).view(-1, 1, 1, 1)
+        assert (((x - projected) * (other - projected)).flatten(1).sum(1) <= 1e-4).all()
+    corners = torch.zeros(5, x[0].numel())
+    corners[torch.arange(5), x.flatten(1).abs().argmax(1)] = 2.0
+    corners = corners.view(SHAPE) * x.sign()
+    assert (((x - projected) * (corners - projected)).flatten(1).sum(1) <= 1e-4).all()
+
+
+def test_scale_shrinks_the_ball_for_a_schedule():
+    assert ThreatModel("linf", 4, scale=0.01).radius == pytest.approx(0.04 / 255)
+    assert torch.equal(ThreatModel("l1", 4, scale=0.0).project(torch.ones(SHAPE)), torch.zeros(SHAPE))
