@@ -1,4 +1,8 @@
+from detectron2.config import LazyCall as L
+
+from rt_detectron.pretrain.strategies import Standard
+
 from .common.demo import dataloader, evaluator, lr_multiplier, model, optimizer, threat_model, train
 
-model.attack = None
+model.strategy = L(Standard)()
 train.output_dir = "./output/demo/standard"

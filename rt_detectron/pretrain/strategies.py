@@ -1,11 +1,230 @@
-"""What one training step optimises."""
+"""What one training step optimises: clean images, or those of an adversary."""
+
+import logging
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, fx, nn
 
-from rt_detectron.attacks import PGD
+from rt_detectron.attacks import PGD, ThreatModel
+from rt_detectron.attacks.folding import FoldedNetwork
+from rt_detectron.errors import InputError
 from rt_detectron.modeling.classifier import Classifier
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EpsSchedule:
+    """How much of eps an adversary gets while training goes on.
+
+    Attributes:
+        warmup: share of the training over which it grows linearly from 0.
+        random: of what the warm-up allows, every batch gets a uniformly random part.
+    """
+
+    warmup: float = 0.0
+    random: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"eps schedule: warmup is {self.warmup!r}; it is a share of training, 0 to 1")
+
+    def __call__(self, progress: float) -> float:
+        """The part of eps, in [0, 1], after the share ``progress`` of the training."""
+        scale = min(progress / self.warmup, 1.0) if self.warmup else 1.0
+        return scale * torch.rand(()).item() if self.random else scale
+
+
+class Standard:
+    """Cross-entropy on the images as they are."""
+
+    threat_model: ThreatModel | None = None
+    replays = 1
+
+    def __call__(
+        self, classifier: nn.Module, target: nn.Module, images: Tensor, labels: Tensor, progress: float
+    ) -> dict[str, Tensor]:
+        """The losses of one step.
+
+        Args:
+            classifier: what learns, in train mode.
+            target: what an adversary attacks: the same function as ``classifier`` in eval mode.
+            images: (N, 3, H, W) in [0, 1].
+            labels: (N,).
+            progress: share of the training that is done, in [0, 1).
+        """
+        return {"loss": F.cross_entropy(classifier(images), labels)}
+
+
+class Adversarial(Standard):
+    """Cross-entropy on the images that ``attack`` makes (Madry et al. 2018).
+
+    Args:
+        attack: of the inner maximisation.
+        schedule: of its eps.
+    """
+
+    def __init__(self, attack: PGD, schedule: EpsSchedule = EpsSchedule()):
+        self.attack = attack
+        self.schedule = schedule
+        self.threat_model = attack.threat_model
+
+    def attack_now(self, progress: float) -> PGD:
+        scaled = replace(self.threat_model, scale=self.schedule(progress))
+        return replace(self.attack, threat_model=scaled)
+
+    def __call__(self, classifier, target, images, labels, progress):
+        return super().__call__(
+            classifier, target, self.attack_now(progress)(target, images, labels), labels, progress
+        )
+
+
+class Fast(Adversarial):
+    """A single step of 1.25 eps from a random start (Wong et al. 2020, algorithm 3), and a look-out.
+
+    Single-step training can collapse from one epoch to the next: the network withstands the single step by
+    bending its loss surface, and nothing else ("catastrophic overfitting"; Andriushchenko & Flammarion
+    2020). So every ``check_every`` steps the same batch is attacked by five steps; if, twice in a row, less
+    than half of what withstood one step withstands five, a warning says so. Both accuracies go to
+    Detectron2's event storage.
+
+    Args:
+        threat_model: of the training.
+        schedule: of its eps.
+        check_every: steps between two look-outs; each costs about five forward and backward passes.
+    """
+
+    def __init__(
+        self, threat_model: ThreatModel, schedule: EpsSchedule = EpsSchedule(), check_every: int = 100
+    ):
+        if not isinstance(check_every, int) or check_every < 1:
+            raise InputError(f"fast: check_every is {check_every!r}; it must be a whole number >= 1")
+        super().__init__(PGD(threat_model, steps=1, relative_step_size=1.25, random_start=True), schedule)
+        self.check_every = check_every
+        self.seen = self.suspicions = 0
+
+    def __call__(self, classifier, target, images, labels, progress):
+        if self.seen % self.check_every == self.check_every - 1:
+            self._look_out(target, images, labels, progress)
+        self.seen += 1
+        return super().__call__(classifier, target, images, labels, progress)
+
+    @torch.no_grad()
+    def _look_out(self, target, images, labels, progress) -> None:
+        single = self.attack_now(progress)
+        several = replace(single, steps=5, relative_step_size=2.5)
+        one, five = (
+            (target(attack(target, images, labels)).argmax(1) == labels).float().mean().item()
+            for attack in (single, several)
+        )
+        get_event_storage().put_scalars(
+            fast_accuracy=100 * one, fast_accuracy_pgd5=100 * five, smoothing_hint=False
+        )
+        # A network that has learned nothing withstands nothing, either.
+        self.suspicions = self.suspicions + 1 if one > 0.2 and five < one / 2 else 0
+        if self.suspicions == 2:
+            logger.warning(
+                "catastrophic overfitting: %.0f %% of the batch withstand the single step of training, but "
+                "only %.0f %% withstand five. Go back to a checkpoint before this and train with a smaller "
+                "eps or with strategy Adversarial and 2 or more steps.",
+                100 * one,
+                100 * five,
+            )
+
+    def state_dict(self) -> dict:
+        return {"seen": self.seen, "suspicions": self.suspicions}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seen, self.suspicions = state["seen"], state["suspicions"]
+
+
+class Free(Standard):
+    """Every batch ``replays`` times in a row, the perturbation moving with the weights' own backward pass
+    (Shafahi et al. 2019, algorithm 1), so that attacking costs no pass of its own.
+
+    The perturbation is kept from batch to batch.
+
+    Args:
+        threat_model: "linf" or "l2".
+        replays: optimiser steps for each batch; train for as many fewer epochs.
+        schedule: of its eps.
+    """
+
+    def __init__(self, threat_model: ThreatModel, replays: int = 4, schedule: EpsSchedule = EpsSchedule()):
+        if not isinstance(replays, int) or replays < 1:
+            raise InputError(f"free: replays is {replays!r}; it must be a whole number >= 1")
+        self.threat_model = threat_model
+        self.replays = replays
+        self.schedule = schedule
+        self.perturbation: Tensor | None = None
+
+    def __call__(self, classifier, target, images, labels, progress):
+        now = replace(self.threat_model, scale=self.schedule(progress))
+        perturbation = self._moved(now, images)
+        self.perturbation = perturbation.requires_grad_(True)
+        # Its gradient is that of the image, which clamping would cut off at black and white.
+        adversarial = images + self.perturbation
+        adversarial = adversarial + (adversarial.clamp(0, 1) - adversarial).detach()
+        return super().__call__(classifier, target, adversarial, labels, progress)
+
+    @torch.no_grad()
+    def _moved(self, now: ThreatModel, images: Tensor) -> Tensor:
+        """The last perturbation, a step of eps along the gradient that the last backward pass left on it."""
+        last = self.perturbation
+        if last is None or last.shape != images.shape:
+            return torch.zeros_like(images)
+        last = last.to(images)
+        if self.perturbation.grad is not None:
+            last = last + now.step(self.perturbation.grad.to(images), now.radius)
+        return now.project(last)
+
+    def state_dict(self) -> dict:
+        if self.perturbation is None:
+            return {}
+        return {"perturbation": self.perturbation.detach(), "grad": self.perturbation.grad}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state:
+            self.perturbation = state["perturbation"].clone()
+            self.perturbation.grad = state["grad"]
+
+
+class Trades(Adversarial):
+    """Cross-entropy on clean images plus ``beta`` times how far the attack moves the prediction
+    (Zhang et al. 2019, equation 5).
+
+    Args:
+        attack: maximises the Kullback-Leibler divergence from the clean prediction. It needs a random start,
+            since the divergence has no gradient at the image itself.
+        beta: more of it, more robustness and less clean accuracy; the authors use 6.
+        schedule: of its eps.
+    """
+
+    def __init__(self, attack: PGD, beta: float = 6.0, schedule: EpsSchedule = EpsSchedule()):
+        super().__init__(attack, schedule)
+        if not attack.random_start:
+            raise InputError("trades: the attack cannot leave the image; set attack.random_start=True")
+        if not beta >= 0:
+            raise InputError(f"trades: beta is {beta!r}; it must be a number >= 0")
+        self.beta = beta
+
+    def __call__(self, classifier, target, images, labels, progress):
+        with torch.no_grad():
+            clean = target(images).softmax(1)
+        adversarial = self.attack_now(progress)(target, images, clean, loss=_divergence)
+        logits, attacked = classifier(images), classifier(adversarial)
+        return {
+            "loss_clean": F.cross_entropy(logits, labels),
+            "loss_robust": self.beta * _divergence(attacked, logits.softmax(1)),
+        }
+
+
+def _divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """KL(probabilities || softmax(logits)), averaged over the images."""
+    return F.kl_div(logits.log_softmax(1), probabilities, reduction="batchmean")
 
 
 class Pretraining(nn.Module):
@@ -13,13 +232,18 @@ class Pretraining(nn.Module):
 
     Args:
         classifier: what is trained.
-        attack: trains on adversarial images made by it (Madry et al. 2018); None is standard training.
+        strategy: makes the losses.
+
+    Attributes:
+        progress: share of the training that is done, set by the trainer.
     """
 
-    def __init__(self, classifier: Classifier, attack: PGD | None = None):
+    def __init__(self, classifier: Classifier, strategy: Standard):
         super().__init__()
         self.classifier = classifier
-        self.attack = attack
+        self.strategy = strategy
+        self.progress = 0.0
+        self._target: list[nn.Module] = []  # a list, so that it is no submodule
 
     def forward(self, batch):
         """In training mode a dict of losses, in eval mode the logits (N, num_classes) of the clean images.
@@ -30,11 +254,23 @@ class Pretraining(nn.Module):
         images, labels = self.to_device(batch)
         if not self.training:
             return self.classifier(images)
-        if self.attack is not None:
-            images = self.attack(self.classifier, images, labels)
-        return {"loss": F.cross_entropy(self.classifier(images), labels)}
+        # Clean training attacks nothing, so it need not keep the target up to date.
+        target = self.target() if self.strategy.threat_model is not None else self.classifier
+        return self.strategy(self.classifier, target, images, labels, self.progress)
 
-    def to_device(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def target(self) -> nn.Module:
+        """What the inner attack runs against: the classifier in eval mode, with its weights of now."""
+        if not self._target:
+            try:
+                self._target.append(FoldedNetwork(self.classifier).eval())
+            except (fx.proxy.TraceError, TypeError, RuntimeError) as error:  # a network that asks its input
+                logger.warning("attacking %s as it is, not folded: %s", self.classifier.arch, error)
+                self._target.append(self.classifier)
+        elif self._target[0] is not self.classifier:
+            self._target[0].refresh()
+        return self._target[0]
+
+    def to_device(self, batch) -> tuple[Tensor, Tensor]:
         """The batch on the model's device, images as float in [0, 1]."""
         images, labels = (part.to(self.classifier.mean.device, non_blocking=True) for part in batch)
         if images.dtype == torch.uint8:

@@ -17,7 +17,6 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from yaml import YAMLError
 
-from rt_detectron.attacks import PGD
 from rt_detectron.checkpoint.formats import read_classifier
 from rt_detectron.errors import InputError, one_line
 from rt_detectron.files import replaced_atomically
@@ -64,17 +63,20 @@ def do_train(cfg, resume: bool = False) -> None:
     # device_ids=None: the model's own device, CPU or this process's GPU.
     wrapped = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
     trainer_class = AMPTrainer if cfg.train.amp else SimpleTrainer
-    trainer = trainer_class(wrapped, loader, optimizer)
+    trainer = trainer_class(wrapped, _Replayed(loader, model.strategy.replays), optimizer)
 
     epoch = max(len(loader.dataset) // cfg.dataloader.train.total_batch_size, 1)  # in iterations
+    epoch *= model.strategy.replays
     max_iter = max(round(cfg.train.epochs * epoch), 1)
+    memory = {"strategy": model.strategy} if hasattr(model.strategy, "state_dict") else {}
     checkpointer = DetectionCheckpointer(
-        model.classifier, cfg.train.output_dir, trainer=trainer, rt_detectron=_Metadata(model)
+        model.classifier, cfg.train.output_dir, trainer=trainer, rt_detectron=_Metadata(model), **memory
     )
     is_main = comm.is_main_process()
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
+            _Progress(model),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(
                 checkpointer, max(round(cfg.train.checkpoint_epochs * epoch), 1), max_to_keep=2
@@ -122,7 +124,7 @@ def _share_buffers(model: Pretraining) -> None:
 
 def classifier_metadata(model: Pretraining) -> dict:
     """What later tools must know of a pretrained classifier; written beside its tensors."""
-    threat_model = model.attack.threat_model if isinstance(model.attack, PGD) else None
+    threat_model = model.strategy.threat_model
     classifier: Classifier = model.classifier
     return {
         "arch": classifier.arch,
@@ -134,6 +136,29 @@ def classifier_metadata(model: Pretraining) -> dict:
         "stride_in_1x1": False,
         "source": "rt_detectron pretraining",
     }
+
+
+class _Replayed:
+    """A loader whose batches come several times in a row."""
+
+    def __init__(self, loader, times: int):
+        self.loader = loader
+        self.times = times
+
+    def __iter__(self):
+        for batch in self.loader:
+            for _ in range(self.times):
+                yield batch
+
+
+class _Progress(HookBase):
+    """Tells the model which share of the training is done; schedules of eps go by it."""
+
+    def __init__(self, model: Pretraining):
+        self.model = model
+
+    def before_step(self):
+        self.model.progress = self.trainer.iter / self.trainer.max_iter
 
 
 class _Metadata:

@@ -48,7 +48,7 @@ def digits_cfg(digit_folders, tmp_path):
         "dataloader.train.total_batch_size=16",
         "dataloader.train.num_workers=0",
         "dataloader.test.num_workers=0",
-        "model.attack.steps=1",
+        "model.strategy.attack.steps=1",
         "evaluator.attack.steps=2",
         "evaluator.max_attacked=20",
         "train.device=cpu",

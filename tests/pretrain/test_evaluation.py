@@ -5,13 +5,13 @@ from detectron2.evaluation import inference_on_dataset
 from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.evaluation import AccuracyEvaluator
-from rt_detectron.pretrain.strategies import Pretraining
+from rt_detectron.pretrain.strategies import Pretraining, Standard
 
 
 @pytest.fixture
 def model_and_batches():
     torch.manual_seed(0)
-    model = Pretraining(Classifier("resnet18", num_classes=2)).eval()
+    model = Pretraining(Classifier("resnet18", num_classes=2), Standard()).eval()
     images = torch.rand(20, 3, 32, 32)
     with torch.no_grad():
         labels = model.classifier(images).argmax(1)

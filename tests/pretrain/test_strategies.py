@@ -1,10 +1,25 @@
+import logging
+
+import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.utils.events import EventStorage
 
 from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD, build_classifier
+from rt_detectron.errors import InputError
 from rt_detectron.modeling.classifier import Classifier
-from rt_detectron.pretrain.strategies import Pretraining
+from rt_detectron.pretrain.strategies import (
+    Adversarial,
+    EpsSchedule,
+    Fast,
+    Free,
+    Pretraining,
+    Standard,
+    Trades,
+)
+
+L2 = ThreatModel("l2", 1.0)
 
 
 def test_classifier_is_the_network_behind_its_normalisation(photograph):
@@ -19,13 +34,17 @@ def test_classifier_is_the_network_behind_its_normalisation(photograph):
 
 
 def test_state_dict_is_the_networks_alone():
-    names = Classifier("resnet18", num_classes=5).state_dict()
-    assert set(names) == {f"network.{name}" for name in build_classifier("resnet18", 5).state_dict()}
+    names = {f"network.{name}" for name in build_classifier("resnet18", 5).state_dict()}
+    assert set(Classifier("resnet18", num_classes=5).state_dict()) == names
+    model = make(Adversarial(PGD(L2, steps=1)))
+    model.train()(batch())  # builds the target
+    assert set(model.classifier.state_dict()) == names
+    assert len(list(model.parameters())) == len(list(model.classifier.parameters()))
 
 
-def make(attack=None):
+def make(strategy=None):
     torch.manual_seed(0)
-    return Pretraining(Classifier("resnet18", num_classes=3), attack)
+    return Pretraining(Classifier("resnet18", num_classes=3), strategy or Standard())
 
 
 def batch():
@@ -42,15 +61,204 @@ def test_standard_loss_is_cross_entropy_on_the_images():
 
 def test_adversarial_loss_is_cross_entropy_on_what_the_attack_makes():
     images, labels = batch()
-    attack = PGD(ThreatModel("l2", 1.0), steps=2)
-    loss = make(attack).train()((images, labels))["loss"]
+    attack = PGD(L2, steps=2)
+    loss = make(Adversarial(attack)).train()((images, labels))["loss"]
     reference = make().train()
     adversarial = attack(reference.classifier, images.float() / 255, labels)
-    assert torch.allclose(loss, F.cross_entropy(reference.classifier(adversarial), labels))
+    expected = F.cross_entropy(reference.classifier(adversarial), labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     assert loss > make().train()((images, labels))["loss"]
+
+
+def test_target_follows_the_optimiser():
+    model = make(Adversarial(PGD(L2, steps=1))).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images = batch()[0].float() / 255
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(batch())["loss"].backward()
+        optimizer.step()
+    with torch.no_grad():
+        expected = model.classifier.eval()(images)
+        torch.testing.assert_close(model.target()(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_eval_mode_gives_the_clean_logits():
     images, labels = batch()
-    model = make(PGD(ThreatModel("l2", 1.0), steps=2)).eval()
+    model = make(Adversarial(PGD(L2, steps=2))).eval()
     assert torch.equal(model((images, labels)), model.classifier(images.float() / 255))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Adversarial(PGD(ThreatModel("l2", 0.0), steps=1)),
+        Fast(ThreatModel("linf", 0.0)),
+        Free(ThreatModel("linf", 0.0)),
+        Adversarial(PGD(L2, steps=1), EpsSchedule(warmup=1.0)),  # at progress 0
+    ],
+    ids=["adversarial", "fast", "free", "warm-up"],
+)
+def test_without_eps_all_are_standard_training(strategy):
+    assert torch.allclose(make(strategy).train()(batch())["loss"], make().train()(batch())["loss"], atol=1e-5)
+
+
+def test_trades_is_its_equation():
+    images, labels = batch()
+    images = images.float() / 255
+    attack = PGD(L2, steps=2, random_start=True)
+    model = make(Trades(attack, beta=3.0)).train()
+    torch.manual_seed(1)
+    losses = model((images, labels))
+
+    reference = make().train().classifier
+    clean = reference.eval()(images).softmax(1).detach()
+    torch.manual_seed(1)
+    divergence = lambda logits, p: (p * (p.log() - logits.log_softmax(1))).sum(1).mean()  # noqa: E731
+    adversarial = attack(reference, images, clean, loss=divergence)
+    reference.train()
+    logits, attacked = reference(images), reference(adversarial)
+    p = logits.softmax(1)
+    torch.testing.assert_close(losses["loss_clean"], F.cross_entropy(logits, labels), rtol=1e-3, atol=1e-4)
+    expected = 3.0 * (p * (p.log() - attacked.log_softmax(1))).sum(1).mean()
+    torch.testing.assert_close(losses["loss_robust"], expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 8.0), ("l2", 1.0)])
+def test_free_is_the_published_loop(norm, eps):
+    """Algorithm 1 of Shafahi et al., written out, against the strategy in an ordinary training loop."""
+    batches = [batch(), (batch()[0].flip(0), batch()[1])]
+    threat_model = ThreatModel(norm, eps)
+    model = make(Free(threat_model, replays=2)).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for item in (item for item in batches for _ in range(2)):
+        optimizer.zero_grad()
+        model(item)["loss"].backward()
+        optimizer.step()
+
+    reference = make().train().classifier
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.01)
+    delta = torch.zeros(6, 3, 32, 32)
+    for images, labels in batches:
+        images = images.float() / 255
+        for _ in range(2):
+            leaf = (images + delta).clamp(0, 1).requires_grad_(True)
+            optimizer.zero_grad()
+            F.cross_entropy(reference(leaf), labels).backward()
+            optimizer.step()
+            radius, grad = threat_model.radius, leaf.grad
+            if norm == "linf":
+                delta = (delta + radius * grad.sign()).clamp(-radius, radius)
+            else:
+                delta = delta + radius * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                delta *= (radius / delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).clamp(max=1)
+    start = make().classifier.state_dict()
+    found, expected = model.classifier.state_dict(), reference.state_dict()
+    for name in ("network.conv1.weight", "network.fc.weight", "network.layer4.1.bn2.running_var"):
+        moved = expected[name] - start[name]
+        assert float((found[name] - expected[name]).norm() / moved.norm()) < 0.05, name
+
+
+def test_free_goes_on_where_it_was_saved():
+    first = make(Free(ThreatModel("linf", 8.0))).train()
+    first(batch())["loss"].backward()
+    second = make(Free(ThreatModel("linf", 8.0))).train()
+    second.classifier.load_state_dict(first.classifier.state_dict())
+    second.strategy.load_state_dict(first.strategy.state_dict())
+    assert torch.equal(first(batch())["loss"], second(batch())["loss"])
+    Free(L2).load_state_dict(Free(L2).state_dict())  # before the first step
+
+
+class Gradient(torch.nn.Module):
+    """A network that withstands a step along its gradient, which points the wrong way, but no second one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        score = images.mean((1, 2, 3)) * self.weight
+        return torch.stack([score, -score], 1)
+
+
+@pytest.mark.parametrize(("withstands_five", "warns"), [(0.1, True), (0.8, False)])
+def test_fast_looks_out_for_catastrophic_overfitting(withstands_five, warns, monkeypatch, caplog):
+    labels = torch.zeros(10, dtype=torch.int64)
+    images = torch.full((10, 3, 4, 4), 0.5)
+
+    def attack(self, model, images, labels):
+        """Turns the given share of the images over, by the number of steps."""
+        withstand = 0.9 if self.steps == 1 else withstands_five
+        turned = images.clone()
+        turned[round(withstand * len(images)) :] *= -1
+        return turned
+
+    monkeypatch.setattr(PGD, "__call__", attack)
+    strategy, network = Fast(ThreatModel("linf", 8.0), check_every=2), Gradient()
+    with EventStorage() as storage, caplog.at_level(logging.WARNING, logger="rt_detectron"):
+        for _ in range(8):
+            strategy(network, network, images, labels, 0.5)
+    latest = storage.latest()
+    assert latest["fast_accuracy"][0] == pytest.approx(90)
+    assert latest["fast_accuracy_pgd5"][0] == pytest.approx(100 * withstands_five)
+    warnings = [record for record in caplog.records if "catastrophic overfitting" in record.message]
+    assert len(warnings) == (1 if warns else 0)
+
+
+def test_eps_grows_over_the_warm_up_and_is_then_all_of_it():
+    schedule = EpsSchedule(warmup=0.5)
+    assert [schedule(progress) for progress in (0.0, 0.25, 0.5, 0.9)] == [0.0, 0.5, 1.0, 1.0]
+    assert EpsSchedule()(0.0) == 1.0
+    torch.manual_seed(0)
+    drawn = [EpsSchedule(warmup=0.5, random=True)(0.25) for _ in range(200)]
+    assert 0 <= min(drawn) < 0.05 < 0.45 < max(drawn) <= 0.5
+    attack = Adversarial(PGD(ThreatModel("linf", 8.0), steps=2), schedule).attack_now(0.25)
+    assert attack.threat_model.radius == pytest.approx(4 / 255)
+    assert attack.step_size == pytest.approx(2.5 * 4 / 255 / 2)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: EpsSchedule(warmup=2), "0 to 1"),
+        (lambda: Free(L2, replays=0), "replays is 0"),
+        (lambda: Fast(L2, check_every=0), "check_every is 0"),
+        (lambda: Trades(PGD(L2, steps=1)), "random_start=True"),
+        (lambda: Trades(PGD(L2, steps=1, random_start=True), beta=-1), "beta is -1"),
+    ],
+)
+def test_bad_input_is_one_line(build, message):
+    with pytest.raises(InputError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        lambda: Adversarial(PGD(ThreatModel("l2", 0.5), steps=2)),
+        lambda: Fast(ThreatModel("linf", 4.0)),
+        lambda: Free(ThreatModel("linf", 4.0), replays=2),
+        lambda: Trades(PGD(ThreatModel("l2", 0.5), steps=2, random_start=True)),
+        lambda: Adversarial(PGD(ThreatModel("l1", 6.0), steps=2)),
+    ],
+    ids=["pgd", "fast", "free", "trades", "l1"],
+)
+def test_each_learns_to_withstand(strategy):
+    """Which half of the picture is brighter, by enough to be told under attack."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(16) % 2
+    images = 0.4 + 0.2 * torch.rand(16, 3, 32, 32, generator=generator)
+    images[labels == 0, :, :, :16] += 0.3
+    images[labels == 1, :, :, 16:] += 0.3
+    torch.manual_seed(0)
+    model = Pretraining(Classifier("resnet18", num_classes=2), strategy()).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    losses = []
+    with EventStorage():
+        for _ in range(12):
+            optimizer.zero_grad()
+            loss = sum(model((images, labels)).values())
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])

@@ -3,11 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 
 from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.errors import InputError
+from rt_detectron.pretrain.strategies import Free, Standard
 from rt_detectron.pretrain.trainer import (
     build_model,
     do_eval,
@@ -53,7 +55,7 @@ def test_training_learns_and_writes_what_the_next_tool_needs(digits_cfg):
 
 
 def test_standard_training_says_eps_0(digits_cfg):
-    digits_cfg.model.attack = None
+    digits_cfg.model.strategy = L(Standard)()
     digits_cfg.train.epochs = 0.25
     do_train(digits_cfg)
     assert classifier_file(digits_cfg)["rt_detectron"]["norm"] is None
@@ -166,10 +168,10 @@ class TestLoadConfig:
         cfg.model.classifier.num_classes = 2
         with torch.device("meta"):
             model = instantiate(cfg.model)
-        if model.attack is not None and "demo" not in path.stem:
-            threat_model = model.attack.threat_model
+        threat_model = model.strategy.threat_model
+        if threat_model is not None and "demo" not in path.stem:
             assert f"{threat_model.norm}_eps{threat_model.eps:g}".replace(".", "_") in path.stem
-        assert (model.attack is None) == (
+        assert (threat_model is None) == (
             "eps0" in path.stem.replace("eps0_5", "") or "standard" in path.stem
         )
         scheduler = instantiate(cfg.lr_multiplier)
@@ -177,7 +179,7 @@ class TestLoadConfig:
 
     def test_overrides_apply(self):
         cfg = load_config("configs/pretrain/resnet50_l2_eps3.py", ["threat_model.eps=0.5", "train.epochs=2"])
-        assert cfg.model.attack.threat_model.eps == 0.5
+        assert cfg.model.strategy.attack.threat_model.eps == 0.5
         assert cfg.evaluator.attack.threat_model.eps == 0.5
         assert cfg.train.epochs == 2
 
@@ -230,3 +232,25 @@ def test_every_checkpoint_converts_with_its_threat_model(digits_cfg, tmp_path):
     assert (metadata["arch"], metadata["norm"], metadata["eps"]) == ("resnet18", "l2", 0.5)
     saved = torch.load(checkpoint, weights_only=True)["rt_detectron"]
     assert saved == classifier_file(digits_cfg)["rt_detectron"]
+
+
+def test_free_trains_each_batch_several_times_and_resumes(digits_cfg, tmp_path, monkeypatch):
+    digits_cfg.model.strategy = L(Free)(threat_model="${threat_model}", replays=3)
+    digits_cfg.train.epochs = 0.5  # two batches
+    seen = []
+
+    def record(self, classifier, target, images, labels, progress):
+        seen.append((images.sum().item(), progress))
+        return call(self, classifier, target, images, labels, progress)
+
+    call = Free.__call__
+    monkeypatch.setattr(Free, "__call__", record)
+    do_train(digits_cfg)
+    assert [progress for _, progress in seen] == [i / 6 for i in range(6)]
+    batches = [total for total, _ in seen]
+    assert batches[0] == batches[1] == batches[2] != batches[3] == batches[4] == batches[5]
+    saved = torch.load(f"{digits_cfg.train.output_dir}/model_final.pth", weights_only=True)
+    assert saved["strategy"]["perturbation"].shape == (16, 3, 16, 16)
+    digits_cfg.train.epochs = 0.75
+    do_train(digits_cfg, resume=True)
+    assert len(seen) == 9

@@ -15,18 +15,21 @@ from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.data import FolderDataset, Lighting, build_test_loader, build_train_loader
 from rt_detectron.pretrain.evaluation import AccuracyEvaluator
-from rt_detectron.pretrain.strategies import Pretraining
+from rt_detectron.pretrain.strategies import Adversarial, EpsSchedule, Pretraining
 
 from .train import train
 
-# What the network is trained against (unless model.attack is None) and evaluated under.
+# What the network is trained against (unless model.strategy is Standard) and evaluated under.
 # eps: l2 for images in [0, 1], linf in 1/255.
 threat_model = L(ThreatModel)(norm="l2", eps=3.0)
 
 model = L(Pretraining)(
     classifier=L(Classifier)(arch="resnet50", num_classes=1000),
-    # A step is relative_step_size * eps / steps long. None trains on clean images.
-    attack=L(PGD)(threat_model="${threat_model}", steps=3, relative_step_size=2.0, random_start=False),
+    # A step is relative_step_size * eps / steps long.
+    strategy=L(Adversarial)(
+        attack=L(PGD)(threat_model="${threat_model}", steps=3, relative_step_size=2.0, random_start=False),
+        schedule=L(EpsSchedule)(warmup=0.0, random=False),
+    ),
 )
 
 dataloader = dict(
