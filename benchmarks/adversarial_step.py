@@ -1,0 +1,257 @@
+"""Images/s of one training step on adversarial images (PGD-3, L2): ours, every trick by itself, and peers.
+
+    python benchmarks/adversarial_step.py [--arch resnet18 --size 64 --batch 64 --rounds 7]
+
+All sides start from the same weights and train on the same batch with the same SGD; their steps alternate,
+and the median over the rounds is printed, with the loss of the last step: sides that do the same work print
+the same loss (up to what float rounding grows to). --memory prints peak memory instead, each side in a
+process of its own. Peers that are not installed are left out and named.
+
+pip install --no-deps -r benchmarks/requirements.txt
+"""
+
+import argparse
+import contextlib
+import importlib
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from rt_detectron.attacks import PGD, ThreatModel
+from rt_detectron.attacks.folding import FoldedNetwork
+from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD, build_classifier
+from rt_detectron.modeling.classifier import Classifier
+
+EPS, STEPS = 3.0, 3
+STEP_SIZE = 2 * EPS / STEPS
+MEAN, STD = torch.tensor(IMAGENET_MEAN) / 255, torch.tensor(IMAGENET_STD) / 255
+Step = Callable[[], float]
+
+
+class Normalised(nn.Module):
+    """What every peer is given: torchvision's network behind its normalisation, in the default format."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", MEAN.view(3, 1, 1))
+        self.register_buffer("std", STD.view(3, 1, 1))
+
+    def forward(self, images):
+        return self.network((images - self.mean) / self.std)
+
+
+def network(arch: str) -> nn.Module:
+    torch.manual_seed(0)
+    return build_classifier(arch)
+
+
+def training_step(model: nn.Module, images, labels, attack: Callable, fused: bool = False) -> Step:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=fused)
+
+    def step() -> float:
+        adversarial = attack()
+        model.train()
+        loss = F.cross_entropy(model(adversarial), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def plain_loop(model: nn.Module, images, labels) -> Callable:
+    def attack():
+        model.eval()
+        adversarial = images.clone()
+        for _ in range(STEPS):
+            adversarial.requires_grad_(True)
+            (grad,) = torch.autograd.grad(F.cross_entropy(model(adversarial), labels), adversarial)
+            step = STEP_SIZE * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            delta = adversarial.detach() + step - images
+            norms = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            adversarial = (images + delta * (EPS / norms).clamp(max=1)).clamp(0, 1)
+        return adversarial
+
+    return attack
+
+
+def clean(arch, images, labels) -> Step:
+    model = Normalised(network(arch))
+    return training_step(model, images, labels, lambda: images)
+
+
+def plain(arch, images, labels) -> Step:
+    model = Normalised(network(arch))
+    return training_step(model, images, labels, plain_loop(model, images, labels))
+
+
+def ours(folded: bool = True, channels_last: bool = True) -> Callable[..., Step]:
+    def build(arch, images, labels) -> Step:
+        model = Classifier(arch, 1000)
+        model.network.load_state_dict(network(arch).state_dict())
+        if not channels_last:
+            model = Normalised(model.network.to(memory_format=torch.contiguous_format))
+        target = FoldedNetwork(model) if folded else model
+        pgd = PGD(ThreatModel("l2", EPS), STEPS, relative_step_size=2.0)
+
+        def attack():
+            if folded:
+                target.refresh()
+            return pgd(target, images, labels)
+
+        return training_step(model, images, labels, attack, fused=True)
+
+    return build
+
+
+def robustness(use_best: bool) -> Callable[..., Step]:
+    def build(arch, images, labels) -> Step:
+        # It moves everything to a GPU, and wants a module that torchvision dropped.
+        torch.Tensor.cuda = lambda self, *_, **__: self
+        utils = types.ModuleType("torchvision.models.utils")
+        utils.load_state_dict_from_url = None
+        sys.modules["torchvision.models.utils"] = utils
+        from robustness import imagenet_models
+        from robustness.attacker import AttackerModel
+
+        own = getattr(imagenet_models, arch)()  # its forward takes more arguments than torchvision's
+        own.load_state_dict(network(arch).state_dict())
+        model = AttackerModel(own, types.SimpleNamespace(mean=MEAN, std=STD)).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+        options = {"constraint": "2", "eps": EPS, "step_size": STEP_SIZE, "iterations": STEPS}
+        options |= {"do_tqdm": False, "use_best": use_best, "random_start": False, "custom_loss": None}
+
+        def step() -> float:
+            output, _ = model(images, target=labels, make_adv=True, **options)
+            loss = F.cross_entropy(output, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        return step
+
+    return build
+
+
+def torchattacks(arch, images, labels) -> Step:
+    peer = importlib.import_module("torchattacks")
+    model = Normalised(network(arch)).train()
+    attack = peer.PGDL2(model, eps=EPS, alpha=STEP_SIZE, steps=STEPS, random_start=False)
+    return training_step(model, images, labels, lambda: attack(images, labels))
+
+
+def foolbox(arch, images, labels) -> Step:
+    peer = importlib.import_module("foolbox")
+    model = Normalised(network(arch))
+    attack = peer.attacks.L2ProjectedGradientDescentAttack(
+        abs_stepsize=STEP_SIZE, steps=STEPS, random_start=False
+    )
+
+    def make():
+        wrapped = peer.PyTorchModel(model.eval(), bounds=(0, 1))
+        return attack.run(wrapped, images, labels, epsilon=EPS)
+
+    return training_step(model, images, labels, make)
+
+
+def art(arch, images, labels) -> Step:
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    model = Normalised(network(arch))
+    estimator = PyTorchClassifier(
+        model, F.cross_entropy, tuple(images.shape[1:]), 1000, clip_values=(0, 1), device_type="cpu"
+    )
+    attack = ProjectedGradientDescentPyTorch(
+        estimator, norm=2, eps=EPS, eps_step=STEP_SIZE, max_iter=STEPS, batch_size=len(images), verbose=False
+    )
+    array, target = images.numpy(), labels.numpy()
+    return training_step(model, images, labels, lambda: torch.from_numpy(attack.generate(array, target)))
+
+
+SIDES: dict[str, Callable[..., Step]] = {
+    "ours": ours(),
+    "ours, not folded": ours(folded=False),
+    "ours, not folded, not channels_last": ours(folded=False, channels_last=False),
+    "plain loop": plain,
+    "robustness (use_best=False)": robustness(False),
+    "robustness (its default)": robustness(True),
+    "torchattacks": torchattacks,
+    "foolbox": foolbox,
+    "ART": art,
+    "clean step (no attack)": clean,
+}
+
+
+def measure(args: argparse.Namespace) -> None:
+    images, labels = batch(args)
+    steps = {}
+    for name, build in SIDES.items():
+        try:
+            steps[name] = build(args.arch, images, labels)
+        except ImportError as error:
+            print(f"left out: {name} ({error})")
+    times, losses = {name: [] for name in steps}, {}
+    for i in tqdm(range(args.rounds + 1), desc="rounds", disable=None):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            losses[name] = step()
+            if i:  # the first warms up
+                times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    reference = medians.get("robustness (use_best=False)", medians["plain loop"])
+    print(f"{args.arch}, {args.size} px, batch {args.batch}, {torch.get_num_threads()} threads")
+    print(f"{'':<38} {'images/s':>9} {'x robustness':>13} {'loss':>8}")
+    for name, median in medians.items():
+        print(f"{name:<38} {args.batch / median:>9.2f} {reference / median:>13.2f} {losses[name]:>8.4f}")
+
+
+def batch(args: argparse.Namespace):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(args.batch, 3, args.size, args.size, generator=generator)
+    return images, torch.randint(0, 1000, (args.batch,), generator=generator)
+
+
+def peak(args: argparse.Namespace, name: str) -> None:
+    step = SIDES[name](args.arch, *batch(args))
+    for _ in range(3):
+        step()
+    print(f"{name:<38} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:>9.0f} MB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", default="resnet18", choices=("resnet18", "resnet50"))
+    parser.add_argument("--size", type=int, default=64, help="image side in pixels")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory", action="store_true", help="peak memory of ours and of the plain loop")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if not args.memory:
+        measure(args)
+        return
+    for name in ("ours", "plain loop"):
+        process = multiprocessing.get_context("spawn").Process(target=peak, args=(args, name))
+        process.start()
+        process.join()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
