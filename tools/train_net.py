@@ -14,7 +14,7 @@ examples:
 import argparse
 import time
 
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -23,6 +23,7 @@ from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
 from rt_detectron.engine import Trainer, load_config, write_results
 from rt_detectron.errors import one_line_errors
+from rt_detectron.launch import launch
 
 
 def main(args: argparse.Namespace) -> None:
@@ -48,11 +49,4 @@ if __name__ == "__main__":
     parser = default_argument_parser(epilog=__doc__)
     args = parser.parse_args()
     with one_line_errors():
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        launch(main, args)

@@ -4,17 +4,14 @@ import hashlib
 import json
 import math
 import os
-import platform
-from importlib import metadata
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from rt_detectron.files import replaced_atomically
+from rt_detectron.versions import versions
 
 from .trainer import inference_folder
-
-PACKAGES = ("torch", "torchvision", "numpy", "pycocotools")
 
 
 def write_results(cfg: CfgNode, results: dict, wall_time_s: float, iterations: int) -> str:
@@ -33,7 +30,7 @@ def write_results(cfg: CfgNode, results: dict, wall_time_s: float, iterations: i
         "wall_time_s": round(wall_time_s, 1),
         "config_sha256": config_sha256(cfg),
         "weights": cfg.MODEL.WEIGHTS,
-        "versions": _versions(),
+        "versions": versions(),
         "datasets": [_dataset(cfg, name) for name in cfg.DATASETS.TEST],
     }
     path = os.path.join(cfg.OUTPUT_DIR, "results.json")
@@ -56,19 +53,6 @@ def _finite(value):
         return {key: _finite(item) for key, item in value.items()}
     value = float(value)
     return value if math.isfinite(value) else None
-
-
-def _versions() -> dict[str, str]:
-    import detectron2
-
-    import rt_detectron
-
-    versions = {"rt_detectron": rt_detectron.__version__, "detectron2": detectron2.__version__}
-    return {
-        "python": platform.python_version(),
-        **versions,
-        **{name: metadata.version(name) for name in PACKAGES},
-    }
 
 
 def _dataset(cfg: CfgNode, name: str) -> dict[str, str]:

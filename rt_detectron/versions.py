@@ -1,0 +1,20 @@
+"""What a result was made with."""
+
+import platform
+from importlib import metadata
+
+PACKAGES = ("torch", "torchvision", "numpy", "pycocotools")
+
+
+def versions() -> dict[str, str]:
+    """Python's, ours, Detectron2's and those of the packages that numbers depend on."""
+    import detectron2
+
+    import rt_detectron
+
+    return {
+        "python": platform.python_version(),
+        "rt_detectron": rt_detectron.__version__,
+        "detectron2": detectron2.__version__,
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
