@@ -7,16 +7,23 @@ import logging
 import math
 import multiprocessing
 import os
+import re
+import signal
 import tarfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
-from detectron2.data.samplers import InferenceSampler, TrainingSampler
+from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
 from rt_detectron.errors import InputError, one_line
 
@@ -49,13 +56,29 @@ class CorruptImages:
         logger.warning("skipped %s: cannot be read (%s); %d so far", name, one_line(error), self.count)
 
 
+def decode(encoded: bytes) -> torch.Tensor:
+    """An image file's bytes to uint8 RGB (3, H, W).
+
+    By torchvision, and by PIL what torchvision does not know (BMP, TIFF); the pixels are the same.
+
+    Raises:
+        OSError, SyntaxError: for what is no image, or a truncated one.
+    """
+    try:
+        image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
+        return image if image.dtype == torch.uint8 else to_dtype(image, torch.uint8, scale=True)
+    except (RuntimeError, ValueError):
+        with Image.open(io.BytesIO(encoded)) as image:
+            return pil_to_tensor(image.convert("RGB"))
+
+
 class FolderDataset(Dataset):
     """Images below ``root/CLASS/``, one folder per class, as torchvision's ImageFolder sorts them.
 
     Args:
         root: the folder of class folders.
         num_classes: how many class folders there must be.
-        transform: of a PIL image in RGB to a tensor (3, H, W).
+        transform: of a uint8 RGB tensor (3, H, W) to a uint8 one or a float one in [0, 1].
         on_corrupt: "stop" or "skip"; skipped images are replaced by the next readable one.
     """
 
@@ -63,48 +86,68 @@ class FolderDataset(Dataset):
         if not os.path.isdir(root):
             raise InputError(f"{root}: no such folder; datasets/README.md shows the expected tree")
         try:
-            self.images = ImageFolder(root).samples
-        except FileNotFoundError:
+            folder = ImageFolder(root)
+        except FileNotFoundError as error:
+            # torchvision names the class folders without images; with none at all it says so.
+            empty = re.search(r"for the classes? (.*?)\. ", str(error))
+            problem = f"no images of {empty[1]}" if empty else "expected class folders, each with images"
+            raise InputError(f"{root}: {problem}; datasets/README.md shows the tree") from None
+        if len(folder.classes) != num_classes:
             raise InputError(
-                f"{root}: expected class folders, each with images; datasets/README.md shows the tree"
-            ) from None
-        found = len({label for _, label in self.images})
-        if found != num_classes:
-            raise InputError(f"{root}: has {found} class folders, but num_classes is {num_classes}")
+                f"{root}: has {len(folder.classes)} class folders, but num_classes is {num_classes}"
+            )
+        self.root = root
+        self.classes = folder.classes
+        self.images = folder.samples
         self.transform = transform
         self.corrupt = CorruptImages(on_corrupt)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
+        """Image, class and key, which is the path below the root."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         for offset in range(len(self)):
             path, label = self.images[(index + offset) % len(self)]
             try:
-                with Image.open(path) as image:
-                    return self.transform(image.convert("RGB")), label
-            except (OSError, SyntaxError) as error:  # what PIL raises for a broken file
+                with open(path, "rb") as file:
+                    image = decode(file.read())
+            except (OSError, SyntaxError) as error:
                 self.corrupt.report(path, error)
+                continue
+            return self.transform(image), label, os.path.relpath(path, self.root)
         raise InputError(f"none of the {len(self)} images can be read")
+
+
+def check_same_classes(train: Dataset, test: Dataset) -> None:
+    """Raise :class:`InputError` if two folder trees disagree about which classes there are.
+
+    They would be numbered differently. Shards hold numbers and cannot be compared.
+    """
+    if isinstance(train, FolderDataset) and isinstance(test, FolderDataset) and train.classes != test.classes:
+        name = min(set(train.classes) ^ set(test.classes))
+        has, lacks = (train, test) if name in train.classes else (test, train)
+        raise InputError(
+            f"{has.root} has the class {name!r} and {lacks.root} has not: make the folders agree"
+        )
 
 
 class ShardDataset(IterableDataset):
     """WebDataset shards: tar files with ``KEY.jpg`` (or .jpeg, .png) and ``KEY.cls``, the class index.
 
-    Shards are divided among processes and their loader workers. For training the stream never ends and
-    is shuffled: shards first, then samples within a buffer.
+    Iterating it gives every sample once, in order; shards are divided among processes and their loader
+    workers. :class:`TrainLoader` has an order of its own for training.
 
     Args:
         urls: one pattern or several: a local glob (``train-*.tar``), a brace range
             (``train-{000000..000146}.tar``), or anything else that webdataset opens.
         num_samples: how many samples the shards hold; tells an epoch's length.
         num_classes: labels must lie in 0..num_classes-1.
-        transform: of a PIL image in RGB to a tensor (3, H, W).
-        training: shuffle and repeat.
-        seed: of the shuffling.
+        transform: of a uint8 RGB tensor (3, H, W) to a uint8 one or a float one in [0, 1].
         on_corrupt: "stop" or "skip".
+        shuffle_buffer: training draws from so many samples at a time.
     """
 
     def __init__(
@@ -113,8 +156,6 @@ class ShardDataset(IterableDataset):
         num_samples: int,
         num_classes: int,
         transform: Callable,
-        training: bool,
-        seed: int = 0,
         on_corrupt: str = "stop",
         shuffle_buffer: int = 5000,
     ):
@@ -124,67 +165,54 @@ class ShardDataset(IterableDataset):
         self.num_samples = num_samples
         self.num_classes = num_classes
         self.transform = transform
-        self.training = training
-        self.seed = seed
         self.shuffle_buffer = shuffle_buffer
         self.corrupt = CorruptImages(on_corrupt)
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
-        import webdataset as wds
-
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, str]]:
         worker = get_worker_info()
         workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
-        rank = comm.get_rank() * workers + worker_id
-        for epoch in itertools.count() if self.training else [0]:
-            urls = self.urls
-            if self.training:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                urls = [urls[i] for i in torch.randperm(len(urls), generator=generator)]
-            urls = urls[rank :: workers * comm.get_world_size()]
-            if not urls:
-                return
-            samples = self._samples(urls)
-            if self.training:
-                seed = self.seed * 1_000_003 + epoch * 997 + rank
-                samples = wds.shuffle(self.shuffle_buffer, seed=seed)(samples)
-            yielded = False
-            for sample in samples:
-                decoded = self._decode(sample)
-                if decoded is not None:
-                    yielded = True
-                    yield decoded
-            if not yielded:
-                raise InputError(f"{', '.join(urls)}: no readable sample (KEY.jpg with KEY.cls) inside")
+        slot, slots = comm.get_rank() * workers + worker_id, workers * comm.get_world_size()
+        for sample in self.read(self.urls[slot::slots]):
+            decoded = self.decode(sample)
+            if decoded is not None:
+                yield decoded
 
-    def _samples(self, urls: list[str]) -> Iterator[dict]:
+    def read(self, urls: list[str]) -> Iterator[dict]:
+        """The samples of these shards in order, not decoded."""
         import webdataset as wds
 
         for url in urls:
+            count = 0
             try:
-                yield from wds.tarfile_to_samples()([{"url": url}])
+                for sample in wds.tarfile_to_samples()([{"url": url}]):
+                    count += 1
+                    yield sample
+                if not count:
+                    raise EOFError("no samples, KEY.jpg with KEY.cls, inside")
             except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError) as error:
                 self.corrupt.report(url, error)
 
-    def _decode(self, sample: dict) -> tuple[torch.Tensor, int] | None:
+    def decode(self, sample: dict) -> tuple[torch.Tensor, int, str] | None:
+        """Image, class and key ("SHARD: KEY") of a sample; None if it is corrupt and to be skipped."""
         name = f"{sample['__url__']}: {sample['__key__']}"
         encoded = next((sample[ending] for ending in ("jpg", "jpeg", "png") if ending in sample), None)
         if encoded is None or "cls" not in sample:
             raise InputError(f"{name} lacks an image (.jpg, .jpeg, .png) or its .cls")
-        label = sample["cls"].decode().strip()
-        if not label.isdigit() or int(label) >= self.num_classes:
+        label = sample["cls"].decode(errors="replace").strip()
+        if not (label.isdecimal() and int(label) < self.num_classes):
             raise InputError(
                 f"{name} has the class {label!r}; "
                 f"num_classes={self.num_classes} allows 0..{self.num_classes - 1}"
             )
         try:
-            with Image.open(io.BytesIO(encoded)) as image:
-                return self.transform(image.convert("RGB")), int(label)
+            image = decode(encoded)
         except (OSError, SyntaxError) as error:
             self.corrupt.report(name, error)
             return None
+        return self.transform(image), int(label), name
 
 
 def _expand(patterns: list[str]) -> list[str]:
@@ -205,45 +233,215 @@ def _expand(patterns: list[str]) -> list[str]:
     return urls
 
 
-def build_train_loader(
-    dataset: Dataset, total_batch_size: int, num_workers: int = 4, seed: int = 0
-) -> DataLoader:
-    """An endless loader of shuffled batches; each process gets ``total_batch_size / world size`` images."""
-    world_size = comm.get_world_size()
-    if total_batch_size < 1 or total_batch_size % world_size:
-        raise InputError(
-            f"total_batch_size {total_batch_size} is not a multiple of the {world_size} processes"
-        )
-    if total_batch_size > len(dataset):
-        raise InputError(f"total_batch_size {total_batch_size} exceeds the {len(dataset)} training images")
-    sampler = None
-    if isinstance(dataset, ShardDataset):
-        if len(dataset.urls) < world_size:
+class TrainLoader:
+    """Endless batches (images, labels, keys), the same whether or not the training was interrupted.
+
+    Order and augmentation of an iteration follow from files, seed, batch size and the number of processes,
+    for shards also from the number of workers; torch's global random numbers are neither used nor disturbed.
+
+    - Folders: an epoch is a permutation of all images, less an incomplete last batch. Process r of w has
+      the images [r::w] of each batch, so several processes see together what a single one sees.
+    - Shards: an epoch deals the permuted shards to all workers of all processes. Each shuffles its own within
+      a buffer and gives its share of the epoch's batches; if its shards hold less than that, it begins them
+      anew, and what they hold beyond it waits for another epoch.
+
+    Args:
+        dataset: :class:`FolderDataset` or :class:`ShardDataset`.
+        total_batch_size: images of an iteration, over all processes.
+        num_workers: loader processes for each training process.
+        seed: of order and augmentation.
+
+    Attributes:
+        batch_size: images of this process in an iteration.
+        iterations_per_epoch: ``len(dataset) // total_batch_size``.
+    """
+
+    def __init__(self, dataset: Dataset, total_batch_size: int, num_workers: int = 4, seed: int = 0):
+        world_size = comm.get_world_size()
+        if total_batch_size < 1 or total_batch_size % world_size:
             raise InputError(
-                f"{len(dataset.urls)} shards cannot feed {world_size} processes; make more or use fewer"
+                f"total_batch_size {total_batch_size} is not a multiple of the {world_size} processes"
             )
-        num_workers = min(num_workers, len(dataset.urls) // world_size)
-    else:
-        sampler = TrainingSampler(len(dataset), seed=seed)
-    return DataLoader(
-        dataset,
-        batch_size=total_batch_size // world_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        drop_last=True,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
-    )
+        if total_batch_size > len(dataset):
+            raise InputError(
+                f"total_batch_size {total_batch_size} exceeds the {len(dataset)} training images"
+            )
+        if isinstance(dataset, ShardDataset):
+            if len(dataset.urls) < world_size:
+                raise InputError(
+                    f"{len(dataset.urls)} shards cannot feed {world_size} processes; make more or use fewer"
+                )
+            num_workers = min(num_workers, len(dataset.urls) // world_size)
+        self.dataset = dataset
+        self.total_batch_size = total_batch_size
+        self.batch_size = total_batch_size // world_size
+        self.iterations_per_epoch = len(dataset) // total_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[list]:
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator[list]:
+        """Batches from iteration ``start`` on; what lies before is not decoded."""
+        if isinstance(self.dataset, ShardDataset):
+            source = {"dataset": _ShardStream(self, start), "batch_size": self.batch_size}
+        else:
+            source = {"dataset": _Augmented(self.dataset), "batch_sampler": _Order(self, start)}
+        return iter(
+            DataLoader(
+                **source,
+                num_workers=self.num_workers,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_leave_signals_to_the_trainer,
+                generator=torch.Generator(),  # else it draws from the global one
+            )
+        )
+
+
+def _generator(*seed: int) -> torch.Generator:
+    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> 1))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers on the CPU from ``seed``; afterwards the global ones go on as if nothing had been."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch GPUs, too
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+def _leave_signals_to_the_trainer(worker_id: int) -> None:
+    """A signal to the process group must not take the loaders from a trainer that finishes its step."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+class _Order:
+    """Which images of a folder come when: lists of (index, seed of the augmentation), one list a batch."""
+
+    def __init__(self, loader: TrainLoader, start: int):
+        self.loader = loader
+        self.start = start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        loader = self.loader
+        first, skip = divmod(self.start, loader.iterations_per_epoch)
+        mine = slice(comm.get_rank(), None, comm.get_world_size())
+        for epoch in itertools.count(first):
+            generator = _generator(loader.seed, epoch)
+            indices = torch.randperm(len(loader.dataset), generator=generator)
+            seeds = torch.randint(2**62, indices.shape, generator=generator)
+            for i in range(skip, loader.iterations_per_epoch):
+                batch = slice(i * loader.total_batch_size, (i + 1) * loader.total_batch_size)
+                yield list(zip(indices[batch][mine].tolist(), seeds[batch][mine].tolist(), strict=True))
+            skip = 0
+
+
+class _Augmented(Dataset):
+    """Takes (index, seed) for an index."""
+
+    def __init__(self, dataset: FolderDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index_and_seed: tuple[int, int]):
+        index, seed = index_and_seed
+        with _seeded(seed):
+            return self.dataset[index]
+
+
+class _ShardStream(IterableDataset):
+    """This worker's samples of a training on shards, as :class:`TrainLoader` deals them."""
+
+    def __init__(self, loader: TrainLoader, start: int):
+        self.loader = loader
+        self.start = start
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, str]]:
+        loader = self.loader
+        worker = get_worker_info()
+        workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
+        # The DataLoader begins with worker 0, whose turn it need not be in an uninterrupted run.
+        worker_id = (self.start + worker_id) % workers
+        slot = comm.get_rank() * workers + worker_id
+        slots = comm.get_world_size() * workers
+        for epoch in itertools.count(self.start // loader.iterations_per_epoch):
+            first = epoch * loader.iterations_per_epoch
+            mine = [i for i in range(first, first + loader.iterations_per_epoch) if i % workers == worker_id]
+            done = sum(i < self.start for i in mine)
+            yield from self._epoch(
+                epoch, slot, slots, done * loader.batch_size, len(mine) * loader.batch_size
+            )
+
+    def _epoch(self, epoch: int, slot: int, slots: int, start: int, stop: int) -> Iterator:
+        """The samples ``start`` to ``stop`` of this worker's epoch."""
+        dataset, seed = self.loader.dataset, self.loader.seed
+        order = torch.randperm(len(dataset.urls), generator=_generator(seed, epoch))[slot::slots]
+        samples = self._shuffled([dataset.urls[i] for i in order], _generator(seed, epoch, slot))
+        seeds = torch.randint(2**62, (stop,), generator=_generator(seed, epoch, slot, 1)).tolist()
+        ahead = deque()  # read, but not yet at their turn
+        for position in range(stop):
+            sample = ahead.popleft() if ahead else next(samples)
+            if position < start:
+                continue
+            decoded = self._decode(sample, seeds[position])
+            tried = 0
+            while decoded is None:  # corrupt: the next readable one stands in, and keeps its own turn
+                tried += 1
+                if tried > len(dataset):
+                    raise InputError(f"{dataset.urls[order[0]]}: none of the images can be read")
+                if len(ahead) < tried:
+                    ahead.append(next(samples))
+                decoded = self._decode(ahead[tried - 1], seeds[position])
+            yield decoded
+
+    def _decode(self, sample: dict, seed: int):
+        with _seeded(seed):
+            return self.loader.dataset.decode(sample)
+
+    def _shuffled(self, urls: list[str], generator: torch.Generator) -> Iterator[dict]:
+        """The shards' samples again and again, each drawn from a buffer of those that are next."""
+        dataset = self.loader.dataset
+        expected = len(dataset) * len(urls) / len(dataset.urls)
+        while True:
+            buffer, count = [], 0
+            for sample in dataset.read(urls):
+                count += 1
+                if len(buffer) < dataset.shuffle_buffer:
+                    buffer.append(sample)
+                    continue
+                place = int(torch.randint(len(buffer), (), generator=generator))
+                buffer[place], sample = sample, buffer[place]
+                yield sample
+            for place in torch.randperm(len(buffer), generator=generator):
+                yield buffer[place]
+            if not count:
+                raise InputError(f"{', '.join(urls)}: no readable sample (KEY.jpg with KEY.cls) inside")
+            if abs(count - expected) > 0.1 * expected:
+                logger.warning(
+                    "%d of %d shards hold %d samples, where num_samples=%d lets expect %.0f: is it right?",
+                    len(urls), len(dataset.urls), count, len(dataset), expected,
+                )  # fmt: skip
 
 
 def build_test_loader(dataset: Dataset, batch_size: int, num_workers: int = 4) -> DataLoader:
-    """Every image once, in order; processes share the images among them."""
+    """Every image once, in order, in batches (images, labels, keys); processes share the work."""
     sampler = None
     if isinstance(dataset, ShardDataset):
         num_workers = min(num_workers, math.ceil(len(dataset.urls) / comm.get_world_size()))
     else:
         sampler = InferenceSampler(len(dataset))
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # else it draws from the global one
+    )
 
 
 class Lighting:

@@ -15,7 +15,6 @@ dataloader.train.dataset = L(FolderDataset)(
             L(T.Resize)(size=36),
             L(T.RandomCrop)(size=32),
             L(T.ColorJitter)(hue=0.5),
-            L(T.PILToTensor)(),
         ]
     ),
     on_corrupt="stop",
@@ -24,7 +23,7 @@ dataloader.train.total_batch_size = 64
 dataloader.test.dataset = L(FolderDataset)(
     root="datasets/demo/classification/val",
     num_classes="${model.classifier.num_classes}",
-    transform=L(T.Compose)(transforms=[L(T.Resize)(size=32), L(T.PILToTensor)()]),
+    transform=L(T.Compose)(transforms=[L(T.Resize)(size=32)]),
     on_corrupt="stop",
 )
 optimizer.lr = 0.05

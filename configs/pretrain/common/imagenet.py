@@ -13,7 +13,7 @@ from torchvision.transforms import v2 as T
 
 from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.modeling.classifier import Classifier
-from rt_detectron.pretrain.data import FolderDataset, Lighting, build_test_loader, build_train_loader
+from rt_detectron.pretrain.data import FolderDataset, Lighting, TrainLoader, build_test_loader
 from rt_detectron.pretrain.evaluation import AccuracyEvaluator
 from rt_detectron.pretrain.strategies import Adversarial, EpsSchedule, Pretraining
 
@@ -33,16 +33,15 @@ model = L(Pretraining)(
 )
 
 dataloader = dict(
-    train=L(build_train_loader)(
+    train=L(TrainLoader)(
         dataset=L(FolderDataset)(
             root="datasets/imagenet/train",
             num_classes="${model.classifier.num_classes}",
             transform=L(T.Compose)(
                 transforms=[
-                    L(T.RandomResizedCrop)(size=224),
+                    L(T.RandomResizedCrop)(size=224, antialias=True),
                     L(T.RandomHorizontalFlip)(),
                     L(T.ColorJitter)(brightness=0.1, contrast=0.1, saturation=0.1),
-                    L(T.PILToTensor)(),
                     L(T.ToDtype)(dtype=torch.float32, scale=True),
                     L(Lighting)(std=0.05),
                 ]
@@ -57,9 +56,7 @@ dataloader = dict(
         dataset=L(FolderDataset)(
             root="datasets/imagenet/val",
             num_classes="${model.classifier.num_classes}",
-            transform=L(T.Compose)(
-                transforms=[L(T.Resize)(size=256), L(T.CenterCrop)(size=224), L(T.PILToTensor)()]
-            ),
+            transform=L(T.Compose)(transforms=[L(T.Resize)(size=256), L(T.CenterCrop)(size=224)]),
             on_corrupt="stop",
         ),
         batch_size=64,

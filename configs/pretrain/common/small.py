@@ -18,11 +18,7 @@ dataloader.train.dataset = L(ShardDataset)(
     urls="datasets/cifar10/cifar10-train-*.tar.gz",
     num_samples=50_000,
     num_classes="${model.classifier.num_classes}",
-    transform=L(T.Compose)(
-        transforms=[L(T.RandomCrop)(size=32, padding=4), L(T.RandomHorizontalFlip)(), L(T.PILToTensor)()]
-    ),
-    training=True,
-    seed="${train.seed}",
+    transform=L(T.Compose)(transforms=[L(T.RandomCrop)(size=32, padding=4), L(T.RandomHorizontalFlip)()]),
     on_corrupt="stop",
 )
 dataloader.train.total_batch_size = 128
@@ -31,8 +27,7 @@ dataloader.test.dataset = L(ShardDataset)(
     urls="datasets/cifar10/cifar10-val-*.tar.gz",
     num_samples=10_000,
     num_classes="${model.classifier.num_classes}",
-    transform=L(T.PILToTensor)(),
-    training=False,
+    transform=L(T.Identity)(),
     on_corrupt="stop",
 )
 dataloader.test.batch_size = 250
