@@ -10,12 +10,14 @@ from contextlib import contextmanager
 def replaced_atomically(path: str | os.PathLike) -> Iterator[str]:
     """Gives the path of a temporary file beside ``path``, which takes its place when the block succeeds.
 
-    So ``path`` is at any time either the old file or the whole new one, and nothing is left of a block
-    that fails or is interrupted.
+    So ``path`` is at any time either the old file or the whole new one, also after a power cut, and nothing
+    is left of a block that fails or is interrupted.
     """
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 """Train an ImageNet-style classifier, standard or adversarially, on Detectron2's engine.
 
-Writes to train.output_dir: classifier.pth (for tools/convert_checkpoint.py), checkpoints for --resume,
-metrics.json, TensorBoard events and log.txt.
+Writes to train.output_dir: classifier.pth, backbone.pkl for Detectron2, model_card.md, checkpoints for
+--resume, metrics.json, TensorBoard events and log.txt. Several GPUs or machines: --num-gpus and
+--num-machines, or torchrun. SIGTERM and Ctrl-C write a checkpoint first.
 
 examples:
   tools/pretrain.py --config-file configs/pretrain/resnet50_l2_eps3.py --num-gpus 8
+  torchrun --nproc-per-node 8 tools/pretrain.py --config-file configs/pretrain/resnet50_l2_eps3.py
   tools/pretrain.py --config-file configs/pretrain/resnet18_l2_eps0_5_cifar10.py \\
       dataloader.train.dataset.urls='shards/cifar10-train-*.tar.gz' train.epochs=10
   tools/pretrain.py --config-file ... --resume
@@ -14,37 +16,34 @@ examples:
 
 import argparse
 
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from rt_detectron.errors import InputError, one_line_errors
-from rt_detectron.pretrain.trainer import build_model, do_eval, do_train, load_config, load_weights
+from rt_detectron.launch import launch
+from rt_detectron.pretrain.checkpoint import locked
+from rt_detectron.pretrain.config import load_config
+from rt_detectron.pretrain.trainer import build_model, do_eval, do_train, load_weights
 
 
 def main(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
-    default_setup(cfg, args)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")
-    if not args.eval_only:
-        do_train(cfg, resume=args.resume)
-        return
-    if not cfg.train.init_checkpoint:
-        raise InputError("--eval-only needs weights: add train.init_checkpoint=FILE")
-    model = build_model(cfg)
-    load_weights(model, cfg.train.init_checkpoint)
-    do_eval(cfg, model)
+    with locked(cfg.train.output_dir):
+        default_setup(cfg, args)
+        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")
+        if not args.eval_only:
+            do_train(cfg, resume=args.resume)
+            return
+        if not cfg.train.init_checkpoint:
+            raise InputError("--eval-only needs weights: add train.init_checkpoint=FILE")
+        model = build_model(cfg)
+        load_weights(model, cfg.train.init_checkpoint)
+        do_eval(cfg, model)
 
 
 if __name__ == "__main__":
     parser = default_argument_parser(epilog=__doc__)
     args = parser.parse_args()
     with one_line_errors():
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        launch(main, args)

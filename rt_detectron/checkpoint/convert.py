@@ -16,7 +16,7 @@ from rt_detectron.checkpoint.writers import WRITERS
 from rt_detectron.errors import InputError, one_line
 from rt_detectron.files import file_sha256, replaced_atomically
 
-NORMS = ("l2", "linf")
+NORMS = ("l1", "l2", "linf")
 
 
 @dataclass
@@ -180,7 +180,7 @@ def _metadata(file: ClassifierFile, source: str, arch: str, norm: str | None, ep
 
 def _check_threat_model(norm: str, eps: float) -> None:
     if norm not in NORMS:
-        raise InputError(f"unknown norm {norm!r}: {' or '.join(NORMS)}")
+        raise InputError(f"unknown norm {norm!r}: {', '.join(NORMS)}")
     if not isinstance(eps, int | float) or not math.isfinite(eps) or eps < 0:
         raise InputError(f"eps must be a number from 0 on, found {eps!r}")
 

@@ -249,7 +249,7 @@ class Pretraining(nn.Module):
         """In training mode a dict of losses, in eval mode the logits (N, num_classes) of the clean images.
 
         Args:
-            batch: images (N, 3, H, W), float in [0, 1] or uint8, and labels (N,).
+            batch: images (N, 3, H, W), float in [0, 1] or uint8, labels (N,) and, if need be, keys.
         """
         images, labels = self.to_device(batch)
         if not self.training:
@@ -271,8 +271,8 @@ class Pretraining(nn.Module):
         return self._target[0]
 
     def to_device(self, batch) -> tuple[Tensor, Tensor]:
-        """The batch on the model's device, images as float in [0, 1]."""
-        images, labels = (part.to(self.classifier.mean.device, non_blocking=True) for part in batch)
+        """Images, as float in [0, 1], and labels of the batch on the model's device; its keys stay behind."""
+        images, labels = (part.to(self.classifier.mean.device, non_blocking=True) for part in batch[:2])
         if images.dtype == torch.uint8:
             images = images.float() / 255
         return images, labels

@@ -1,37 +1,43 @@
 """Pretraining on Detectron2's engine: its trainers, hooks, checkpointer and writers."""
 
+import copy
 import logging
 import os
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, create_ddp_model, default_writers, hooks
+from detectron2.config import instantiate
+from detectron2.engine import SimpleTrainer, create_ddp_model, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm
-from yaml import YAMLError
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from rt_detectron.checkpoint.formats import read_classifier
 from rt_detectron.errors import InputError, one_line
-from rt_detectron.files import replaced_atomically
-from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.modeling.sync_bn import use_sync_bn
 
+from .checkpoint import SafeCheckpointing, TrainingCheckpointer, periodic_checkpoints
+from .data import TrainLoader, check_same_classes
+from .export import Metadata, export
+from .hooks import ExponentialMovingAverage, ProgressBar, StepState
 from .strategies import Pretraining
 
 logger = logging.getLogger(__name__)
 
-KEYS = ("model", "dataloader", "optimizer", "lr_multiplier", "evaluator", "train")  # of a recipe
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_model(cfg) -> Pretraining:
     """The model of ``cfg.model`` on ``cfg.train.device``."""
-    return instantiate(cfg.model).to(cfg.train.device)
+    model = instantiate(cfg.model)
+    if cfg.train.sync_bn:
+        model.classifier = use_sync_bn(model.classifier, cfg.train.device)
+    return model.to(cfg.train.device)
 
 
 def load_weights(model: Pretraining, path: str) -> None:
@@ -47,66 +53,92 @@ def load_weights(model: Pretraining, path: str) -> None:
 
 
 def do_train(cfg, resume: bool = False) -> None:
-    """Train as ``cfg`` says, evaluate, and write ``classifier.pth`` to ``cfg.train.output_dir``.
+    """Train as ``cfg`` says, evaluate, and export to ``cfg.train.output_dir``.
 
     Args:
         cfg: a LazyConfig with ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier``, ``evaluator``
             and ``train``; configs/pretrain/common/train.py explains the keys of the last.
         resume: go on from the last checkpoint of the output folder, where there is one.
+
+    Raises:
+        InputError: for a folder that holds another training, and for whatever ended the training early.
     """
     start = time.perf_counter()
+    folder = cfg.train.output_dir
+    if not resume and os.path.isdir(folder) and periodic_checkpoints(folder):
+        raise InputError(
+            f"{folder} holds a training: add --resume to go on with it, or choose another train.output_dir"
+        )
     model = build_model(cfg)
     loader = instantiate(cfg.dataloader.train)
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
-
-    # device_ids=None: the model's own device, CPU or this process's GPU.
-    wrapped = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
-    trainer_class = AMPTrainer if cfg.train.amp else SimpleTrainer
-    trainer = trainer_class(wrapped, _Replayed(loader, model.strategy.replays), optimizer)
-
-    epoch = max(len(loader.dataset) // cfg.dataloader.train.total_batch_size, 1)  # in iterations
-    epoch *= model.strategy.replays
-    max_iter = max(round(cfg.train.epochs * epoch), 1)
-    memory = {"strategy": model.strategy} if hasattr(model.strategy, "state_dict") else {}
-    checkpointer = DetectionCheckpointer(
-        model.classifier, cfg.train.output_dir, trainer=trainer, rt_detectron=_Metadata(model), **memory
+    check_same_classes(loader.dataset, instantiate(cfg.dataloader.test.dataset))
+    lazy_optimizer = copy.deepcopy(cfg.optimizer)  # cfg itself gets no objects: it is written into the card
+    lazy_optimizer.params.model = model
+    optimizer = instantiate(lazy_optimizer)
+    trainer = ClassifierTrainer(
+        model, loader, optimizer, cfg.train.accumulate, cfg.train.amp, cfg.train.sync_bn
     )
+    trainer.gather_metric_period = cfg.train.log_period
+
+    epoch = loader.iterations_per_epoch * trainer.replays  # in iterations
+    max_iter = max(round(cfg.train.epochs * epoch), 1)
+    parts = {"trainer": trainer, "rt_detectron": Metadata(model)}
+    if hasattr(model.strategy, "state_dict"):
+        parts["strategy"] = model.strategy
+    evaluated, average = model, None
+    if cfg.train.ema:
+        average = ExponentialMovingAverage(model.classifier, cfg.train.ema)
+        parts["ema"] = average.averaged
+        evaluated = Pretraining(average.averaged.module, model.strategy)
+    checkpointer = TrainingCheckpointer(model.classifier, folder, **parts)
     is_main = comm.is_main_process()
+    eval_period = max(round(cfg.train.eval_epochs * epoch), 1)
+    checkpoints = SafeCheckpointing(
+        checkpointer, [max(round(cfg.train.checkpoint_epochs * epoch), 1), eval_period]
+    )
+    results = {}
+
+    def evaluate() -> dict:
+        results.update(checkpoints.evaluate(lambda: do_eval(cfg, evaluated)))
+        return results
+
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
-            _Progress(model),
+            StepState(model, cfg.train.seed),
+            average,
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            hooks.PeriodicCheckpointer(
-                checkpointer, max(round(cfg.train.checkpoint_epochs * epoch), 1), max_to_keep=2
-            )
-            if is_main
-            else None,
-            hooks.EvalHook(max(round(cfg.train.eval_epochs * epoch), 1), lambda: do_eval(cfg, model)),
-            hooks.PeriodicWriter(default_writers(cfg.train.output_dir, max_iter), cfg.train.log_period)
+            checkpoints,
+            hooks.EvalHook(eval_period, evaluate),
+            hooks.PeriodicWriter(default_writers(folder, max_iter), cfg.train.log_period)
             if is_main
             else None,
             ProgressBar() if is_main and sys.stderr.isatty() else None,
         ]
     )
-    checkpointer.resume_or_load("", resume=resume)
-    start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    if resume and checkpointer.resume():
+        start_iter = trainer.iter + 1
+    else:
+        start_iter = 0
+        if cfg.train.init_checkpoint:
+            load_weights(model, cfg.train.init_checkpoint)
     logger.info(
-        "%d epochs of %d iterations on %d images; output in %s",
-        cfg.train.epochs, epoch, len(loader.dataset), cfg.train.output_dir,
+        "%g epochs of %d iterations on %d images; output in %s",
+        cfg.train.epochs, epoch, len(loader.dataset), folder,
     )  # fmt: skip
     trainer.train(start_iter, max_iter)
     if is_main:
-        path = export_classifier(model, os.path.join(cfg.train.output_dir, "classifier.pth"))
-        logger.info("Wrote %s after %.0f s", path, time.perf_counter() - start)
+        for path in export(cfg, evaluated, results):
+            logger.info("Wrote %s", path)
+        logger.info("Done after %.0f s", time.perf_counter() - start)
 
 
 def do_eval(cfg, model: Pretraining) -> dict:
     """Clean and robust accuracy of ``model`` on ``cfg.dataloader.test``, printed and returned."""
     _share_buffers(model)
-    cfg.evaluator.model = model
-    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.evaluator))
+    lazy_evaluator = copy.deepcopy(cfg.evaluator)
+    lazy_evaluator.model = model
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(lazy_evaluator))
     if comm.is_main_process():
         print_csv_format(results)
     return results
@@ -115,134 +147,124 @@ def do_eval(cfg, model: Pretraining) -> dict:
 def _share_buffers(model: Pretraining) -> None:
     """Give every process the first one's BN statistics, which are those that are saved.
 
-    Each process has gathered its own; evaluation shares the images among them.
+    Each process has gathered its own since its last step; evaluation shares the images among them.
     """
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
 
 
-def classifier_metadata(model: Pretraining) -> dict:
-    """What later tools must know of a pretrained classifier; written beside its tensors."""
-    threat_model = model.strategy.threat_model
-    classifier: Classifier = model.classifier
-    return {
-        "arch": classifier.arch,
-        "norm": threat_model.norm if threat_model else None,
-        "eps": float(threat_model.eps) if threat_model else 0.0,
-        "input_format": "RGB",
-        "pixel_mean": classifier.pixel_mean,
-        "pixel_std": classifier.pixel_std,
-        "stride_in_1x1": False,
-        "source": "rt_detectron pretraining",
-    }
+class ClassifierTrainer(SimpleTrainer):
+    """Detectron2's trainer with gradient accumulation, mixed precision and losses looked at without waiting.
 
+    With several processes, each step starts from the first one's BN statistics, so that those alone are the
+    training's state.
 
-class _Replayed:
-    """A loader whose batches come several times in a row."""
+    Args:
+        model: what is trained.
+        loader: of this process's batches, each trained on ``model.strategy.replays`` times in a row.
+        optimizer: over the parameters of ``model``.
+        accumulate: sum the gradients of so many equal parts of a batch for one step of the optimiser, as if
+            each part had a process of its own. BN sees one part at a time.
+        amp: "bf16", "fp16" (with gradient scaling) or None.
+        sync_bn: whether the model's batch norms see the batches of all processes.
+    """
 
-    def __init__(self, loader, times: int):
-        self.loader = loader
-        self.times = times
+    def __init__(
+        self,
+        model: Pretraining,
+        loader: TrainLoader,
+        optimizer: torch.optim.Optimizer,
+        accumulate: int = 1,
+        amp: str | None = None,
+        sync_bn: bool = False,
+    ):
+        # device_ids=None: the model's own device, CPU or this process's GPU.
+        wrapped = create_ddp_model(model, device_ids=None, broadcast_buffers=not sync_bn)
+        super().__init__(wrapped, loader, optimizer)
+        self.replays = model.strategy.replays
+        if accumulate > 1 and self.replays > 1:
+            raise InputError("train.accumulate: strategy Free needs each step's own gradient; set it to 1")
+        images = loader.batch_size
+        if images % accumulate:
+            raise InputError(
+                f"train.accumulate={accumulate} does not divide the {images} images of a process"
+            )
+        self.accumulate = accumulate
+        self.device = model.classifier.mean.device
+        self.amp = AMP[amp] if amp else None
+        self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        self._unchecked = deque()  # (iteration, keys, loss on its way to the CPU, event of its arrival)
+        self._broken = False
 
-    def __iter__(self):
-        for batch in self.loader:
-            for _ in range(self.times):
+    @property
+    def _data_loader_iter(self) -> Iterator:
+        if self._data_loader_iter_obj is None:
+            self._data_loader_iter_obj = self._replayed(self.start_iter)
+        return self._data_loader_iter_obj
+
+    def _replayed(self, start: int) -> Iterator:
+        skip = start % self.replays
+        for batch in self.data_loader.batches(start // self.replays):
+            for _ in range(self.replays - skip):
                 yield batch
+            skip = 0
 
+    def run_step(self):
+        start = time.perf_counter()
+        images, labels, keys = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        self.optimizer.zero_grad()
+        losses: dict[str, Tensor] = {}
+        for part in range(self.accumulate):
+            chunk = (images[part :: self.accumulate], labels[part :: self.accumulate])
+            is_last = part == self.accumulate - 1
+            with self._without_reduction() if not is_last else nullcontext():
+                with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+                    part_losses = self.model(chunk)
+                part_losses = {name: loss / self.accumulate for name, loss in part_losses.items()}
+                self.grad_scaler.scale(sum(part_losses.values())).backward()
+            for name, loss in part_losses.items():
+                losses[name] = losses.get(name, 0) + loss.detach()
+        self.after_backward()
+        self._note(sum(losses.values()), keys)
+        if (self.iter + 1) % self.gather_metric_period == 0 and not self.has_broken(wait=True):
+            self._write_metrics(losses, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
 
-class _Progress(HookBase):
-    """Tells the model which share of the training is done; schedules of eps go by it."""
+    def _without_reduction(self):
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
-    def __init__(self, model: Pretraining):
-        self.model = model
+    def _note(self, loss: Tensor, keys: list[str]) -> None:
+        arrival = None
+        loss = loss.to("cpu", non_blocking=True)
+        if self.device.type == "cuda":
+            arrival = torch.cuda.Event()
+            arrival.record()
+        self._unchecked.append((self.iter, keys, loss, arrival))
 
-    def before_step(self):
-        self.model.progress = self.trainer.iter / self.trainer.max_iter
+    def has_broken(self, wait: bool = False) -> bool:
+        """Whether a loss of this process was not finite; logs the images of the first.
 
-
-class _Metadata:
-    """Has the checkpointer write :func:`classifier_metadata` into each file; resuming has no use for it."""
-
-    def __init__(self, model: Pretraining):
-        self.model = model
+        Args:
+            wait: for the losses that a GPU has not computed yet; else those are left for the next call.
+        """
+        while self._unchecked and not self._broken:
+            iteration, keys, loss, arrival = self._unchecked[0]
+            if arrival is not None and not wait and not arrival.query():
+                break
+            if arrival is not None:
+                arrival.synchronize()
+            self._unchecked.popleft()
+            if not torch.isfinite(loss):
+                self._broken = True
+                logger.error("Loss %s at iteration %d on %s", loss.item(), iteration, ", ".join(keys))
+        return self._broken
 
     def state_dict(self) -> dict:
-        return classifier_metadata(self.model)
+        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        pass
-
-
-def export_classifier(model: Pretraining, path: str) -> str:
-    """Write the network under torchvision's names with its metadata, atomically; returns ``path``."""
-    content = {"model": model.classifier.network.state_dict(), "rt_detectron": classifier_metadata(model)}
-    with replaced_atomically(path) as temporary:
-        torch.save(content, temporary)
-    return path
-
-
-def load_config(path: str, overrides: list[str]):
-    """The LazyConfig at ``path`` with ``key=value`` overrides.
-
-    Where there is no GPU, train.device becomes "cpu", with a warning.
-
-    Raises:
-        InputError: for a missing or broken file, an unknown key, or an override that cannot be parsed.
-    """
-    if not os.path.isfile(path):
-        raise InputError(
-            f"--config-file {path or '(none)'}: no such file; configs/pretrain/ holds the recipes"
-        )
-    try:
-        cfg = LazyConfig.load(path)
-    except (SyntaxError, ImportError, AssertionError, YAMLError) as error:
-        raise InputError(f"--config-file {path}: not a LazyConfig file ({one_line(error)[:200]})") from None
-    missing = [key for key in KEYS if key not in cfg]
-    if missing:
-        raise InputError(
-            f"--config-file {path}: no pretraining recipe, it lacks {', '.join(missing)}; "
-            "configs/pretrain/ holds the recipes"
-        )
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals:
-            raise InputError(f"{override!r} is not of the form key=value, e.g. train.epochs=10")
-        if not _has_key(cfg, key):
-            raise InputError(f"unknown configuration key {key!r}; {path} shows the keys")
-    try:
-        cfg = LazyConfig.apply_overrides(cfg, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(f"{' '.join(overrides)}: {one_line(error)[:200]}") from None
-    if cfg.train.device == "cuda" and not torch.cuda.is_available():
-        if comm.is_main_process():
-            logger.warning("No GPU found: running on the CPU (train.device=cpu)")
-        cfg.train.device = "cpu"
-        cfg.train.amp = False  # Detectron2's AMP is for GPUs only
-    return cfg
-
-
-def _has_key(cfg, key: str) -> bool:
-    for part in key.split("."):
-        if OmegaConf.is_list(cfg) and part.isdigit() and int(part) < len(cfg):
-            cfg = cfg[int(part)]
-        elif OmegaConf.is_dict(cfg) and part in cfg:
-            cfg = cfg[part]
-        else:
-            return False
-    return True
-
-
-class ProgressBar(HookBase):
-    """A bar over the iterations, with the time left."""
-
-    def before_train(self):
-        self.bar = tqdm(
-            total=self.trainer.max_iter, initial=self.trainer.start_iter, unit="it", desc="training"
-        )
-
-    def after_step(self):
-        self.bar.update()
-
-    def after_train(self):
-        self.bar.close()
+        super().load_state_dict(state)
+        self.grad_scaler.load_state_dict(state["grad_scaler"])

@@ -83,6 +83,15 @@ def test_target_follows_the_optimiser():
         torch.testing.assert_close(model.target()(images), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_batch_may_name_its_images():
+    keys = [f"0/{i}.png" for i in range(6)]
+    for parts in (batch(), (*batch(), keys), [*batch(), keys]):
+        images, labels = make().to_device(parts)
+        assert images.dtype == torch.float32
+        assert torch.equal(images, batch()[0] / 255)
+        assert torch.equal(labels, batch()[1])
+
+
 def test_eval_mode_gives_the_clean_logits():
     images, labels = batch()
     model = make(Adversarial(PGD(L2, steps=2))).eval()

@@ -1,21 +1,19 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import LazyConfig
 
 from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.errors import InputError
+from rt_detectron.pretrain.export import write_classifier
 from rt_detectron.pretrain.strategies import Free, Standard
 from rt_detectron.pretrain.trainer import (
     build_model,
     do_eval,
     do_train,
-    export_classifier,
-    load_config,
     load_weights,
 )
 
@@ -77,9 +75,9 @@ def test_resume_goes_on_where_it_stopped(digits_cfg):
     digits_cfg.train.update(epochs=2, checkpoint_epochs=0.5)
 
     def stop_at(cfg, iteration):
-        from detectron2.engine import SimpleTrainer
+        from rt_detectron.pretrain.trainer import ClassifierTrainer
 
-        original = SimpleTrainer.run_step
+        original = ClassifierTrainer.run_step
 
         def run_step(self):
             if self.iter == iteration:
@@ -87,7 +85,7 @@ def test_resume_goes_on_where_it_stopped(digits_cfg):
             original(self)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(SimpleTrainer, "run_step", run_step)
+            patch.setattr(ClassifierTrainer, "run_step", run_step)
             with pytest.raises(KeyboardInterrupt):
                 do_train(cfg)
 
@@ -129,7 +127,8 @@ def test_evaluation_alone(digits_cfg):
 
 def test_weights_load_for_evaluation(digits_cfg, tmp_path):
     model = build_model(digits_cfg)
-    path = export_classifier(model, str(tmp_path / "classifier.pth"))
+    path = str(tmp_path / "classifier.pth")
+    write_classifier(model, path)
     other = build_model(digits_cfg)
     assert not torch.equal(other.classifier.network.fc.weight, model.classifier.network.fc.weight)
     load_weights(other, path)
@@ -138,7 +137,8 @@ def test_weights_load_for_evaluation(digits_cfg, tmp_path):
 
 
 def test_weights_of_another_network_are_one_line(digits_cfg, tmp_path):
-    path = export_classifier(build_model(digits_cfg), str(tmp_path / "classifier.pth"))
+    path = str(tmp_path / "classifier.pth")
+    write_classifier(build_model(digits_cfg), path)
     digits_cfg.model.classifier.num_classes = 3
     with pytest.raises(InputError, match=r"does not fit .*resnet18 with num_classes=3: .*fc.weight") as error:
         load_weights(build_model(digits_cfg), path)
@@ -156,72 +156,8 @@ def test_an_interrupted_export_leaves_the_old_file_alone(digits_cfg, tmp_path, m
 
     monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export_classifier(model, str(tmp_path / "classifier.pth"))
+        write_classifier(model, str(tmp_path / "classifier.pth"))
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("classifier.pth", "old")]
-
-
-class TestLoadConfig:
-    @pytest.mark.parametrize("path", sorted(Path("configs/pretrain").glob("*.py")), ids=lambda p: p.stem)
-    def test_shipped_recipes_load_and_build(self, path):
-        cfg = load_config(str(path), [])
-        assert cfg.model.classifier.arch in path.stem or "demo" in path.stem
-        cfg.model.classifier.num_classes = 2
-        with torch.device("meta"):
-            model = instantiate(cfg.model)
-        threat_model = model.strategy.threat_model
-        if threat_model is not None and "demo" not in path.stem:
-            assert f"{threat_model.norm}_eps{threat_model.eps:g}".replace(".", "_") in path.stem
-        assert (threat_model is None) == (
-            "eps0" in path.stem.replace("eps0_5", "") or "standard" in path.stem
-        )
-        scheduler = instantiate(cfg.lr_multiplier)
-        assert scheduler(1.0) < scheduler(0.5) <= 1
-
-    def test_overrides_apply(self):
-        cfg = load_config("configs/pretrain/resnet50_l2_eps3.py", ["threat_model.eps=0.5", "train.epochs=2"])
-        assert cfg.model.strategy.attack.threat_model.eps == 0.5
-        assert cfg.evaluator.attack.threat_model.eps == 0.5
-        assert cfg.train.epochs == 2
-
-    def test_overrides_reach_into_lists(self):
-        first = "dataloader.train.dataset.transform.transforms.0"
-        cfg = load_config("configs/pretrain/resnet50_l2_eps3.py", [f"{first}.size=100"])
-        assert cfg.dataloader.train.dataset.transform.transforms[0].size == 100
-        with pytest.raises(InputError, match="unknown configuration key"):
-            load_config("configs/pretrain/resnet50_l2_eps3.py", [f"{first[:-1]}9.size=100"])
-
-    @pytest.mark.parametrize(
-        ("path", "overrides", "words"),
-        [
-            ("configs/nowhere.py", [], "no such file"),
-            (
-                "configs/pretrain/resnet50_l2_eps3.py",
-                ["train.epoch=2"],
-                "unknown configuration key 'train.epoch'",
-            ),
-            ("configs/pretrain/resnet50_l2_eps3.py", ["train.epochs"], "not of the form key=value"),
-            ("configs/pretrain/resnet50_l2_eps3.py", ["train.epochs=[1"], "train.epochs=\\[1: "),
-            ("configs/robust_r50_eps3.yaml", [], "lacks model, dataloader"),
-            ("", [], "no such file"),
-        ],
-    )
-    def test_bad_input_is_one_line(self, path, overrides, words):
-        with pytest.raises(InputError, match=words) as error:
-            load_config(path, overrides)
-        assert "\n" not in str(error.value)
-
-    def test_a_file_with_a_syntax_error_is_one_line(self, tmp_path):
-        (tmp_path / "broken.py").write_text("train = dict(\n")
-        with pytest.raises(InputError, match=r"broken.py: not a LazyConfig file") as error:
-            load_config(str(tmp_path / "broken.py"), [])
-        assert "\n" not in str(error.value)
-
-    @pytest.mark.parametrize(("gpu", "device", "warnings"), [(False, "cpu", 1), (True, "cuda", 0)])
-    def test_without_a_gpu_the_cpu_serves(self, monkeypatch, caplog, gpu, device, warnings):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-        cfg = load_config("configs/pretrain/demo_l2.py", ["train.amp=true"])
-        assert (cfg.train.device, cfg.train.amp) == (device, gpu)
-        assert len([line for line in caplog.messages if "No GPU found" in line]) == warnings
 
 
 def test_every_checkpoint_converts_with_its_threat_model(digits_cfg, tmp_path):

@@ -104,7 +104,7 @@ def test_a_corrupt_image_in_a_loaders_worker_is_one_line(command, tmp_path):
             Image.new("RGB", (16, 16)).save(tmp_path / "train" / str(label) / f"{i}.jpg")
     (tmp_path / "train/1/1.jpg").write_bytes(b"\xff\xd8\xff no image")
     overrides = ["dataloader.train.dataset.root=train", "dataloader.train.num_workers=1"]
-    overrides += ["model.classifier.num_classes=2"]
+    overrides += ["dataloader.test.dataset.root=train", "model.classifier.num_classes=2"]
     failed = subprocess.run(**command(CONFIG, *overrides), capture_output=True)
     assert failed.returncode == 2
     assert failed.stderr.splitlines()[-1].startswith("error: train/1/1.jpg: cannot be read (")

@@ -1,0 +1,37 @@
+"""Batch norm over the batches of all processes."""
+
+import torch
+from detectron2.layers import NaiveSyncBatchNorm
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+
+class CpuSyncBatchNorm(NaiveSyncBatchNorm):
+    """Detectron2's, which runs on CPUs, with the running statistics of torch's.
+
+    Those hold the unbiased variance, and count the batches.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same; N, H and W are the same in all processes."""
+        if not self.training or comm.get_world_size() == 1:
+            return super().forward(x)
+        before = self.running_var.clone()
+        output = super().forward(x)
+        pixels = comm.get_world_size() * x.numel() // x.shape[1]
+        with torch.no_grad():
+            biased = self.running_var - (1 - self.momentum) * before  # the batch's share
+            self.running_var.add_(biased, alpha=1 / max(pixels - 1, 1))
+            self.num_batches_tracked += 1
+        return output
+
+
+def use_sync_bn(network: nn.Module, device: str) -> nn.Module:
+    """``network`` with its batch norms over all processes, on GPUs torch's own; state dicts stay the same."""
+    if torch.device(device).type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = CpuSyncBatchNorm
+            module._stats_mode = ""
+    return network

@@ -1,0 +1,159 @@
+"""What a finished training leaves: the classifier, the backbone for Detectron2, and a card about both."""
+
+import os
+import tempfile
+
+import torch
+from detectron2.config import LazyConfig
+
+from rt_detectron.checkpoint.convert import convert_checkpoint
+from rt_detectron.files import file_sha256, replaced_atomically
+from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.versions import versions
+
+from .strategies import Pretraining
+
+
+class Metadata:
+    """Has the checkpointer write :func:`classifier_metadata` into each file; resuming has no use for it."""
+
+    def __init__(self, model: Pretraining):
+        self.model = model
+
+    def state_dict(self) -> dict:
+        return classifier_metadata(self.model)
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+def classifier_metadata(model: Pretraining) -> dict:
+    """What later tools must know of a pretrained classifier; written beside its tensors."""
+    threat_model = model.strategy.threat_model
+    classifier: Classifier = model.classifier
+    return {
+        "arch": classifier.arch,
+        "norm": threat_model.norm if threat_model else None,
+        "eps": float(threat_model.eps) if threat_model else 0.0,
+        "input_format": "RGB",
+        "pixel_mean": classifier.pixel_mean,
+        "pixel_std": classifier.pixel_std,
+        "stride_in_1x1": False,
+        "source": "rt_detectron pretraining",
+    }
+
+
+def export(cfg, model: Pretraining, results: dict) -> list[str]:
+    """Write ``classifier.pth``, ``backbone.pkl`` and then ``model_card.md`` to ``cfg.train.output_dir``.
+
+    Args:
+        cfg: of the training.
+        model: what it trained.
+        results: of :func:`rt_detectron.pretrain.trainer.do_eval`.
+
+    Returns:
+        The three paths.
+    """
+    folder = cfg.train.output_dir
+    classifier, backbone, card = (
+        os.path.join(folder, name) for name in ("classifier.pth", "backbone.pkl", "model_card.md")
+    )
+    write_classifier(model, classifier)
+    convert_checkpoint(classifier, backbone)
+    with replaced_atomically(card) as temporary, open(temporary, "w") as file:
+        file.write(model_card(cfg, model, results, [classifier, backbone]))
+    return [classifier, backbone, card]
+
+
+def write_classifier(model: Pretraining, path: str) -> None:
+    """Write the network under torchvision's names with its metadata, atomically."""
+    content = {"model": model.classifier.network.state_dict(), "rt_detectron": classifier_metadata(model)}
+    with replaced_atomically(path) as temporary:
+        torch.save(content, temporary)
+
+
+def model_card(cfg, model: Pretraining, results: dict, files: list[str]) -> str:
+    """Markdown: what the weights are, how good, how made and with what."""
+    metadata = classifier_metadata(model)
+    return CARD.format(
+        name=os.path.basename(os.path.normpath(cfg.train.output_dir)),
+        arch=metadata["arch"],
+        num_classes=model.classifier.num_classes,
+        trained=_trained(model.strategy),
+        accuracies="\n".join(_accuracies(cfg, results.get("accuracy", {}))),
+        files="\n".join(f"| `{os.path.basename(path)}` | `{file_sha256(path)}` |" for path in files),
+        epochs=cfg.train.epochs,
+        batch=cfg.dataloader.train.total_batch_size,
+        seed=cfg.train.seed,
+        averaged=f", weights averaged with decay {cfg.train.ema:g}" if cfg.train.ema else "",
+        versions="\n".join(f"| {name} | {version} |" for name, version in versions().items()),
+        config=_yaml(cfg).strip(),
+    )
+
+
+def _trained(strategy) -> str:
+    threat_model = strategy.threat_model
+    if threat_model is None:
+        return "without an adversary"
+    unit = "/255" if threat_model.norm == "linf" else ""
+    return f"against {threat_model.norm} eps {threat_model.eps:g}{unit} (strategy {type(strategy).__name__})"
+
+
+def _accuracies(cfg, accuracy: dict):
+    threat_model = cfg.evaluator.attack.threat_model
+    for name, value in accuracy.items():
+        if name in ("images", "attacked_images"):
+            continue
+        is_clean = name == "clean"
+        images = accuracy["images" if is_clean else "attacked_images"]
+        label = "clean" if is_clean else f"{name}, {threat_model.norm} eps {threat_model.eps:g}"
+        yield f"| {label} | {value:.2f} | {images} |"
+
+
+def _yaml(cfg) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "config.yaml")
+        LazyConfig.save(cfg, path)
+        with open(path) as file:
+            return file.read()
+
+
+CARD = """# {name}
+
+{arch} with {num_classes} classes, trained {trained}.
+
+| accuracy | % | images |
+|---|---:|---:|
+{accuracies}
+
+## Use
+
+`backbone.pkl` is for Detectron2, with `import rt_detectron`:
+
+```yaml
+MODEL:
+  WEIGHTS: backbone.pkl
+  BACKBONE:
+    NAME: build_robust_resnet_fpn_backbone
+  ROBUST:
+    ARCH: {arch}
+```
+
+`classifier.pth` holds torchvision's names under "model". Images are RGB.
+
+| file | SHA-256 |
+|---|---|
+{files}
+
+## Recipe
+
+{epochs:g} epochs in batches of {batch}, seed {seed}{averaged}.
+
+| package | version |
+|---|---|
+{versions}
+
+```yaml
+{config}
+```
+"""

@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import instantiate
+
+from rt_detectron.errors import InputError
+from rt_detectron.pretrain.config import load_config
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/pretrain").glob("*.py")), ids=lambda p: p.stem)
+def test_shipped_recipes_load_and_build(path):
+    cfg = load_config(str(path), [])
+    assert cfg.model.classifier.arch in path.stem or "demo" in path.stem
+    cfg.model.classifier.num_classes = 2
+    with torch.device("meta"):
+        model = instantiate(cfg.model)
+    threat_model = model.strategy.threat_model
+    if threat_model is not None and "demo" not in path.stem:
+        assert f"{threat_model.norm}_eps{threat_model.eps:g}".replace(".", "_") in path.stem
+    assert (threat_model is None) == ("eps0" in path.stem.replace("eps0_5", "") or "standard" in path.stem)
+    scheduler = instantiate(cfg.lr_multiplier)
+    assert scheduler(1.0) < scheduler(0.5) <= 1
+
+
+def test_overrides_apply():
+    cfg = load_config("configs/pretrain/resnet50_l2_eps3.py", ["threat_model.eps=0.5", "train.epochs=2"])
+    assert cfg.model.strategy.attack.threat_model.eps == 0.5
+    assert cfg.evaluator.attack.threat_model.eps == 0.5
+    assert cfg.train.epochs == 2
+
+
+def test_overrides_reach_into_lists():
+    first = "dataloader.train.dataset.transform.transforms.0"
+    cfg = load_config("configs/pretrain/resnet50_l2_eps3.py", [f"{first}.size=100"])
+    assert cfg.dataloader.train.dataset.transform.transforms[0].size == 100
+    with pytest.raises(InputError, match="unknown configuration key"):
+        load_config("configs/pretrain/resnet50_l2_eps3.py", [f"{first[:-1]}9.size=100"])
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides", "words"),
+    [
+        ("configs/nowhere.py", [], "no such file"),
+        (
+            "configs/pretrain/resnet50_l2_eps3.py",
+            ["train.epoch=2"],
+            "unknown configuration key 'train.epoch'",
+        ),
+        ("configs/pretrain/resnet50_l2_eps3.py", ["train.epochs"], "not of the form key=value"),
+        ("configs/pretrain/resnet50_l2_eps3.py", ["train.epochs=[1"], "train.epochs=\\[1: "),
+        ("configs/robust_r50_eps3.yaml", [], "lacks model, dataloader"),
+        ("", [], "no such file"),
+    ],
+)
+def test_bad_input_is_one_line(path, overrides, words):
+    with pytest.raises(InputError, match=words) as error:
+        load_config(path, overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_with_a_syntax_error_is_one_line(tmp_path):
+    (tmp_path / "broken.py").write_text("train = dict(\n")
+    with pytest.raises(InputError, match=r"broken.py: not a LazyConfig file") as error:
+        load_config(str(tmp_path / "broken.py"), [])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("gpu", "device", "warnings"), [(False, "cpu", 1), (True, "cuda", 0)])
+def test_without_a_gpu_the_cpu_serves(monkeypatch, caplog, gpu, device, warnings):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    cfg = load_config("configs/pretrain/demo_l2.py", ["train.amp=bf16"])
+    assert (cfg.train.device, cfg.train.amp) == (device, "bf16")
+    assert len([line for line in caplog.messages if "No GPU found" in line]) == warnings
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.amp=true", "train.amp is True; it must be bf16, fp16 or null"),
+        ("train.amp=fp16", "train.amp=fp16 is for GPUs"),
+        ("train.seed=-1", "train.seed is -1; it must be a whole number >= 0"),
+        ("train.epochs=many", "train.epochs is 'many'; it must be a number > 0"),
+        ("train.accumulate=0", "train.accumulate is 0; it must be a whole number > 0"),
+        ("train.ema=1", "train.ema is 1; it must be a number from 0"),
+        ("train.sync_bn=1", "train.sync_bn is 1; it must be true or false"),
+    ],
+)
+def test_values_that_make_no_sense_are_one_line(override, words):
+    with pytest.raises(InputError, match=words):
+        load_config("configs/pretrain/demo_l2.py", ["train.device=cpu", override])
