@@ -5,6 +5,7 @@ map, which a convolution in front of it absorbs exactly (Jacob et al. 2018, sect
 convolution, its norm, a residual sum and the ReLU behind them are one operation forwards and one backwards.
 """
 
+import copy
 import itertools
 import operator
 
@@ -12,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .pgd import eval_mode
 
 
 class FoldedConvolution(nn.Module):
@@ -163,14 +167,15 @@ class _FusedConvolution(torch.autograd.Function):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, nn.Conv2d) or super().is_leaf_module(module, qualified_name)
+        return isinstance(module, (nn.Conv2d, _BatchNorm)) or super().is_leaf_module(module, qualified_name)
 
 
 class FoldedNetwork(nn.Module):
     """The same function as ``network`` in eval mode, for attacks.
 
-    Convolutions with what follows them are :class:`FoldedConvolution`; all else is the network's own. Call
-    :meth:`refresh` after every change of the network's parameters or statistics.
+    It is in eval mode whatever mode ``network`` is in. Convolutions with what follows them are
+    :class:`FoldedConvolution`; all else has the network's own tensors. Call :meth:`refresh` after every
+    change of the network's parameters or statistics.
 
     Raises:
         Exception: of torch.fx, for a network whose forward cannot be traced.
@@ -178,15 +183,21 @@ class FoldedNetwork(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        traced = fx.GraphModule(network, _Tracer().trace(network))
+        with eval_mode(network):  # a trace keeps what ``self.training`` decides
+            traced = fx.GraphModule(network, _Tracer().trace(network))
         for node in list(traced.graph.nodes):
             if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Conv2d):
                 _fold(traced, node)
         traced.graph.eliminate_dead_code()
         traced.delete_all_unused_submodules()
+        for node in traced.graph.find_nodes(op="call_module"):
+            module = traced.get_submodule(node.target)
+            if not isinstance(module, FoldedConvolution):  # a shallow copy has the tensors, but its own mode
+                traced.set_submodule(node.target, copy.copy(module))
         traced.recompile()
         self.network = traced
         self._folded = [module for module in traced.modules() if isinstance(module, FoldedConvolution)]
+        self.eval()
 
     def refresh(self) -> None:
         """Follow the parameters and statistics that an optimiser step has changed."""
@@ -204,7 +215,7 @@ def _fold(traced: fx.GraphModule, node: fx.Node) -> None:
         return
     last, norm, residual = node, None, None
     follower = _only_user(last)
-    if follower is not None and type(_module(traced, follower)) is nn.BatchNorm2d:
+    if follower is not None and isinstance(_module(traced, follower), _BatchNorm):
         last, norm = follower, _module(traced, follower)
         if norm.running_mean is None or norm.weight is None:
             return

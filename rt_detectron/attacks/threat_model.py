@@ -56,14 +56,18 @@ class ThreatModel:
         """The perturbation of norm ``size`` along which a linear function with ``grad`` grows fastest.
 
         For "l1" that is a single pixel; as in sparse L1 descent (Tramer & Boneh 2019, section 3.1), the
-        one percent of largest gradients share the step instead.
+        one percent of largest gradients share the step instead. Where ``grad`` is zero or not a number, the
+        step is zero; infinity, which half precision overflows to, counts as large.
         """
+        grad = torch.nan_to_num(grad)
         if self.norm == "linf":
             return size * grad.sign()
         if self.norm == "l1":
             flat = grad.flatten(1)
             places = flat.abs().topk(max(flat.shape[1] // 100, 1), dim=1).indices
             grad = torch.zeros_like(flat).scatter_(1, places, flat.gather(1, places).sign()).view_as(grad)
+        # The squares of a confident network's gradients would all be zero.
+        grad = grad / grad.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(grad.dtype).tiny)
         return grad * (size / _norms(grad, self.norm))
 
     def project(self, perturbation: torch.Tensor) -> torch.Tensor:
@@ -78,8 +82,7 @@ class ThreatModel:
 def _norms(x: torch.Tensor, norm: str) -> torch.Tensor:
     """Norm of each image of (N, C, H, W), as (N, 1, 1, 1); never zero, so that it can divide."""
     order = 1 if norm == "l1" else 2
-    norms = torch.linalg.vector_norm(x, order, dim=(1, 2, 3), keepdim=True)
-    return norms.clamp_min(torch.finfo(x.dtype).tiny)
+    return torch.linalg.vector_norm(x, order, dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
 
 
 def _project_l1(x: torch.Tensor, radius: float) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What one training step optimises: clean images, or those of an adversary."""
 
 import logging
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.attacks.folding import FoldedNetwork
+from rt_detectron.attacks.pgd import eval_mode
 from rt_detectron.errors import InputError
 from rt_detectron.modeling.classifier import Classifier
 
@@ -29,7 +31,7 @@ class EpsSchedule:
     random: bool = False
 
     def __post_init__(self):
-        if not 0 <= self.warmup <= 1:
+        if type(self.warmup) not in (int, float) or not 0 <= self.warmup <= 1:
             raise InputError(f"eps schedule: warmup is {self.warmup!r}; it is a share of training, 0 to 1")
 
     def __call__(self, progress: float) -> float:
@@ -68,6 +70,8 @@ class Adversarial(Standard):
     """
 
     def __init__(self, attack: PGD, schedule: EpsSchedule = EpsSchedule()):
+        if not isinstance(attack, PGD):
+            raise InputError(f"{type(self).__name__}: attack is {attack!r}; it must be a PGD")
         self.attack = attack
         self.schedule = schedule
         self.threat_model = attack.threat_model
@@ -100,26 +104,28 @@ class Fast(Adversarial):
     def __init__(
         self, threat_model: ThreatModel, schedule: EpsSchedule = EpsSchedule(), check_every: int = 100
     ):
-        if not isinstance(check_every, int) or check_every < 1:
-            raise InputError(f"fast: check_every is {check_every!r}; it must be a whole number >= 1")
+        if type(check_every) is not int or check_every < 1:
+            raise InputError(f"Fast: check_every is {check_every!r}; it must be a whole number >= 1")
         super().__init__(PGD(threat_model, steps=1, relative_step_size=1.25, random_start=True), schedule)
         self.check_every = check_every
         self.seen = self.suspicions = 0
 
     def __call__(self, classifier, target, images, labels, progress):
+        single = self.attack_now(progress)
+        adversarial = single(target, images, labels)
         if self.seen % self.check_every == self.check_every - 1:
-            self._look_out(target, images, labels, progress)
+            several = replace(single, steps=5, relative_step_size=2.5)
+            self._look_out(target, adversarial, several(target, images, labels), labels)
         self.seen += 1
-        return super().__call__(classifier, target, images, labels, progress)
+        return Standard.__call__(self, classifier, target, adversarial, labels, progress)
 
     @torch.no_grad()
-    def _look_out(self, target, images, labels, progress) -> None:
-        single = self.attack_now(progress)
-        several = replace(single, steps=5, relative_step_size=2.5)
-        one, five = (
-            (target(attack(target, images, labels)).argmax(1) == labels).float().mean().item()
-            for attack in (single, several)
-        )
+    def _look_out(self, target, single: Tensor, several: Tensor, labels: Tensor) -> None:
+        with eval_mode(target):
+            one, five = (
+                (target(adversarial).argmax(1) == labels).float().mean().item()
+                for adversarial in (single, several)
+            )
         get_event_storage().put_scalars(
             fast_accuracy=100 * one, fast_accuracy_pgd5=100 * five, smoothing_hint=False
         )
@@ -154,8 +160,10 @@ class Free(Standard):
     """
 
     def __init__(self, threat_model: ThreatModel, replays: int = 4, schedule: EpsSchedule = EpsSchedule()):
-        if not isinstance(replays, int) or replays < 1:
-            raise InputError(f"free: replays is {replays!r}; it must be a whole number >= 1")
+        if not isinstance(threat_model, ThreatModel) or threat_model.norm == "l1":
+            raise InputError(f"Free: threat_model is {threat_model!r}; it must be a ThreatModel, l2 or linf")
+        if type(replays) is not int or replays < 1:
+            raise InputError(f"Free: replays is {replays!r}; it must be a whole number >= 1")
         self.threat_model = threat_model
         self.replays = replays
         self.schedule = schedule
@@ -206,25 +214,25 @@ class Trades(Adversarial):
     def __init__(self, attack: PGD, beta: float = 6.0, schedule: EpsSchedule = EpsSchedule()):
         super().__init__(attack, schedule)
         if not attack.random_start:
-            raise InputError("trades: the attack cannot leave the image; set attack.random_start=True")
-        if not beta >= 0:
-            raise InputError(f"trades: beta is {beta!r}; it must be a number >= 0")
+            raise InputError("Trades: the attack cannot leave the image; set attack.random_start=True")
+        if type(beta) not in (int, float) or not 0 <= beta < math.inf:
+            raise InputError(f"Trades: beta is {beta!r}; it must be a finite number >= 0")
         self.beta = beta
 
     def __call__(self, classifier, target, images, labels, progress):
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(target):
             clean = target(images).softmax(1)
         adversarial = self.attack_now(progress)(target, images, clean, loss=_divergence)
         logits, attacked = classifier(images), classifier(adversarial)
         return {
             "loss_clean": F.cross_entropy(logits, labels),
-            "loss_robust": self.beta * _divergence(attacked, logits.softmax(1)),
+            "loss_robust": self.beta * _divergence(attacked, logits.softmax(1)).mean(),
         }
 
 
 def _divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
-    """KL(probabilities || softmax(logits)), averaged over the images."""
-    return F.kl_div(logits.log_softmax(1), probabilities, reduction="batchmean")
+    """KL(probabilities || softmax(logits)), (N,)."""
+    return F.kl_div(logits.log_softmax(1), probabilities, reduction="none").sum(1)
 
 
 class Pretraining(nn.Module):
@@ -262,7 +270,7 @@ class Pretraining(nn.Module):
         """What the inner attack runs against: the classifier in eval mode, with its weights of now."""
         if not self._target:
             try:
-                self._target.append(FoldedNetwork(self.classifier).eval())
+                self._target.append(FoldedNetwork(self.classifier))
             except (fx.proxy.TraceError, TypeError, RuntimeError) as error:  # a network that asks its input
                 logger.warning("attacking %s as it is, not folded: %s", self.classifier.arch, error)
                 self._target.append(self.classifier)

@@ -1,12 +1,16 @@
 """The folded network is the network in eval mode: same logits, input gradients, adversarial examples."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.attacks.folding import FoldedConvolution, FoldedNetwork
+from rt_detectron.modeling.sync_bn import use_sync_bn
 
 ARCHS = [
     "resnet18",
@@ -155,6 +159,40 @@ def test_the_network_is_left_alone(random_classifier):
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     assert network.training
     assert all(module.training for module in network.modules())
+
+
+def test_it_is_in_eval_mode_and_the_network_in_its_own(random_classifier):
+    """densenet's norms come before its convolutions, so that they are not folded but shared."""
+    network = random_classifier("densenet").train()
+    folded = FoldedNetwork(network)
+    assert all(module.training for module in network.modules())
+    assert not any(module.training for module in folded.modules())
+    images, _ = batch(32)
+    network(images)  # moves the statistics
+    folded.refresh()
+    with torch.no_grad():
+        assert relative(folded(images), network.eval()(images)) < 1e-4
+
+
+def test_what_training_decides_is_decided_for_eval():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return F.dropout(x, 0.5, self.training) + (1 if self.training else 0)
+
+    assert torch.equal(FoldedNetwork(Noisy().train())(torch.ones(9)), torch.ones(9))
+
+
+@pytest.mark.parametrize(
+    "synchronise", [nn.SyncBatchNorm.convert_sync_batchnorm, partial(use_sync_bn, device="cpu")]
+)
+def test_synchronised_norms_are_folded_too(synchronise, random_classifier):
+    network = random_classifier("resnet18")
+    images, _ = batch(32)
+    with torch.no_grad():
+        expected = network(images)
+        folded = FoldedNetwork(synchronise(network))
+        assert relative(folded(images), expected) < 1e-5
+    assert not any(isinstance(module, _BatchNorm) for module in folded.modules())
 
 
 def test_copies_cost_no_state(random_classifier):

@@ -153,6 +153,23 @@ def test_best_is_the_strongest_iterate(batch):
     assert (best_loss >= loss - 1e-6)[best_wrong == wrong].all()
 
 
+def test_best_knows_the_start_and_costs_one_pass(batch):
+    images, labels = batch
+    network = small_network().eval()
+    start = network(images).detach()
+    calls = []
+    network.register_forward_hook(lambda *_: calls.append(1))
+
+    def best_at_the_start(logits, labels):
+        return -(logits - start).pow(2).sum(1)
+
+    attack = PGD(ThreatModel("l2", 0.3), steps=4, best=True)
+    labels = start.argmin(1)  # all are misclassified, so that the loss decides
+    assert torch.equal(attack(network, images, labels, loss=best_at_the_start), images)
+    assert len(calls) == 5
+    assert not torch.equal(attack(network, images, labels), images)
+
+
 def test_memory_format_is_kept(batch):
     images, labels = batch
     images = images.contiguous(memory_format=torch.channels_last)
@@ -162,11 +179,24 @@ def test_memory_format_is_kept(batch):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"steps": 0}, {"steps": 2.5}, {"steps": 3, "relative_step_size": 0}, {"steps": 3, "restarts": 0}],
+    [
+        {"steps": 0},
+        {"steps": 2.5},
+        {"steps": True},
+        {"steps": 3, "relative_step_size": 0},
+        {"steps": 3, "relative_step_size": float("inf")},
+        {"steps": 3, "relative_step_size": "2"},
+        {"steps": 3, "restarts": 0},
+    ],
 )
 def test_bad_input_is_one_line(bad):
     with pytest.raises(InputError, match=r"must be .*>"):
         PGD(ThreatModel("l2", 1.0), **bad)
+
+
+def test_a_name_is_no_threat_model():
+    with pytest.raises(InputError, match="threat_model is 'l2'; it must be a ThreatModel"):
+        PGD("l2", steps=2)
 
 
 def test_restarts_without_a_random_start_are_refused():

@@ -59,6 +59,26 @@ def test_a_zero_gradient_gives_no_step_and_no_nan(threat_model):
     assert torch.equal(threat_model.project(torch.zeros(SHAPE)), torch.zeros(SHAPE))
 
 
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30])
+def test_the_size_of_a_gradient_does_not_matter(threat_model, scale):
+    grad = torch.randint(1, 9, SHAPE, generator=torch.Generator().manual_seed(0)).float()
+    step = threat_model.step(grad * scale, 4.5)
+    assert torch.allclose(norms(threat_model, step), torch.tensor(4.5))
+    if scale != 1e-44:  # there floats have few digits
+        assert torch.allclose(step, threat_model.step(grad, 4.5), rtol=1e-4)
+
+
+def test_an_overflowed_gradient_gives_a_step_of_the_asked_size(threat_model):
+    grad = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    grad[0, 0, 0, :2] = torch.tensor([float("inf"), float("-inf")])
+    grad[1] = float("nan")
+    step = threat_model.step(grad, 0.25)
+    assert torch.allclose(norms(threat_model, step)[[0, 2, 3, 4]], torch.tensor(0.25))
+    assert step[0, 0, 0, 0] >= 0 >= step[0, 0, 0, 1]
+    assert step[0, 0, 0, 0] - step[0, 0, 0, 1] > 0.1
+    assert step[1].abs().max() == 0
+
+
 @pytest.mark.parametrize(
     ("norm", "eps", "words"),
     [

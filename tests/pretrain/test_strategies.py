@@ -123,7 +123,7 @@ def test_trades_is_its_equation():
     reference = make().train().classifier
     clean = reference.eval()(images).softmax(1).detach()
     torch.manual_seed(1)
-    divergence = lambda logits, p: (p * (p.log() - logits.log_softmax(1))).sum(1).mean()  # noqa: E731
+    divergence = lambda logits, p: (p * (p.log() - logits.log_softmax(1))).sum(1)  # noqa: E731
     adversarial = attack(reference, images, clean, loss=divergence)
     reference.train()
     logits, attacked = reference(images), reference(adversarial)
@@ -214,6 +214,50 @@ def test_fast_looks_out_for_catastrophic_overfitting(withstands_five, warns, mon
     assert len(warnings) == (1 if warns else 0)
 
 
+def test_looking_out_changes_nothing_and_warns_again_after_a_recovery(monkeypatch, caplog):
+    losses = []
+    for check_every in (1, 1000):
+        model = make(Fast(ThreatModel("linf", 8.0), check_every=check_every)).train()
+        torch.manual_seed(1)
+        with EventStorage():
+            losses.append(model(batch())["loss"])
+    assert torch.equal(*losses)
+
+    strategy = Fast(ThreatModel("linf", 8.0))
+    strong, weak = torch.tensor([[1.0, 0.0]] * 4), torch.tensor([[0.0, 1.0]] * 4)
+    labels = torch.zeros(4, dtype=torch.int64)
+    with EventStorage():
+        for several in (weak, weak, weak, strong, weak, weak):
+            strategy._look_out(torch.nn.Identity(), strong, several, labels)
+    assert sum("catastrophic overfitting" in record.message for record in caplog.records) == 2
+
+
+def test_free_recovers_from_an_overflow():
+    model = make(Free(ThreatModel("l2", 1.0), replays=2)).train()
+    model(batch())["loss"].backward()
+    model.strategy.perturbation.grad[0, 0, 0, 0] = float("inf")
+    model.strategy.perturbation.grad[1] = float("nan")
+    loss = model(batch())["loss"]
+    assert torch.isfinite(loss)
+    assert torch.isfinite(model.strategy.perturbation).all()
+
+
+@pytest.mark.parametrize("keywords", [{"best": True}, {"restarts": 2}, {"best": True, "restarts": 2}])
+def test_trades_with_the_strongest_of_several(keywords):
+    """Its labels are probabilities."""
+    losses = make(Trades(PGD(L2, steps=2, random_start=True, **keywords))).train()(batch())
+    assert losses["loss_robust"] > 0
+
+
+def test_an_attack_leaves_the_classifier_in_train_mode():
+    torch.manual_seed(0)
+    model = Pretraining(
+        Classifier("densenet", num_classes=3), Trades(PGD(L2, steps=1, random_start=True))
+    ).train()
+    model(batch())
+    assert all(module.training for module in model.classifier.modules())
+
+
 def test_eps_grows_over_the_warm_up_and_is_then_all_of_it():
     schedule = EpsSchedule(warmup=0.5)
     assert [schedule(progress) for progress in (0.0, 0.25, 0.5, 0.9)] == [0.0, 0.5, 1.0, 1.0]
@@ -230,6 +274,13 @@ def test_eps_grows_over_the_warm_up_and_is_then_all_of_it():
     ("build", "message"),
     [
         (lambda: EpsSchedule(warmup=2), "0 to 1"),
+        (lambda: EpsSchedule("a"), "warmup is 'a'"),
+        (lambda: Adversarial(None), "attack is None; it must be a PGD"),
+        (lambda: Fast("linf"), "it must be a ThreatModel"),
+        (lambda: Free(None), "it must be a ThreatModel"),
+        (lambda: Free(ThreatModel("l1", 3.0)), "l2 or linf"),
+        (lambda: Free(L2, replays=True), "replays is True"),
+        (lambda: Trades(PGD(L2, steps=1, random_start=True), beta="6"), "beta is '6'"),
         (lambda: Free(L2, replays=0), "replays is 0"),
         (lambda: Fast(L2, check_every=0), "check_every is 0"),
         (lambda: Trades(PGD(L2, steps=1)), "random_start=True"),

@@ -64,8 +64,12 @@ def command(tiny_datasets, tmp_path):
         environment |= {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
         options = [argument for argument in arguments if "=" not in argument]
         pairs += [argument for argument in arguments if "=" in argument]
+        launcher = [sys.executable]
+        if "torchrun" in options:
+            options.remove("torchrun")
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         return {
-            "args": [sys.executable, TOOL, "--config-file", config, *options, *pairs],
+            "args": [*launcher, TOOL, "--config-file", config, *options, *pairs],
             "cwd": tmp_path,
             "env": {**os.environ, **environment},
             "text": True,
@@ -111,6 +115,37 @@ def test_a_corrupt_image_in_a_loaders_worker_is_one_line(command, tmp_path):
     assert failed.stderr.rstrip().endswith("repair or delete it, or set on_corrupt=skip")
     assert "Traceback" not in failed.stderr + failed.stdout
     assert not (tmp_path / "out/classifier.pth").exists()
+
+
+BRIEFLY = ["train.epochs=2", "train.eval_epochs=2"]
+TWO_PROCESSES = ["--num-gpus", "2", "--dist-url", "auto"]
+
+
+def trained(command, folder, *arguments, config=CONFIG) -> dict:
+    finished = subprocess.run(
+        **command(config, *arguments, f"train.output_dir={folder}"), capture_output=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+def farthest(one: dict, other: dict) -> float:
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def test_two_processes_of_torchrun_with_sync_bn_train_as_one(command, tmp_path):
+    alone = trained(command, tmp_path / "one", *BRIEFLY)
+    together = trained(command, tmp_path / "two", *BRIEFLY, "torchrun", "train.sync_bn=True")
+    assert farthest(alone, together) < 2e-5
+
+
+def test_accumulating_trains_as_more_processes_do(command, tmp_path):
+    # Without an adversary, who would see BN statistics, which are of all parts and of one process.
+    standard = {"config": CONFIG.replace("l2", "standard")}
+    alone = trained(command, tmp_path / "one", *BRIEFLY, "train.accumulate=2", **standard)
+    together = trained(command, tmp_path / "two", *BRIEFLY, *TWO_PROCESSES, **standard)
+    learned = [name for name in alone if not name.endswith(("running_mean", "running_var", "tracked"))]
+    assert farthest({name: alone[name] for name in learned}, together) < 2e-5
 
 
 def heed_interrupts():
