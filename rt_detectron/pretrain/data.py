@@ -445,7 +445,7 @@ def build_test_loader(dataset: Dataset, batch_size: int, num_workers: int = 4) -
 
 
 class Lighting:
-    """AlexNet's PCA noise on an RGB image in [0, 1] (Krizhevsky et al. 2012, section 4.1).
+    """AlexNet's PCA noise on an RGB image (Krizhevsky et al. 2012, section 4.1).
 
     Args:
         std: standard deviation of the three components' weights.
@@ -461,7 +461,8 @@ class Lighting:
         self.std = std
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """(3, H, W) to (3, H, W), clamped to [0, 1]."""
+        """(3, H, W), uint8 or float in [0, 1], to float in [0, 1]."""
+        image = to_dtype(image, torch.float32, scale=True)
         weights = torch.randn(3) * self.std
         shift = self.EIGENVECTORS @ (weights * self.EIGENVALUES)
         return (image + shift.view(3, 1, 1)).clamp(0, 1)

@@ -114,6 +114,8 @@ def _yaml(cfg) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "config.yaml")
         LazyConfig.save(cfg, path)
+        if not os.path.exists(path):
+            return "# This configuration is no YAML; config.yaml.pkl has it."
         with open(path) as file:
             return file.read()
 

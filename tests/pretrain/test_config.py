@@ -2,14 +2,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 
 from rt_detectron.errors import InputError
 from rt_detectron.pretrain.config import load_config
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs/pretrain").glob("*.py")), ids=lambda p: p.stem)
-def test_shipped_recipes_load_and_build(path):
+def test_shipped_recipes_load_build_and_can_be_saved(path, tmp_path):
     cfg = load_config(str(path), [])
     assert cfg.model.classifier.arch in path.stem or "demo" in path.stem
     cfg.model.classifier.num_classes = 2
@@ -21,6 +21,10 @@ def test_shipped_recipes_load_and_build(path):
     assert (threat_model is None) == ("eps0" in path.stem.replace("eps0_5", "") or "standard" in path.stem)
     scheduler = instantiate(cfg.lr_multiplier)
     assert scheduler(1.0) < scheduler(0.5) <= 1
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))  # what a training leaves to resume with
+    saved = load_config(str(tmp_path / "config.yaml"), [])
+    assert saved.train == cfg.train
+    assert instantiate(saved.dataloader.train.dataset.transform).transforms
 
 
 def test_overrides_apply():

@@ -367,6 +367,10 @@ class TestLighting:
         assert torch.allclose(shift, shift[:, :1, :1].expand_as(shift))
         assert shift.abs().max() > 0.01
 
+    def test_takes_bytes_too(self):
+        image = torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8)
+        assert torch.equal(Lighting(0.0)(image), image / 255)
+
     def test_the_colours_have_the_covariance_of_the_eigenvectors(self):
         torch.manual_seed(0)
         shifts = torch.stack([Lighting(0.1)(torch.full((3, 1, 1), 0.5)).flatten() - 0.5 for _ in range(4000)])

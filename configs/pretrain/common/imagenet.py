@@ -42,7 +42,6 @@ dataloader = dict(
                     L(T.RandomResizedCrop)(size=224, antialias=True),
                     L(T.RandomHorizontalFlip)(),
                     L(T.ColorJitter)(brightness=0.1, contrast=0.1, saturation=0.1),
-                    L(T.ToDtype)(dtype=torch.float32, scale=True),
                     L(Lighting)(std=0.05),
                 ]
             ),
