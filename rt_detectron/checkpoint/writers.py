@@ -7,6 +7,22 @@ import torch
 from torch import Tensor
 
 from rt_detectron.errors import InputError
+from rt_detectron.files import replaced_atomically
+
+
+def save_atomically(content: dict, path: str) -> None:
+    """``torch.save``, so that ``path`` is whole or not there at all.
+
+    Raises:
+        OSError: for a full disk, or a path that cannot be written.
+    """
+    try:
+        # Through Python's own file, whose errors say what is wrong with the disk, and which leaves the
+        # temporary name out of the content.
+        with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def write_pickle(state_dict: dict[str, Tensor], metadata: dict, path: str) -> None:

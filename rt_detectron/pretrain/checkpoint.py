@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from filelock import FileLock, Timeout
 
 from rt_detectron.checkpoint.formats import check_archive, unreadable
+from rt_detectron.checkpoint.writers import save_atomically
 from rt_detectron.errors import InputError, one_line
 from rt_detectron.files import replaced_atomically
 
@@ -41,17 +42,12 @@ class TrainingCheckpointer(DetectionCheckpointer):
         content = {"model": self.model.state_dict(), **kwargs}
         content |= {key: part.state_dict() for key, part in self.checkpointables.items()}
         try:
-            # Through Python's own file, whose errors say what is wrong with the disk.
-            with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
-                torch.save(content, file)
+            save_atomically(content, path)
             self.tag_last_checkpoint(os.path.basename(path))
-        except (OSError, RuntimeError) as error:
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
-                raise
+        except OSError as error:
             last = self.get_checkpoint_file()
             raise InputError(
-                f"cannot write {path}: {cause.strerror}; "
+                f"cannot write {path}: {error.strerror}; "
                 + (
                     f"{last} is whole: make room and go on with --resume"
                     if last
@@ -169,14 +165,18 @@ class SafeCheckpointing(hooks.PeriodicCheckpointer):
         if comm.get_world_size() > 1:
             self._flags_group = torch.distributed.new_group(backend="gloo")
         self.recent_checkpoints = periodic_checkpoints(self.checkpointer.save_dir)
-        self._previous = {}
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self._previous[signum] = signal.signal(signum, self._on_signal)
 
-    def after_train(self):
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+    @contextmanager
+    def heeding_signals(self) -> Iterator[None]:
+        """Within this a signal to stop is heeded as described above."""
+        is_main = threading.current_thread() is threading.main_thread()  # which alone may handle signals
+        signums = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+        previous = {signum: signal.signal(signum, self._on_signal) for signum in signums}
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
 
     def after_step(self):
         iteration = self.trainer.iter + 1

@@ -29,6 +29,8 @@ from rt_detectron.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
+GRACE_SECONDS = 30  # for which a loader's worker survives a SIGTERM
+
 
 class CorruptImages:
     """What happens to an image that cannot be decoded: ``"stop"`` the run, or ``"skip"`` and count it.
@@ -316,9 +318,13 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _leave_signals_to_the_trainer(worker_id: int) -> None:
-    """A signal to the process group must not take the loaders from a trainer that finishes its step."""
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, signal.SIG_IGN)
+    """A signal to the process group must not take the loaders from a trainer that finishes its step.
+
+    SIGTERM is also how multiprocessing ends workers that nobody waits for, so it is heeded after a while.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
 
 
 class _Order:

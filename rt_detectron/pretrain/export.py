@@ -3,10 +3,11 @@
 import os
 import tempfile
 
-import torch
 from detectron2.config import LazyConfig
 
 from rt_detectron.checkpoint.convert import convert_checkpoint
+from rt_detectron.checkpoint.writers import save_atomically
+from rt_detectron.errors import InputError
 from rt_detectron.files import file_sha256, replaced_atomically
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.versions import versions
@@ -53,23 +54,31 @@ def export(cfg, model: Pretraining, results: dict) -> list[str]:
 
     Returns:
         The three paths.
+
+    Raises:
+        InputError: if one cannot be written.
     """
     folder = cfg.train.output_dir
     classifier, backbone, card = (
         os.path.join(folder, name) for name in ("classifier.pth", "backbone.pkl", "model_card.md")
     )
-    write_classifier(model, classifier)
-    convert_checkpoint(classifier, backbone)
-    with replaced_atomically(card) as temporary, open(temporary, "w") as file:
-        file.write(model_card(cfg, model, results, [classifier, backbone]))
+    try:
+        write_classifier(model, classifier)
+        convert_checkpoint(classifier, backbone)
+        with replaced_atomically(card) as temporary, open(temporary, "w") as file:
+            file.write(model_card(cfg, model, results, [classifier, backbone]))
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder}: {error.strerror}; the training is done: make room and call again with "
+            "--resume"
+        ) from None
     return [classifier, backbone, card]
 
 
 def write_classifier(model: Pretraining, path: str) -> None:
     """Write the network under torchvision's names with its metadata, atomically."""
     content = {"model": model.classifier.network.state_dict(), "rt_detectron": classifier_metadata(model)}
-    with replaced_atomically(path) as temporary:
-        torch.save(content, temporary)
+    save_atomically(content, path)
 
 
 def model_card(cfg, model: Pretraining, results: dict, files: list[str]) -> str:

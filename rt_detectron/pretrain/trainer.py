@@ -126,11 +126,12 @@ def do_train(cfg, resume: bool = False) -> None:
         "%g epochs of %d iterations on %d images; output in %s",
         cfg.train.epochs, epoch, len(loader.dataset), folder,
     )  # fmt: skip
-    trainer.train(start_iter, max_iter)
-    if is_main:
-        for path in export(cfg, evaluated, results):
-            logger.info("Wrote %s", path)
-        logger.info("Done after %.0f s", time.perf_counter() - start)
+    with checkpoints.heeding_signals():
+        trainer.train(start_iter, max_iter)
+        if is_main:
+            for path in export(cfg, evaluated, results):
+                logger.info("Wrote %s", path)
+            logger.info("Done after %.0f s", time.perf_counter() - start)
 
 
 def do_eval(cfg, model: Pretraining) -> dict:
@@ -209,6 +210,10 @@ class ClassifierTrainer(SimpleTrainer):
             for _ in range(self.replays - skip):
                 yield batch
             skip = 0
+
+    def after_train(self):
+        self._data_loader_iter_obj = None  # ends the loader's workers
+        super().after_train()
 
     def run_step(self):
         start = time.perf_counter()

@@ -149,9 +149,8 @@ def test_an_interrupted_export_leaves_the_old_file_alone(digits_cfg, tmp_path, m
     model = build_model(digits_cfg)
     (tmp_path / "classifier.pth").write_text("old")
 
-    def interrupted(content, path):
-        with open(path, "w") as file:
-            file.write("half")
+    def interrupted(content, file):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupted)

@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -186,7 +185,8 @@ def start(command, tmp_path):
         )
         processes.append(process)
         deadline = time.monotonic() + 120
-        while not (tmp_path / "out" / wait_for).exists():
+        path = tmp_path / "out" / wait_for
+        while not (path.exists() and path.stat().st_size):
             assert process.poll() is None, (tmp_path / "stderr.txt").read_text()
             assert time.monotonic() < deadline, "waited in vain"
             time.sleep(0.05)
@@ -245,47 +245,42 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_whole(command, start, tmp_p
     torch.load(tmp_path / "out" / before, weights_only=True)
 
 
-def killed_at_random_moments(command, tmp_path, moments: int, seed: int) -> None:
-    """The final weights of a training that was killed so often are those of one that was not."""
-    arguments = ["train.epochs=30", "train.checkpoint_epochs=1", "train.eval_epochs=10", "optimizer.lr=0.002"]
+def killed_at_random_moments(command, start, tmp_path, epochs: int, kills: int, seed: int) -> None:
+    """The outcome of a training that was killed so often, worker and all, is that of one that was not."""
+    arguments = [f"train.epochs={epochs}", "train.checkpoint_epochs=1", f"train.eval_epochs={epochs}"]
     arguments += [
-        "model.strategy.attack.random_start=True",
+        "train.log_period=1",
+        "optimizer.lr=0.002",
         "dataloader.train.num_workers=1",
         "train.ema=0.9",
     ]
+    arguments += ["model.strategy.attack.random_start=True"]
     whole = trained(command, tmp_path / "whole", *arguments)
     generator = random.Random(seed)
-    kills = 0
-    while kills < moments:
-        process = subprocess.Popen(
-            **command(CONFIG, *arguments, "--resume"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        time.sleep(generator.uniform(3, 12))
-        if process.poll() is None:
-            kills += 1
-        elif not kills:  # too fast a machine to be killed in the middle
-            shutil.rmtree(tmp_path / "out")
-        else:
-            break
-        os.killpg(process.pid, signal.SIGKILL)
+    metrics = tmp_path / "out/metrics.json"
+    for _ in range(kills):
+        seen = metrics.stat().st_size if metrics.exists() else 0
+        process = start(*arguments, "--resume", wait_for="metrics.json")
+        while metrics.stat().st_size == seen:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 1))
+        assert process.poll() is None, "it ended before it could be killed"
+        process.kill()
         process.wait()
-    assert kills >= 1
     resumed = trained(command, tmp_path / "out", *arguments, "--resume")
     assert farthest(whole, resumed) == 0
     for name in ("classifier.pth", "backbone.pkl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-def test_a_killed_training_goes_on_bit_by_bit(command, tmp_path):
-    killed_at_random_moments(command, tmp_path, moments=1, seed=0)
+def test_a_killed_training_goes_on_bit_by_bit(command, start, tmp_path):
+    killed_at_random_moments(command, start, tmp_path, epochs=6, kills=1, seed=0)
 
 
 @pytest.mark.slow
-def test_ten_times_killed(command, tmp_path):
-    killed_at_random_moments(command, tmp_path, moments=10, seed=1)
+def test_ten_times_killed(command, start, tmp_path):
+    killed_at_random_moments(command, start, tmp_path, epochs=60, kills=10, seed=1)
 
 
 @pytest.fixture
