@@ -69,8 +69,8 @@ def export(cfg, model: Pretraining, results: dict) -> list[str]:
             file.write(model_card(cfg, model, results, [classifier, backbone]))
     except OSError as error:
         raise InputError(
-            f"cannot write to {folder}: {error.strerror}; the training is done: make room and call again with "
-            "--resume"
+            f"cannot write to {folder}: {error.strerror}; the training is done: make room and add "
+            "--resume for what is missing"
         ) from None
     return [classifier, backbone, card]
 

@@ -1,0 +1,36 @@
+import pickle
+
+import yaml
+from detectron2.config import LazyCall as L
+
+from rt_detectron.files import file_sha256
+from rt_detectron.pretrain.strategies import Standard
+from rt_detectron.pretrain.trainer import do_train
+
+
+def test_a_training_leaves_a_backbone_and_a_card_about_it(digits_cfg):
+    digits_cfg.train.update(epochs=0.5, ema=0.9)
+    do_train(digits_cfg)
+    folder = digits_cfg.train.output_dir
+    with open(f"{folder}/backbone.pkl", "rb") as file:
+        metadata = pickle.load(file)["rt_detectron"]
+    assert (metadata["arch"], metadata["norm"], metadata["eps"]) == ("resnet18", "l2", 0.5)
+    with open(f"{folder}/model_card.md") as file:
+        card = file.read()
+    assert "resnet18 with 2 classes, trained against l2 eps 0.5 (strategy Adversarial)" in card
+    assert "| 40 |\n| pgd2, l2 eps 0.5 | " in card
+    assert "| 20 |" in card
+    for name in ("classifier.pth", "backbone.pkl"):
+        assert f"| `{name}` | `{file_sha256(f'{folder}/{name}')}` |" in card
+    assert "0.5 epochs in batches of 16, seed 0, weights averaged with decay 0.9" in card
+    assert "| torch | " in card
+    config = yaml.unsafe_load(card.split("```yaml\n")[-1].split("```")[0])
+    assert config["train"] == dict(digits_cfg.train)
+
+
+def test_the_card_of_a_standard_training(digits_cfg):
+    digits_cfg.model.strategy = L(Standard)()
+    digits_cfg.train.epochs = 0.25
+    do_train(digits_cfg)
+    with open(f"{digits_cfg.train.output_dir}/model_card.md") as file:
+        assert "trained without an adversary" in file.read()
