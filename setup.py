@@ -25,6 +25,7 @@ DETECTRON2_NEEDS = [
 EXTRAS = {
     "demo": ["scikit-image>=0.22", "scikit-learn>=1.3"],
     "webdataset": ["webdataset>=1.0"],
+    "autoattack": ["pyautoattack>=0.2"],
     "safetensors": ["safetensors>=0.4"],
     "timm": ["timm>=1.0.31"],
     "test": ["dill", "pytest>=8"],

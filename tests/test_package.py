@@ -27,7 +27,7 @@ ROOMS = {
     "data": set(),
     "visualization": set(),
     "modeling": {"checkpoint", "config"},
-    "pretrain": {"attacks", "checkpoint", "modeling"},
+    "pretrain": {"attacks", "checkpoint", "modeling", "visualization"},
     "evaluation": {"attacks", "data"},
     "study": {"visualization"},
     "engine": {"evaluation", "attacks", "checkpoint", "config", "data"},

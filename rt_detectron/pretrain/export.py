@@ -87,6 +87,8 @@ def model_card(cfg, model: Pretraining, results: dict, files: list[str]) -> str:
     return CARD.format(
         name=os.path.basename(os.path.normpath(cfg.train.output_dir)),
         arch=metadata["arch"],
+        pixel_mean=metadata["pixel_mean"],
+        pixel_std=metadata["pixel_std"],
         num_classes=model.classifier.num_classes,
         trained=_trained(model.strategy),
         accuracies="\n".join(_accuracies(cfg, results.get("accuracy", {}))),
@@ -148,6 +150,10 @@ MODEL:
     NAME: build_robust_resnet_fpn_backbone
   ROBUST:
     ARCH: {arch}
+  PIXEL_MEAN: {pixel_mean}
+  PIXEL_STD: {pixel_std}
+INPUT:
+  FORMAT: RGB
 ```
 
 `classifier.pth` holds torchvision's names under "model". Images are RGB.

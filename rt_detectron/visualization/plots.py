@@ -1,4 +1,4 @@
-"""Small plots as SVG, drawn for a light or a dark page."""
+"""Small plots: SVG, drawn for a light or a dark page, and PNG for a light one."""
 
 import io
 from collections.abc import Sequence
@@ -74,6 +74,26 @@ def curve_plot(
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
         return _svg(figure)
+
+
+def accuracy_plot(eps: Sequence[float], accuracy: Sequence[float], trained_eps: float, label: str) -> bytes:
+    """Accuracy in percent over ``eps`` on a logarithmic axis with 0, ``trained_eps`` marked. Gives a PNG."""
+    with matplotlib.rc_context(_style(dark=False)):
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(eps, accuracy, "o-", color=_hex(0), linewidth=1.8, markersize=5)
+        axes.axvline(trained_eps, color=_INK[False], linewidth=1, linestyle=":")
+        axes.annotate(f" eps {trained_eps:g}", (trained_eps, 97))
+        axes.set_xscale("symlog", base=2, linthresh=min(e for e in eps if e))
+        axes.set_xticks(eps, [f"{e:.3g}" for e in eps])
+        axes.set_xlim(left=0)
+        axes.set_ylim(0, 103)
+        axes.grid(alpha=0.2)
+        axes.set_xlabel(label)
+        axes.set_ylabel("accuracy, %")
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
+        return stream.getvalue()
 
 
 def _style(dark: bool) -> dict[str, object]:

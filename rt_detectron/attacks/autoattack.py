@@ -1,0 +1,68 @@
+"""AutoAttack, by its authors' own package."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rt_detectron.errors import InputError
+
+from .pgd import eval_mode
+from .threat_model import ThreatModel
+
+NORMS = {"l1": "L1", "l2": "L2", "linf": "Linf"}  # as the package spells them
+MIN_CLASSES = 4  # of the loss that its targeted attack has
+
+
+@dataclass(frozen=True)
+class AutoAttack:
+    """The standard ensemble of APGD-CE, targeted APGD-DLR, targeted FAB and Square (Croce & Hein 2020,
+    https://arxiv.org/abs/2003.01690): no parameters to tune, and the last one needs no gradients.
+
+    Attributes:
+        threat_model: the ball the perturbation stays in.
+        seed: of its random numbers.
+
+    Raises:
+        InputError: without the package, which the extra "autoattack" installs.
+    """
+
+    threat_model: ThreatModel
+    seed: int = 0
+
+    name = "autoattack"
+
+    def __post_init__(self):
+        _package()
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """As :meth:`PGD.__call__`; images that are misclassified anyway come back as they are.
+
+        Raises:
+            InputError: for a model of fewer than 4 classes.
+        """
+        with eval_mode(model), torch.no_grad():
+            classes = model(images[:1]).shape[1]
+            if classes < MIN_CLASSES:
+                raise InputError(f"AutoAttack needs at least {MIN_CLASSES} classes; this model has {classes}")
+            attack = _package().AutoAttack(
+                model,
+                norm=NORMS[self.threat_model.norm],
+                eps=self.threat_model.radius,
+                device=images.device,
+                seed=self.seed,
+            )
+            for part in (attack.apgd_targeted, attack.fab):  # each target is another class than the label
+                part.n_target_classes = min(part.n_target_classes, classes - 1)
+            adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
+        return adversarial
+
+
+def _package():
+    try:
+        import pyautoattack
+    except ImportError:
+        raise InputError('AutoAttack needs pyautoattack: pip install "rt_detectron[autoattack]"') from None
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)  # it comments on every batch
+    return pyautoattack

@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Measure a classifier's accuracy on clean and on attacked images, and whether the attacks can be trusted.
+
+The recipe that trained it says which images, which network and which threat model. Writes evaluation.json,
+evaluation.md and eps_curve.png to --output.
+
+attacks, separated by commas:
+  pgd20       20 steps from the image
+  pgd100x5    100 steps, the strongest of 5 random starts
+  autoattack  AutoAttack's standard ensemble; hours on a CPU. Needs: pip install "rt_detectron[autoattack]"
+
+examples:
+  tools/evaluate_classifier.py --config-file configs/pretrain/resnet50_l2_eps3.py \\
+      --weights output/pretrain/classifier.pth --images 5000 --num-gpus 8
+  tools/evaluate_classifier.py --config-file configs/pretrain/resnet18_l2_eps0_5_cifar10.py \\
+      --weights classifier.pth --attacks pgd20,pgd100x5 --images 1000 threat_model.eps=1.0
+"""
+
+import argparse
+import os
+
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from rt_detectron.errors import one_line_errors
+from rt_detectron.launch import launch
+from rt_detectron.pretrain.config import load_config
+from rt_detectron.pretrain.robustness import evaluate_classifier
+
+
+def main(args: argparse.Namespace) -> None:
+    cfg = load_config(args.config_file, args.opts)
+    cfg.train.output_dir = args.output or f"{os.path.splitext(args.weights)[0]}_evaluation"
+    default_setup(cfg, args)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")
+    evaluate_classifier(cfg, args.weights, args.attacks.split(","), args.images)
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument("--weights", required=True, help="the classifier: .pth, .ckpt or .safetensors")
+    parser.add_argument("--attacks", default="pgd20,pgd100x5,autoattack")
+    parser.add_argument("--images", type=int, default=1000, help="test images to use, of all classes")
+    parser.add_argument("--output", help="folder of the results; default: WEIGHTS_evaluation")
+    args = parser.parse_args()
+    with one_line_errors():
+        launch(main, args)
