@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -93,8 +94,8 @@ class RobustnessEvaluator(DatasetEvaluator):
         description = f"attacking images {len(self.labels)} to {len(self.labels) + images}"
         return tqdm(attacks, description, unit="attack", leave=False, disable=None)
 
-    def _share(self, total: int | None) -> float:
-        return math.inf if total is None else math.ceil(total / comm.get_world_size())
+    def _share(self, total: int | None) -> int:
+        return sys.maxsize if total is None else math.ceil(total / comm.get_world_size())
 
     def _withstands(self, attack, images: Tensor, labels: Tensor, right: Tensor) -> Tensor:
         withstands = right.clone()

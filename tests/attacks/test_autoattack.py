@@ -1,0 +1,56 @@
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from rt_detectron.attacks import PGD, AutoAttack, ThreatModel
+from rt_detectron.errors import InputError
+
+pytest.importorskip("pyautoattack", reason='the extra "autoattack" is not installed')
+
+
+def network(classes: int = 5) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, classes))
+
+
+@pytest.fixture
+def batch():
+    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return images, network()(images).argmax(1)  # all are right
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.05), ("linf", 1.0), ("l1", 0.5)])
+def test_stays_in_the_ball_and_turns_over_what_pgd_does(batch, norm, eps):
+    images, labels = batch
+    model, threat_model = network().train(), ThreatModel(norm, eps)
+    adversarial = AutoAttack(threat_model)(model, images, labels)
+    order = {"l1": 1, "l2": 2, "linf": float("inf")}[norm]
+    size = torch.linalg.vector_norm((adversarial - images).flatten(1), order, dim=1)
+    assert (size <= threat_model.radius * (1 + 1e-4)).all()
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    assert model.training
+    by_pgd = PGD(threat_model, steps=20)(model, images, labels)
+    with torch.no_grad():
+        right, right_by_pgd = ((model(x).argmax(1) == labels).sum() for x in (adversarial, by_pgd))
+    assert right <= right_by_pgd < len(labels)
+
+
+def test_the_seed_decides(batch):
+    attack = AutoAttack(ThreatModel("l2", 0.3), seed=1)
+    assert torch.equal(attack(network(), *batch), attack(network(), *batch))
+
+
+def test_too_few_classes_are_one_line(batch):
+    images, labels = batch
+    with pytest.raises(InputError, match="at least 4 classes; this model has 3"):
+        AutoAttack(ThreatModel("l2", 0.5))(network(3), images, labels)
+
+
+def test_without_the_package_it_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(InputError, match=r'pip install "rt_detectron\[autoattack\]"'):
+        AutoAttack(ThreatModel("l2", 0.5))

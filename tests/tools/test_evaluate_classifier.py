@@ -1,0 +1,75 @@
+"""The tool as a user runs it."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+TOOL = str(REPOSITORY / "tools" / "evaluate_classifier.py")
+CONFIG = str(REPOSITORY / "configs" / "pretrain" / "demo_l2.py")
+
+
+def test_two_processes_evaluate_what_one_does(tiny_datasets, random_classifier, tmp_path):
+    torch.save(random_classifier("resnet18", 10).state_dict(), tmp_path / "weights.pth")
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        arguments = ["--config-file", CONFIG, "--weights", str(tmp_path / "weights.pth"), "--attacks", "pgd2"]
+        arguments += ["--num-gpus", str(processes), "--dist-url", "auto", "--output", str(folder)]
+        arguments += [f"dataloader.test.dataset.root={tiny_datasets}/demo/classification/val"]
+        arguments += ["dataloader.test.num_workers=0", "dataloader.test.batch_size=4"]
+        finished = subprocess.run(
+            [sys.executable, TOOL, *arguments],
+            capture_output=True,
+            text=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+                "PYTHONWARNINGS": "ignore",
+            },
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert {"evaluation.json", "evaluation.md", "eps_curve.png"} <= {
+            path.name for path in folder.iterdir()
+        }
+        found.append(json.loads((folder / "evaluation.json").read_text()))
+    assert found[0] == found[1]
+    assert found[0]["accuracy"]["pgd2"]["images"] == 10
+    assert found[0]["classes"]["3"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--weights", "nowhere.pth"], "nowhere.pth"),
+        (["--weights", "x.pth", "--attacks", "fgsm"], "attack 'fgsm' is unknown"),
+        (["--weights", "x.pth", "--images", "0"], "--images is 0"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, words, monkeypatch, capfd, tiny_datasets, tmp_path):
+    for set_up in ("engine.default_setup", "utils.logger.setup_logger"):  # they are for whole processes
+        monkeypatch.setattr(f"detectron2.{set_up}", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", [TOOL, "--config-file", CONFIG, "--output", str(tmp_path), *arguments])
+    if "--attacks" not in arguments:
+        sys.argv += ["--attacks", "pgd2"]
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(TOOL, run_name="__main__")
+    assert end.value.code == 2
+    error = capfd.readouterr().err
+    assert error.splitlines()[-1].startswith("error: ")
+    assert words in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_without_weights_the_parser_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [TOOL, "--config-file", CONFIG])
+    with pytest.raises(SystemExit):
+        runpy.run_path(TOOL, run_name="__main__")
+    assert "required: --weights" in capsys.readouterr().err
