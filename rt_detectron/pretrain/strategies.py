@@ -235,19 +235,62 @@ def _divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(1), probabilities, reduction="none").sum(1)
 
 
+@dataclass(frozen=True)
+class Resolution:
+    """Smaller images at first, which cost less (progressive resizing; Howard 2018).
+
+    eps stays what it is, so at half the side an l2 eps moves each pixel twice as far.
+
+    Attributes:
+        start: side in pixels at the beginning; the loader's images tell what it grows to, linearly.
+        until: share of the training after which images have their full size.
+        multiple: sides are multiples of it, so that they are few and fit the network's strides.
+    """
+
+    start: int
+    until: float
+    multiple: int = 32
+
+    def __post_init__(self):
+        for name in ("start", "multiple"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InputError(f"Resolution: {name} is {value!r}; it must be a whole number of pixels >= 1")
+        if type(self.until) not in (int, float) or not 0 <= self.until <= 1:
+            raise InputError(f"Resolution: until is {self.until!r}; it is a share of training, 0 to 1")
+
+    def side(self, full: int, progress: float) -> int:
+        """Of images whose shorter side is ``full``, after the share ``progress`` of the training."""
+        if progress >= self.until or self.start >= full:
+            return full
+        side = self.start + (full - self.start) * progress / self.until
+        return min(max(round(side / self.multiple), 1) * self.multiple, full)
+
+    def __call__(self, images: Tensor, progress: float) -> Tensor:
+        """(N, 3, H, W) in [0, 1] to the same, made smaller."""
+        full = min(images.shape[2:])
+        side = self.side(full, progress)
+        if side == full:
+            return images
+        size = [round(length * side / full) for length in images.shape[2:]]
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
 class Pretraining(nn.Module):
     """A classifier and how it is trained, as Detectron2's trainers want it: a batch to a dict of losses.
 
     Args:
         classifier: what is trained.
         strategy: makes the losses.
+        resolution: of the images trained on; None leaves them as they are.
 
     Attributes:
         progress: share of the training that is done, set by the trainer.
     """
 
-    def __init__(self, classifier: Classifier, strategy: Standard):
+    def __init__(self, classifier: Classifier, strategy: Standard, resolution: Resolution | None = None):
         super().__init__()
+        self.resolution = resolution
         self.classifier = classifier
         self.strategy = strategy
         self.progress = 0.0
@@ -262,6 +305,8 @@ class Pretraining(nn.Module):
         images, labels = self.to_device(batch)
         if not self.training:
             return self.classifier(images)
+        if self.resolution is not None:
+            images = self.resolution(images, self.progress)
         # Clean training attacks nothing, so it need not keep the target up to date.
         target = self.target() if self.strategy.threat_model is not None else self.classifier
         return self.strategy(self.classifier, target, images, labels, self.progress)

@@ -39,11 +39,6 @@ def test_stays_in_the_ball_and_turns_over_what_pgd_does(batch, norm, eps):
     assert right <= right_by_pgd < len(labels)
 
 
-def test_the_seed_decides(batch):
-    attack = AutoAttack(ThreatModel("l2", 0.3), seed=1)
-    assert torch.equal(attack(network(), *batch), attack(network(), *batch))
-
-
 def test_too_few_classes_are_one_line(batch):
     images, labels = batch
     with pytest.raises(InputError, match="at least 4 classes; this model has 3"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.utils.events import EventStorage
+from torchvision.transforms import v2
 
 from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD, build_classifier
@@ -15,6 +16,7 @@ from rt_detectron.pretrain.strategies import (
     Fast,
     Free,
     Pretraining,
+    Resolution,
     Standard,
     Trades,
 )
@@ -258,6 +260,30 @@ def test_an_attack_leaves_the_classifier_in_train_mode():
     assert all(module.training for module in model.classifier.modules())
 
 
+def test_images_grow_with_the_training():
+    resolution = Resolution(start=16, until=0.5, multiple=8)
+    assert [resolution.side(32, progress) for progress in (0.0, 0.1, 0.2, 0.3, 0.49, 0.5, 0.9)] == [
+        *(16, 16, 24, 24, 32, 32, 32)
+    ]
+    assert resolution.side(12, 0.0) == 12  # smaller than the start
+    images = torch.rand(2, 3, 32, 48)
+    small = resolution(images, 0.0)
+    expected = v2.functional.resize(images, [16, 24], antialias=True)
+    torch.testing.assert_close(small, expected)
+    assert resolution(images, 0.5) is images
+
+    seen = []
+    model = make(Free(ThreatModel("l2", 1.0), replays=2)).train()
+    model.resolution = resolution
+    model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2:]))
+    for progress in (0.0, 0.2, 0.5):  # the perturbation that is kept has to follow
+        model.progress = progress
+        model(batch())["loss"].backward()
+    assert seen == [(16, 16), (24, 24), (32, 32)]
+    assert model.eval()(batch()).shape == (6, 3)
+    assert seen[-1] == (32, 32)
+
+
 def test_eps_grows_over_the_warm_up_and_is_then_all_of_it():
     schedule = EpsSchedule(warmup=0.5)
     assert [schedule(progress) for progress in (0.0, 0.25, 0.5, 0.9)] == [0.0, 0.5, 1.0, 1.0]
@@ -275,6 +301,9 @@ def test_eps_grows_over_the_warm_up_and_is_then_all_of_it():
     [
         (lambda: EpsSchedule(warmup=2), "0 to 1"),
         (lambda: EpsSchedule("a"), "warmup is 'a'"),
+        (lambda: Resolution(start=0, until=0.5), "start is 0"),
+        (lambda: Resolution(start=128, until=2), "until is 2"),
+        (lambda: Resolution(start=128, until=0.5, multiple="8"), "multiple is '8'"),
         (lambda: Adversarial(None), "attack is None; it must be a PGD"),
         (lambda: Fast("linf"), "it must be a ThreatModel"),
         (lambda: Free(None), "it must be a ThreatModel"),
