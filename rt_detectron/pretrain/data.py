@@ -1,5 +1,6 @@
 """Images and labels for pretraining: an ImageFolder tree or WebDataset shards."""
 
+import functools
 import glob
 import io
 import itertools
@@ -14,6 +15,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 
 import numpy as np
 import torch
@@ -290,15 +292,17 @@ class TrainLoader:
             source = {"dataset": _ShardStream(self, start), "batch_size": self.batch_size}
         else:
             source = {"dataset": _Augmented(self.dataset), "batch_sampler": _Order(self, start)}
-        return iter(
-            DataLoader(
+        closing = multiprocessing.Event()
+        try:
+            yield from DataLoader(
                 **source,
                 num_workers=self.num_workers,
                 pin_memory=torch.cuda.is_available(),
-                worker_init_fn=_leave_signals_to_the_trainer,
+                worker_init_fn=functools.partial(_leave_signals_to_the_trainer, closing),
                 generator=torch.Generator(),  # else it draws from the global one
             )
-        )
+        finally:
+            closing.set()
 
 
 def _generator(*seed: int) -> torch.Generator:
@@ -317,13 +321,14 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.default_generator.set_state(state)
 
 
-def _leave_signals_to_the_trainer(worker_id: int) -> None:
+def _leave_signals_to_the_trainer(closing: Event, worker_id: int) -> None:
     """A signal to the process group must not take the loaders from a trainer that finishes its step.
 
-    SIGTERM is also how multiprocessing ends workers that nobody waits for, so it is heeded after a while.
+    SIGTERM is also how multiprocessing ends workers, so it is heeded once the loader is ``closing``, and
+    otherwise after a while.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else signal.alarm(GRACE_SECONDS))
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
 
 

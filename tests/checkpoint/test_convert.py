@@ -201,7 +201,7 @@ def test_standard_training_stays_eps_0_whatever_the_file_is_called(source, tmp_p
     ("arguments", "message"),
     [
         ({"norm": "l2"}, "go together"),
-        ({"norm": "l1", "eps": 1.0}, "unknown norm 'l1'"),
+        ({"norm": "l0", "eps": 1.0}, "unknown norm 'l0'"),
         ({"norm": "l2", "eps": -1.0}, "from 0 on"),
         ({"norm": "l2", "eps": float("nan")}, "from 0 on"),
         ({"arch": "resnet50"}, "do not fit resnet50: missing"),

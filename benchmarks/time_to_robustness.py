@@ -1,0 +1,248 @@
+"""Wall time until a classifier is robust: the peer's recipe against ours, on CIFAR-10 with two CPU cores.
+
+    python benchmarks/time_to_robustness.py --data FOLDER_OF_SHARDS [--budget 300 --seeds 0 1 2]
+
+Both train torchvision's ResNet-18 from scratch on 32 px, against L2 eps 0.5, with the same augmentation, SGD
+and one-cycle schedule over their own wall time; then PGD-20 attacks both on the same 2,000 images. The peer
+has --budget seconds, and takes 3 PGD steps in the plain loop, whose speed is that of the other packages
+(benchmarks/adversarial_step.py). Ours has a third of that: a single step, on the folded network, in
+channels_last, on smaller images at first.
+
+Each seed's result is written to --output as soon as it is there; seeds found there are not run again.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import statistics
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pad
+from tqdm import tqdm
+
+from rt_detectron.attacks import PGD, ThreatModel
+from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD, build_classifier
+from rt_detectron.files import replaced_atomically
+from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.pretrain.data import decode
+from rt_detectron.pretrain.robustness import wilson_interval
+from rt_detectron.pretrain.strategies import Adversarial, Pretraining, Resolution
+
+THREAT_MODEL = ThreatModel("l2", 0.5)
+BATCH = 128
+
+
+def read(pattern: str, data: Path) -> tuple[Tensor, Tensor]:
+    """All images (N, 3, 32, 32), uint8, and labels (N,) of the shards."""
+    images, labels = [], []
+    for path in sorted(data.glob(pattern)):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                content = tar.extractfile(member).read()
+                if member.name.endswith(".jpg"):
+                    images.append(decode(content))
+                else:
+                    labels.append(int(io.BytesIO(content).read()))
+    if not images:
+        raise SystemExit(f"error: no {pattern} in {data}: give the folder of the CIFAR-10 shards by --data")
+    return torch.stack(images), torch.tensor(labels)
+
+
+def batches(images: Tensor, labels: Tensor, seed: int):
+    """Endless batches in [0, 1], cropped and flipped at random."""
+    generator = torch.Generator().manual_seed(seed)
+    padded = pad(images, [4, 4, 4, 4])
+    while True:
+        for places in torch.randperm(len(images), generator=generator).split(BATCH)[:-1]:
+            x, y = torch.randint(
+                0, 9, (2,), generator=generator
+            ).tolist()  # of the batch: fast, for both sides
+            crop = padded[places, :, y : y + 32, x : x + 32].float() / 255
+            flip = torch.rand(len(places), 1, 1, 1, generator=generator) < 0.5
+            yield torch.where(flip, crop.flip(3), crop), labels[places]
+
+
+class PlainNetwork(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = build_classifier("resnet18", 10)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1) / 255, persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1) / 255, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean) / self.std)
+
+
+def plain_attack(model: nn.Module, images: Tensor, labels: Tensor, steps: int = 3) -> Tensor:
+    eps = THREAT_MODEL.eps
+    model.eval()
+    adversarial = images.clone()
+    for _ in range(steps):
+        adversarial.requires_grad_(True)
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(adversarial), labels), adversarial)
+        step = 2 * eps / steps * grad / grad.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        delta = adversarial.detach() + step - images
+        norms = delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        adversarial = (images + delta * (eps / norms).clamp(max=1)).clamp(0, 1)
+    model.train()
+    return adversarial
+
+
+def peer(args: argparse.Namespace) -> tuple[nn.Module, Callable]:
+    model = PlainNetwork()
+
+    def loss(images, labels, progress):
+        return F.cross_entropy(model(plain_attack(model, images, labels)), labels)
+
+    return model, loss
+
+
+def ours(args: argparse.Namespace) -> tuple[nn.Module, Callable]:
+    attack = PGD(THREAT_MODEL, args.steps, args.step_size, random_start=args.random_start)
+    resolution = Resolution(args.start, args.until, multiple=4) if args.start < 32 else None
+    model = Pretraining(Classifier("resnet18", 10), Adversarial(attack), resolution)
+
+    def loss(images, labels, progress):
+        model.progress = progress
+        return model((images, labels))["loss"]
+
+    return model, loss
+
+
+def one_cycle(progress: float) -> float:
+    """Up over the first fifth, then down to 0 as a cosine."""
+    warmup = 0.2
+    if progress < warmup:
+        return progress / warmup
+    return (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+
+
+def train(
+    side: Callable, data, seconds: float, lr: float, seed: int, args: argparse.Namespace
+) -> tuple[nn.Module, int]:
+    """The trained model and the number of images it took; reading and evaluation are not timed."""
+    torch.manual_seed(seed)
+    model, loss_of = side(args)
+    model.train()
+    fused = side is ours
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, fused=fused)
+    stream, seen = batches(*data, seed), 0
+    start = time.perf_counter()
+    with tqdm(total=round(seconds), desc=f"{side.__name__}, seed {seed}", unit="s", disable=None) as bar:
+        while (elapsed := time.perf_counter() - start) < seconds:
+            progress = elapsed / seconds
+            for group in optimizer.param_groups:
+                group["lr"] = lr * one_cycle(progress)
+            images, labels = next(stream)
+            loss = loss_of(images, labels, progress)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen += len(labels)
+            bar.update(round(elapsed) - bar.n)
+    return model, seen
+
+
+def evaluate(state: dict, images: Tensor, labels: Tensor) -> dict:
+    """Clean and PGD-20 accuracy in percent, by the same code for both sides."""
+    classifier = Classifier("resnet18", 10).eval()
+    classifier.network.load_state_dict(state)
+    attack = PGD(THREAT_MODEL, steps=20)
+    clean = robust = 0
+    for x, y in zip(images.split(250), labels.split(250), strict=True):
+        x = x.float() / 255
+        adversarial = attack(classifier, x, y)
+        with torch.no_grad():
+            clean += (classifier(x).argmax(1) == y).sum().item()
+            robust += (classifier(adversarial).argmax(1) == y).sum().item()
+    low, high = wilson_interval(robust, len(labels))
+    return {
+        "clean": 100 * clean / len(labels),
+        "pgd20": 100 * robust / len(labels),
+        "pgd20_low": 100 * low,
+        "pgd20_high": 100 * high,
+    }
+
+
+def run(seed: int, args: argparse.Namespace, train_set, test_set) -> dict:
+    result = {}
+    for side, seconds, lr in ((peer, args.budget, args.peer_lr), (ours, args.budget / 3, args.lr)):
+        model, seen = train(side, train_set, seconds, lr, seed, args)
+        network = model.network if side is peer else model.classifier.network
+        result[side.__name__] = {
+            "seconds": seconds,
+            "images": seen,
+            **evaluate(network.state_dict(), *test_set),
+        }
+    return result
+
+
+def table(results: dict) -> str:
+    lines = ["| seed | side | seconds | images | images/s | clean % | PGD-20 % | 95 % interval |"]
+    lines.append("|---:|---|---:|---:|---:|---:|---:|---:|")
+    for seed, sides in sorted(results.items()):
+        for name, row in sides.items():
+            seconds, images = row["seconds"], row["images"]
+            interval = f"{row['pgd20_low']:.1f} to {row['pgd20_high']:.1f}"
+            effort = f"{seconds:.0f} | {images} | {images / seconds:.0f}"
+            lines.append(
+                f"| {seed} | {name} | {effort} | {row['clean']:.1f} | {row['pgd20']:.1f} | {interval} |"
+            )
+    for name in ("peer", "ours"):
+        means = [
+            statistics.mean(sides[name][key] for sides in results.values()) for key in ("clean", "pgd20")
+        ]
+        lines.append(f"| mean | {name} | | | | {means[0]:.1f} | {means[1]:.1f} | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of cifar10-{train,val}-*.tar.gz")
+    parser.add_argument("--budget", type=float, default=300, help="the peer's seconds; ours has a third")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--output", type=Path, default=Path("output/time-to-robustness.json"))
+    parser.add_argument("--lr", type=float, default=0.2, help="peak learning rate of ours")
+    parser.add_argument("--peer-lr", type=float, default=0.2, help="and of the peer")
+    parser.add_argument("--steps", type=int, default=1, help="PGD steps of ours")
+    parser.add_argument("--step-size", type=float, default=1.0, help="of ours, relative to eps / steps")
+    parser.add_argument("--random-start", action="store_true", help="of ours")
+    parser.add_argument(
+        "--start", type=int, default=24, help="side of ours' images at first; 32: always full"
+    )
+    parser.add_argument("--until", type=float, default=0.5, help="share of the time until they are 32 px")
+    args = parser.parse_args()
+    settings = {key: value for key, value in vars(args).items() if key not in ("data", "seeds", "output")}
+    stored = (
+        json.loads(args.output.read_text()) if args.output.exists() else {"settings": settings, "seeds": {}}
+    )
+    if stored["settings"] != settings:
+        raise SystemExit(
+            f"error: {args.output} is of other settings, {stored['settings']}: choose another --output"
+        )
+    todo = [seed for seed in args.seeds if str(seed) not in stored["seeds"]]
+    if todo:
+        train_set = read("cifar10-train-*.tar.gz", args.data)
+        test_set = tuple(part[: args.test_images] for part in read("cifar10-val-*.tar.gz", args.data))
+    for seed in todo:
+        stored["seeds"][str(seed)] = run(seed, args, train_set, test_set)
+        os.makedirs(args.output.parent, exist_ok=True)
+        with replaced_atomically(args.output) as temporary, open(temporary, "w") as file:
+            json.dump(stored, file, indent=1)
+    print(f"CIFAR-10, ResNet-18, L2 eps 0.5, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(table(stored["seeds"]))
+
+
+if __name__ == "__main__":
+    main()
