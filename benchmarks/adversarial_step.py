@@ -97,7 +97,7 @@ def plain(arch, images, labels) -> Step:
     return training_step(model, images, labels, plain_loop(model, images, labels))
 
 
-def ours(folded: bool = True, channels_last: bool = True) -> Callable[..., Step]:
+def ours(folded: bool = True, channels_last: bool = True, fused: bool = False) -> Callable[..., Step]:
     def build(arch, images, labels) -> Step:
         model = Classifier(arch, 1000)
         model.network.load_state_dict(network(arch).state_dict())
@@ -111,7 +111,7 @@ def ours(folded: bool = True, channels_last: bool = True) -> Callable[..., Step]
                 target.refresh()
             return pgd(target, images, labels)
 
-        return training_step(model, images, labels, attack, fused=True)
+        return training_step(model, images, labels, attack, fused)
 
     return build
 
@@ -184,6 +184,7 @@ def art(arch, images, labels) -> Step:
 
 SIDES: dict[str, Callable[..., Step]] = {
     "ours": ours(),
+    "ours, optimiser fused": ours(fused=True),
     "ours, not folded": ours(folded=False),
     "ours, not folded, not channels_last": ours(folded=False, channels_last=False),
     "plain loop": plain,
