@@ -24,31 +24,18 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from plain import MEAN, STD, Normalised, plain_pgd
 from torch import nn
 from tqdm import tqdm
 
 from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.attacks.folding import FoldedNetwork
-from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD, build_classifier
+from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.modeling.classifier import Classifier
 
 EPS, STEPS = 3.0, 3
 STEP_SIZE = 2 * EPS / STEPS
-MEAN, STD = torch.tensor(IMAGENET_MEAN) / 255, torch.tensor(IMAGENET_STD) / 255
 Step = Callable[[], float]
-
-
-class Normalised(nn.Module):
-    """What every peer is given: torchvision's network behind its normalisation, in the default format."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-        self.register_buffer("mean", MEAN.view(3, 1, 1))
-        self.register_buffer("std", STD.view(3, 1, 1))
-
-    def forward(self, images):
-        return self.network((images - self.mean) / self.std)
 
 
 def network(arch: str) -> nn.Module:
@@ -71,22 +58,6 @@ def training_step(model: nn.Module, images, labels, attack: Callable, fused: boo
     return step
 
 
-def plain_loop(model: nn.Module, images, labels) -> Callable:
-    def attack():
-        model.eval()
-        adversarial = images.clone()
-        for _ in range(STEPS):
-            adversarial.requires_grad_(True)
-            (grad,) = torch.autograd.grad(F.cross_entropy(model(adversarial), labels), adversarial)
-            step = STEP_SIZE * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-            delta = adversarial.detach() + step - images
-            norms = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-            adversarial = (images + delta * (EPS / norms).clamp(max=1)).clamp(0, 1)
-        return adversarial
-
-    return attack
-
-
 def clean(arch, images, labels) -> Step:
     model = Normalised(network(arch))
     return training_step(model, images, labels, lambda: images)
@@ -94,7 +65,7 @@ def clean(arch, images, labels) -> Step:
 
 def plain(arch, images, labels) -> Step:
     model = Normalised(network(arch))
-    return training_step(model, images, labels, plain_loop(model, images, labels))
+    return training_step(model, images, labels, lambda: plain_pgd(model, images, labels, EPS, STEPS))
 
 
 def ours(folded: bool = True, channels_last: bool = True, fused: bool = False) -> Callable[..., Step]:

@@ -14,47 +14,40 @@ Each seed's result is written to --output as soon as it is there; seeds found th
 """
 
 import argparse
-import io
 import json
 import math
 import os
 import statistics
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from plain import Normalised, plain_pgd
 from torch import Tensor, nn
+from torchvision.transforms.v2 import Identity
 from torchvision.transforms.v2.functional import pad
 from tqdm import tqdm
 
 from rt_detectron.attacks import PGD, ThreatModel
-from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD, build_classifier
+from rt_detectron.checkpoint.architectures import build_classifier
+from rt_detectron.errors import one_line_errors
 from rt_detectron.files import replaced_atomically
 from rt_detectron.modeling.classifier import Classifier
-from rt_detectron.pretrain.data import decode
+from rt_detectron.pretrain.data import ShardDataset
+from rt_detectron.pretrain.evaluation import AccuracyEvaluator
 from rt_detectron.pretrain.robustness import wilson_interval
-from rt_detectron.pretrain.strategies import Free, Pretraining, Resolution
+from rt_detectron.pretrain.strategies import Free, Pretraining, Resolution, Standard
 
 THREAT_MODEL = ThreatModel("l2", 0.5)
 BATCH = 128
 
 
-def read(pattern: str, data: Path) -> tuple[Tensor, Tensor]:
-    """All images (N, 3, 32, 32), uint8, and labels (N,) of the shards."""
-    images, labels = [], []
-    for path in sorted(data.glob(pattern)):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                content = tar.extractfile(member).read()
-                if member.name.endswith(".jpg"):
-                    images.append(decode(content))
-                else:
-                    labels.append(int(io.BytesIO(content).read()))
-    if not images:
-        raise SystemExit(f"error: no {pattern} in {data}: give the folder of the CIFAR-10 shards by --data")
+def read(pattern: str, count: int, data: Path) -> tuple[Tensor, Tensor]:
+    """All images (N, 3, 32, 32), uint8, and labels (N,) of the shards, in order."""
+    shards = ShardDataset(str(data / pattern), count, num_classes=10, transform=Identity())
+    images, labels, _ = zip(*shards, strict=True)
     return torch.stack(images), torch.tensor(labels)
 
 
@@ -64,45 +57,19 @@ def batches(images: Tensor, labels: Tensor, seed: int):
     padded = pad(images, [4, 4, 4, 4])
     while True:
         for places in torch.randperm(len(images), generator=generator).split(BATCH)[:-1]:
-            x, y = torch.randint(
-                0, 9, (2,), generator=generator
-            ).tolist()  # of the batch: fast, for both sides
+            # One place for the whole batch: fast, and the same for both sides.
+            x, y = torch.randint(0, 9, (2,), generator=generator).tolist()
             crop = padded[places, :, y : y + 32, x : x + 32].float() / 255
             flip = torch.rand(len(places), 1, 1, 1, generator=generator) < 0.5
             yield torch.where(flip, crop.flip(3), crop), labels[places]
 
 
-class PlainNetwork(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.network = build_classifier("resnet18", 10)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1) / 255, persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1) / 255, persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network((images - self.mean) / self.std)
-
-
-def plain_attack(model: nn.Module, images: Tensor, labels: Tensor, steps: int = 3) -> Tensor:
-    eps = THREAT_MODEL.eps
-    model.eval()
-    adversarial = images.clone()
-    for _ in range(steps):
-        adversarial.requires_grad_(True)
-        (grad,) = torch.autograd.grad(F.cross_entropy(model(adversarial), labels), adversarial)
-        step = 2 * eps / steps * grad / grad.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
-        delta = adversarial.detach() + step - images
-        norms = delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
-        adversarial = (images + delta * (eps / norms).clamp(max=1)).clamp(0, 1)
-    model.train()
-    return adversarial
-
-
 def peer(args: argparse.Namespace) -> tuple[nn.Module, Callable]:
-    model = PlainNetwork()
+    model = Normalised(build_classifier("resnet18", 10))
 
     def loss(images, labels, progress):
-        return F.cross_entropy(model(plain_attack(model, images, labels)), labels)
+        adversarial = plain_pgd(model, images, labels, THREAT_MODEL.eps, steps=3)
+        return F.cross_entropy(model.train()(adversarial), labels)
 
     return model, loss
 
@@ -158,18 +125,15 @@ def evaluate(state: dict, images: Tensor, labels: Tensor) -> dict:
     """Clean and PGD-20 accuracy in percent, by the same code for both sides."""
     classifier = Classifier("resnet18", 10).eval()
     classifier.network.load_state_dict(state)
-    attack = PGD(THREAT_MODEL, steps=20)
-    clean = robust = 0
-    for x, y in zip(images.split(250), labels.split(250), strict=True):
-        x = x.float() / 255
-        adversarial = attack(classifier, x, y)
+    evaluator = AccuracyEvaluator(Pretraining(classifier, Standard()), PGD(THREAT_MODEL, steps=20))
+    for batch in zip(images.split(250), labels.split(250), strict=True):
         with torch.no_grad():
-            clean += (classifier(x).argmax(1) == y).sum().item()
-            robust += (classifier(adversarial).argmax(1) == y).sum().item()
-    low, high = wilson_interval(robust, len(labels))
+            evaluator.process(batch, classifier(batch[0].float() / 255))
+    accuracy = evaluator.evaluate()["accuracy"]
+    low, high = wilson_interval(round(accuracy["pgd20"] * len(labels) / 100), len(labels))
     return {
-        "clean": 100 * clean / len(labels),
-        "pgd20": 100 * robust / len(labels),
+        "clean": accuracy["clean"],
+        "pgd20": accuracy["pgd20"],
         "pgd20_low": 100 * low,
         "pgd20_high": 100 * high,
     }
@@ -234,8 +198,8 @@ def main() -> None:
         )
     todo = [seed for seed in args.seeds if str(seed) not in stored["seeds"]]
     if todo:
-        train_set = read("cifar10-train-*.tar.gz", args.data)
-        test_set = tuple(part[: args.test_images] for part in read("cifar10-val-*.tar.gz", args.data))
+        train_set = read("cifar10-train-*.tar.gz", 50_000, args.data)
+        test_set = tuple(part[: args.test_images] for part in read("cifar10-val-*.tar.gz", 10_000, args.data))
     for seed in todo:
         stored["seeds"][str(seed)] = run(seed, args, train_set, test_set)
         os.makedirs(args.output.parent, exist_ok=True)
@@ -246,4 +210,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

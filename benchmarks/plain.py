@@ -1,0 +1,39 @@
+"""What the benchmarks' peers have in common: a network in the default format, and PGD as a plain loop."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD
+
+MEAN, STD = torch.tensor(IMAGENET_MEAN) / 255, torch.tensor(IMAGENET_STD) / 255
+
+
+class Normalised(nn.Module):
+    """torchvision's network behind its normalisation, in the default format."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", MEAN.view(3, 1, 1))
+        self.register_buffer("std", STD.view(3, 1, 1))
+
+    def forward(self, images):
+        return self.network((images - self.mean) / self.std)
+
+
+def plain_pgd(model: nn.Module, images: Tensor, labels: Tensor, eps: float, steps: int) -> Tensor:
+    """L2 PGD with steps of 2*eps/steps from the images; leaves the model in eval mode."""
+    model.eval()
+    adversarial = images.clone()
+    for _ in range(steps):
+        adversarial.requires_grad_(True)
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(adversarial), labels), adversarial)
+        step = 2 * eps / steps * grad / _norms(grad)
+        delta = adversarial.detach() + step - images
+        adversarial = (images + delta * (eps / _norms(delta)).clamp(max=1)).clamp(0, 1)
+    return adversarial
+
+
+def _norms(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
