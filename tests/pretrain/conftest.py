@@ -2,9 +2,13 @@ import io
 import tarfile
 
 import pytest
+import torch
 from detectron2.config import LazyConfig
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.pretrain.strategies import Pretraining, Standard
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +59,15 @@ def digits_cfg(digit_folders, tmp_path):
         f"train.output_dir={tmp_path}/out",
     ]
     return LazyConfig.apply_overrides(cfg, overrides)
+
+
+@pytest.fixture
+def model_and_batches():
+    """A random classifier of 3 classes and 20 images in batches of 8; all but the first 5 it gets right."""
+    torch.manual_seed(0)
+    model = Pretraining(Classifier("resnet18", num_classes=3), Standard()).eval()
+    images = torch.rand(20, 3, 32, 32)
+    with torch.no_grad():
+        labels = model.classifier(images).argmax(1)
+    labels[:5] = (labels[:5] + 1) % 3
+    return model, [(images[i : i + 8], labels[i : i + 8]) for i in range(0, 20, 8)]

@@ -1,22 +1,8 @@
 import pytest
-import torch
 from detectron2.evaluation import inference_on_dataset
 
 from rt_detectron.attacks import PGD, ThreatModel
-from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.evaluation import AccuracyEvaluator
-from rt_detectron.pretrain.strategies import Pretraining, Standard
-
-
-@pytest.fixture
-def model_and_batches():
-    torch.manual_seed(0)
-    model = Pretraining(Classifier("resnet18", num_classes=2), Standard()).eval()
-    images = torch.rand(20, 3, 32, 32)
-    with torch.no_grad():
-        labels = model.classifier(images).argmax(1)
-    labels[:5] = 1 - labels[:5]  # 15 of 20 are right
-    return model, [(images[i : i + 8], labels[i : i + 8]) for i in range(0, 20, 8)]
 
 
 def test_counts_equal_the_plain_loop(model_and_batches):

@@ -21,17 +21,6 @@ from rt_detectron.pretrain.strategies import Pretraining, Standard
 LINF = ThreatModel("linf", 1.0)
 
 
-@pytest.fixture
-def model_and_batches():
-    torch.manual_seed(0)
-    model = Pretraining(Classifier("resnet18", num_classes=3), Standard()).eval()
-    images = torch.rand(20, 3, 32, 32)
-    with torch.no_grad():
-        labels = model.classifier(images).argmax(1)
-    labels[:5] = (labels[:5] + 1) % 3  # 15 of 20 are right
-    return model, [(images[i : i + 8], labels[i : i + 8]) for i in range(0, 20, 8)]
-
-
 def test_every_number_equals_the_plain_loops(model_and_batches):
     model, batches = model_and_batches
     attacks = [PGD(LINF, steps=1), PGD(LINF, steps=3)]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -53,23 +52,18 @@ def test_two_processes_evaluate_what_one_does(tiny_datasets, random_classifier, 
         (["--weights", "x.pth", "--images", "0"], "--images is 0"),
     ],
 )
-def test_mistakes_are_one_line(arguments, words, monkeypatch, capfd, tiny_datasets, tmp_path):
+def test_mistakes_are_one_line(run_here, arguments, words, monkeypatch, tiny_datasets, tmp_path):
     for set_up in ("engine.default_setup", "utils.logger.setup_logger"):  # they are for whole processes
         monkeypatch.setattr(f"detectron2.{set_up}", lambda *_, **__: None)
-    monkeypatch.setattr(sys, "argv", [TOOL, "--config-file", CONFIG, "--output", str(tmp_path), *arguments])
     if "--attacks" not in arguments:
-        sys.argv += ["--attacks", "pgd2"]
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(TOOL, run_name="__main__")
-    assert end.value.code == 2
-    error = capfd.readouterr().err
-    assert error.splitlines()[-1].startswith("error: ")
-    assert words in error.splitlines()[-1]
-    assert "Traceback" not in error
+        arguments = [*arguments, "--attacks", "pgd2"]
+    status, _, err = run_here("--config-file", CONFIG, "--output", str(tmp_path), *arguments)
+    assert status == 2
+    assert err.splitlines()[-1].startswith("error: ")
+    assert words in err.splitlines()[-1]
+    assert "Traceback" not in err
 
 
-def test_without_weights_the_parser_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [TOOL, "--config-file", CONFIG])
-    with pytest.raises(SystemExit):
-        runpy.run_path(TOOL, run_name="__main__")
-    assert "required: --weights" in capsys.readouterr().err
+def test_without_weights_the_parser_says_so(run_here):
+    _, _, err = run_here("--config-file", CONFIG)
+    assert "required: --weights" in err

@@ -5,7 +5,6 @@ import math
 import os
 import random
 import resource
-import runpy
 import signal
 import subprocess
 import sys
@@ -281,19 +280,6 @@ def test_a_killed_training_goes_on_bit_by_bit(command, start, tmp_path):
 @pytest.mark.slow
 def test_ten_times_killed(command, start, tmp_path):
     killed_at_random_moments(command, start, tmp_path, epochs=60, kills=10, seed=1)
-
-
-@pytest.fixture
-def run_here(monkeypatch, capfd):
-    """The tool within this process, for runs that end before training: (exit status, out, err)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [TOOL, *arguments])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(TOOL, run_name="__main__")
-        return end.value.code, *capfd.readouterr()
-
-    return run
 
 
 def test_help_shows_examples(run_here):

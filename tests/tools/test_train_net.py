@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,19 +30,6 @@ def run(tiny_datasets, tmp_path):
             cwd=tmp_path,
             env={**os.environ, **environment},
         )
-
-    return run
-
-
-@pytest.fixture
-def run_here(monkeypatch, capfd):
-    """The same within this process, for runs that end before anything is set up: (exit status, out, err)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [TOOL, *arguments])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(TOOL, run_name="__main__")
-        return end.value.code, *capfd.readouterr()
 
     return run
 
