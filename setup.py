@@ -26,6 +26,9 @@ EXTRAS = {
     "demo": ["scikit-image>=0.22", "scikit-learn>=1.3"],
     "webdataset": ["webdataset>=1.0"],
     "autoattack": ["pyautoattack>=0.2"],
+    "corruptions": ["imagecorruptions>=1.1.2", "scikit-image>=0.22"],
+    "study": ["ray>=2.40"],
+    "lvis": ["lvis"],
     "safetensors": ["safetensors>=0.4"],
     "timm": ["timm>=1.0.31"],
     "test": ["dill", "pytest>=8"],
@@ -43,6 +46,7 @@ setup(
     packages=find_packages(include=["rt_detectron", "rt_detectron.*"]),
     package_data={"rt_detectron.checkpoint": ["zoo.json"], "rt_detectron.study": ["report.html.j2"]},
     install_requires=[
+        "faster-coco-eval>=1.6",
         "filelock",
         "fvcore>=0.1.5",
         "huggingface_hub>=0.30",

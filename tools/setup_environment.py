@@ -28,7 +28,7 @@ SCRATCH = VENV / "tmp"
 CONSTRAINTS = ROOT / "constraints.txt"
 
 OLDEST_PYTHON = (3, 10)
-EXTRAS = "autoattack,demo,webdataset,safetensors,timm,test,lint"
+EXTRAS = "autoattack,corruptions,demo,lvis,safetensors,study,timm,webdataset,test,lint"
 FRESH_GB, COMPLETE_GB = 9.0, 1.0  # torch with its CUDA libraries: 5.5 GB installed, the rest while unpacking
 
 # The official code as a wheel tagged for Python 3.10. Its Python part runs on newer ones too.
