@@ -72,7 +72,7 @@ def _attacks(cfg: CfgNode, seed: int) -> Iterator[DetectorAttack]:
 def _corruptions(keys: CfgNode) -> Iterator[tuple[str, int]]:
     if not set(keys.SEVERITIES) <= set(SEVERITIES) or not keys.SEVERITIES:
         raise InputError(
-            f"TEST.CORRUPTION.SEVERITIES is {list(keys.SEVERITIES)}; it takes one or more of {list(SEVERITIES)}"
+            f"TEST.CORRUPTION.SEVERITIES is {list(keys.SEVERITIES)}; it takes some of {list(SEVERITIES)}"
         )
     try:
         names = corruption_names(keys.NAMES)
