@@ -37,7 +37,7 @@ def register_derived(name: str) -> None:
     - ``@held_out``, ``@fit``: a fixed fifth of the images, chosen by a hash of the image id, and the rest.
 
     The annotations are written once, to ``$RT_DETECTRON_CACHE/datasets`` (by default
-    ``~/.cache/rt_detectron/datasets``), under a key of the base's annotation file: path, size, time of change.
+    ``~/.cache/rt_detectron/datasets``), under a key of the base's file: its path, size and time of change.
 
     Raises:
         InputError: for a base that is not in COCO's format, an unknown modifier, a split without an image.

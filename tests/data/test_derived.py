@@ -1,4 +1,4 @@
-"""Derived datasets: what each modifier keeps, that the cache follows its source, every mistake in one line."""
+"""Derived datasets: what each modifier keeps, the cache follows its source, each mistake is one line."""
 
 import json
 import multiprocessing
