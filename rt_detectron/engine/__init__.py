@@ -1,6 +1,7 @@
-"""Detectron2's DefaultTrainer with our checkpointer, checks and results file."""
+"""Detectron2's DefaultTrainer and DefaultPredictor with our checkpointer, checks and results file."""
 
+from .predictor import Predictor, load_predictors
 from .results import write_results
 from .trainer import Trainer, load_config
 
-__all__ = ["Trainer", "load_config", "write_results"]
+__all__ = ["Predictor", "Trainer", "load_config", "load_predictors", "write_results"]
