@@ -50,7 +50,16 @@ def python(code: str, *arguments: str, blocked=()) -> subprocess.CompletedProces
 
 
 def test_importing_registers_everything_without_the_optional_packages():
-    blocked = ["timm", "huggingface_hub", "ray", "webdataset", "safetensors", "skimage", "sklearn"]
+    blocked = [
+        "timm",
+        "huggingface_hub",
+        "imagecorruptions",
+        "ray",
+        "webdataset",
+        "safetensors",
+        "skimage",
+        "sklearn",
+    ]
     code = """
 import types
 # torchvision imports its own datasets, so an empty module stands in for them.

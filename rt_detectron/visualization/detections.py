@@ -6,7 +6,7 @@ from PIL import Image
 
 from rt_detectron.visualization.draw import Instance, draw_instances, panel
 
-_LONG_SIDES = (640, 1280)  # pixels of a picture's longer side: labels stay readable, files small
+_LONG_SIDES = (960, 1280)  # pixels of a picture's longer side: labels stay readable, files small
 
 
 def detected_instances(instances, class_names: Sequence[str], threshold: float) -> list[Instance]:

@@ -59,15 +59,15 @@ def test_two_detectors_on_folders_and_a_video(run_here, inputs, weights, opts):
     ]
     day, night = (np.asarray(Image.open(out / name / "china.png")) for name in ("day", "night"))
     np.testing.assert_array_equal(day, night)
-    assert day.shape[1] == 2 * 640 + 6
-    left, right = day[-480:, :640], day[-480:, -640:]
-    plain = np.asarray(Image.open(inputs / "day" / "china.png").resize((640, 480), Image.Resampling.LANCZOS))
+    assert day.shape[1] == 2 * 960 + 6
+    left, right = day[-720:, :960], day[-720:, -960:]
+    plain = np.asarray(Image.open(inputs / "day" / "china.png").resize((960, 720), Image.Resampling.LANCZOS))
     for side in (left, right):
         assert 0.01 < (side != plain).mean() < 1  # something is drawn
     assert (left != right).any()
     capture = cv2.VideoCapture(str(out / "day" / "film.mp4"))
     assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 5
-    assert capture.get(cv2.CAP_PROP_FRAME_WIDTH) == 2 * 640 + 6
+    assert capture.get(cv2.CAP_PROP_FRAME_WIDTH) == 2 * 960 + 6
 
 
 def test_bad_inputs_are_lines_and_the_others_go_on(run_here, inputs, weights, opts):

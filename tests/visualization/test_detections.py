@@ -33,19 +33,19 @@ def test_masks(instances):
 
 
 def test_one_detector_gives_the_picture_two_a_row_with_captions():
-    image = Image.new("RGB", (800, 400), (128, 128, 128))
+    image = Image.new("RGB", (1000, 500), (128, 128, 128))
     found = [Instance((100, 100, 200, 100), "a", 0)]
     alone = side_by_side(image, [found], ["standard"])
-    assert alone.size == (800, 400)
+    assert alone.size == (1000, 500)
     both = side_by_side(image, [found, []], ["standard", "robust"])
-    assert both.width > 2 * 800
-    caption = both.height - 400
+    assert both.width > 2 * 1000
+    caption = both.height - 500
     assert caption > 0
     pixels = np.asarray(both)
     assert tuple(pixels[caption + 200, 200]) == color_of(0)
-    assert tuple(pixels[caption + 200, both.width - 800 + 200]) == (128, 128, 128)
+    assert tuple(pixels[caption + 200, both.width - 1000 + 200]) == (128, 128, 128)
 
 
-@pytest.mark.parametrize(("size", "drawn"), [((32, 16), (640, 320)), ((4000, 3000), (1280, 960))])
+@pytest.mark.parametrize(("size", "drawn"), [((32, 16), (960, 480)), ((4000, 3000), (1280, 960))])
 def test_small_pictures_grow_and_large_ones_shrink(size, drawn):
     assert side_by_side(Image.new("RGB", size), [[]], [""]).size == drawn
