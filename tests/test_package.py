@@ -28,7 +28,7 @@ ROOMS = {
     "visualization": set(),
     "modeling": {"checkpoint", "config"},
     "pretrain": {"attacks", "checkpoint", "modeling", "visualization"},
-    "evaluation": {"attacks", "data"},
+    "evaluation": {"attacks", "data", "visualization"},
     "study": {"visualization"},
     "engine": {"evaluation", "attacks", "checkpoint", "config", "data"},
     "__init__": {"modeling", "checkpoint"},
