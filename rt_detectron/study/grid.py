@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ class Arm:
 
     name: str
     weights: str
+    weights_sha256: str | None  # None for weights behind a scheme, such as detectron2://
     opts: tuple[str, ...]
     eps: float | None = None
     baseline: str | None = None
@@ -50,7 +50,9 @@ class Detector:
 
     name: str
     config: str
+    config_sha256: str  # of its keys, merged with those of every _BASE_ file under it
     opts: tuple[str, ...]
+    train: tuple[str, ...]  # DATASETS.TRAIN of the file
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ class Trial:
     seed: int
     stage: str  # SELECTION or FINAL
     config: str
-    config_sha256: str  # of the file's content, merged with that of every _BASE_ file under it
+    config_sha256: str
     weights: str
-    weights_sha256: str | None  # None for weights behind a scheme, such as detectron2://
+    weights_sha256: str | None
     opts: tuple[str, ...]
     evaluations: tuple[str, ...]  # config keys of the robustness evaluation; empty: there is none
 
@@ -156,11 +158,16 @@ class Study:
         ]
 
     def _trial(self, arm: Arm, detector: Detector, rate: float, seed: int, stage: str) -> Trial:
-        config = _config(detector.config)
         opts = self.opts + detector.opts + arm.opts
         evaluations = tuple(opt for evaluation in self.evaluations.values() for opt in evaluation)
         if stage == SELECTION:
-            names = _training_sets(config, opts, f"detector {detector.name}")
+            names = dict(zip(opts[::2], opts[1::2], strict=True)).get("DATASETS.TRAIN")
+            names = detector.train if names is None else _names(names)
+            if not names:
+                raise InputError(
+                    f"detectors.{detector.name}: to choose a learning rate, DATASETS.TRAIN must be given in "
+                    f"{detector.config} or in opts"
+                )
             opts += self.selection.opts
             opts += ("DATASETS.TRAIN", str(tuple(f"{name}@fit" for name in names)))
             opts += ("DATASETS.TEST", str(tuple(f"{name}@held_out" for name in names)))
@@ -172,9 +179,9 @@ class Study:
             seed=seed,
             stage=stage,
             config=detector.config,
-            config_sha256=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+            config_sha256=detector.config_sha256,
             weights=arm.weights,
-            weights_sha256=_weights_sha256(arm.weights),
+            weights_sha256=arm.weights_sha256,
             opts=opts,
             evaluations=evaluations,
         )
@@ -215,9 +222,11 @@ def load_study(file: str | Path) -> Study:
 
 def _arm(name: str, entry: Any, where: str) -> Arm:
     entry = schema.mapping(entry, where, required={"weights"}, optional={"eps", "baseline", "opts"})
+    weights = schema.file(entry["weights"], f"{where}.weights")
     return Arm(
         name,
-        schema.file(entry["weights"], f"{where}.weights"),
+        weights,
+        None if "://" in weights else file_sha256(schema.local(weights)),
         _opts(entry.get("opts"), f"{where}.opts"),
         schema.number(entry["eps"], f"{where}.eps", zero=True) if "eps" in entry else None,
         entry.get("baseline"),
@@ -227,8 +236,13 @@ def _arm(name: str, entry: Any, where: str) -> Arm:
 def _detector(name: str, entry: Any, where: str) -> Detector:
     entry = schema.mapping(entry, where, required={"config"}, optional={"opts"})
     config = schema.file(entry["config"], f"{where}.config")
-    _config(config)
-    return Detector(name, config, _opts(entry.get("opts"), f"{where}.opts"))
+    try:
+        keys = CfgNode.load_yaml_with_base(config)
+        digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+        train = _names(keys.get("DATASETS", {}).get("TRAIN", ()))
+    except Exception as error:  # of the file's content, so of any type
+        raise InputError(f"{where}.config: {config} is no config file: {one_line(error)}") from None
+    return Detector(name, config, digest, _opts(entry.get("opts"), f"{where}.opts"), train)
 
 
 def _opts(value: Any, where: str) -> tuple[str, ...]:
@@ -278,29 +292,10 @@ def _check_baselines(study: Study, file: str) -> None:
             )
 
 
-@cache
-def _config(file: str) -> dict[str, Any]:
-    """A Detectron2 config file's keys, with those of the ``_BASE_`` files under it."""
+def _names(value: Any) -> tuple[str, ...]:
+    """The data sets of DATASETS.TRAIN, which config files and opts may give as a tuple in a string."""
     try:
-        return CfgNode.load_yaml_with_base(file)
-    except Exception as error:
-        raise InputError(f"{file} is no config file of Detectron2: {one_line(error)}") from None
-
-
-@cache
-def _weights_sha256(weights: str) -> str | None:
-    return None if "://" in weights else file_sha256(schema.local(weights))
-
-
-def _training_sets(config: dict[str, Any], opts: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """The names in DATASETS.TRAIN of a detector's config and ``opts``."""
-    given = dict(zip(opts[::2], opts[1::2], strict=True)).get(
-        "DATASETS.TRAIN", config.get("DATASETS", {}).get("TRAIN")
-    )
-    if not given:
-        raise InputError(f"{where}: to choose a learning rate, give DATASETS.TRAIN in its config or opts")
-    try:
-        value = ast.literal_eval(given) if isinstance(given, str) else given
+        value = ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError):
-        value = given
+        pass  # a bare name
     return (value,) if isinstance(value, str) else tuple(value)

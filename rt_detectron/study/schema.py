@@ -85,7 +85,7 @@ def local(path: str) -> Path:
 
 
 def opts(value: Any, where: str, refused: dict[str, str]) -> tuple[str, ...]:
-    """``[KEY, VALUE, ...]`` as Detectron2's command line takes it; ``refused`` gives a reason for each key."""
+    """``[KEY, VALUE, ...]`` as Detectron2's command line takes it; ``refused`` says why, by key."""
     value = [] if value is None else value
     if not isinstance(value, list) or len(value) % 2 or not all(isinstance(key, str) for key in value[::2]):
         raise InputError(f"{where}: give pairs [KEY, VALUE, ...], got {value!r}")
