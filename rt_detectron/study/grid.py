@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,16 @@ class Study:
             if (arm.name, detector.name) in rates
         ]
 
+    def possible_trials(self) -> list[Trial]:
+        """Every trial that any outcome of the selection can lead to."""
+        pairs = [(arm.name, detector.name) for arm in self.arms for detector in self.detectors]
+        finals = [self.final_trials(dict.fromkeys(pairs, rate)) for rate in self.learning_rates]
+        return self.selection_trials() + [trial for trials in finals for trial in trials]
+
+    def count_trials(self) -> int:
+        """How many trials the study takes, whatever the selection chooses."""
+        return len(self.selection_trials()) + len(self.arms) * len(self.detectors) * len(self.seeds)
+
     def _trial(self, arm: Arm, detector: Detector, rate: float, seed: int, stage: str) -> Trial:
         opts = self.opts + detector.opts + arm.opts
         evaluations = tuple(opt for evaluation in self.evaluations.values() for opt in evaluation)
@@ -294,8 +305,6 @@ def _check_baselines(study: Study, file: str) -> None:
 
 def _names(value: Any) -> tuple[str, ...]:
     """The data sets of DATASETS.TRAIN, which config files and opts may give as a tuple in a string."""
-    try:
+    with suppress(ValueError, SyntaxError):  # a bare name
         value = ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError):
-        pass  # a bare name
     return (value,) if isinstance(value, str) else tuple(value)
