@@ -290,15 +290,15 @@ def _resources(value: Any, where: str) -> Resources:
 
 def _check_baselines(study: Study, file: str) -> None:
     names = [arm.name for arm in study.arms]
-    for place, baseline in (
-        ("baseline", study.baseline),
-        *((f"arms.{arm.name}.baseline", arm.baseline) for arm in study.arms if arm.baseline is not None),
-    ):
+    given = {f"arms.{arm.name}.baseline": arm.baseline for arm in study.arms if arm.baseline is not None}
+    given = {"baseline": study.baseline, **given}
+    for place, baseline in given.items():
         if baseline not in names:
             raise InputError(f"{file}: {place}: {baseline!r} is not an arm; arms are {', '.join(names)}")
-        if study.baseline_of(baseline) != baseline:
+    for place, baseline in given.items():
+        if (other := study.baseline_of(baseline)) != baseline:
             raise InputError(
-                f"{file}: {place}: {baseline} itself is compared with {study.baseline_of(baseline)}: "
+                f"{file}: {place}: {baseline} itself is compared with {other}: "
                 f"give arms.{baseline}.baseline: {baseline}"
             )
 

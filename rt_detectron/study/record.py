@@ -79,7 +79,7 @@ def write_record(outcome: Outcome, selection: dict[str, Any] | None) -> None:
 
     ``attempts`` counts the processes that crashed, and the one run that went well; ``wall_time_s`` is the sum
     over ``processes``, of which those that died with the driver are missing; ``config`` is Detectron2's
-    config.yaml as the trial's last process wrote it; ``selection`` is how its learning rate was chosen.
+    config.yaml, as the training wrote it; ``selection`` is how its learning rate was chosen.
     """
     processes = _read_processes(outcome.folder)
     last = processes[-1] if processes else {}

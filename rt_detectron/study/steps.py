@@ -13,18 +13,17 @@ ROBUSTNESS = ("robustness.json", "clean")  # the same of tools/evaluate_robustne
 
 
 def trial_steps(trial: Trial, tools: Path, folder: Path, resources: Resources) -> list[Step]:
-    """The training, resuming what ``folder`` already holds, then the evaluation if the trial has one."""
+    """The training, then the evaluation if the trial has one; both resume what ``folder`` already holds."""
     # Trials beside each other on one machine must not meet at one port.
     processes = ("--num-gpus", f"{resources.gpus:g}", "--dist-url", "auto") if resources.gpus > 1 else ()
-    keys = (*trial.opts, "OUTPUT_DIR", str(folder))
-    rate = ("SOLVER.BASE_LR", repr(trial.learning_rate), "SEED", str(trial.seed))
-    config = ("--config-file", trial.config)
-    train = (str(tools / "train_net.py"), *config, "--resume", *processes)
-    steps = [Step((*train, *keys, "MODEL.WEIGHTS", trial.weights, *rate), *RESULTS)]
+    options = ("--config-file", trial.config, "--resume", *processes, *trial.opts)
+    keys = ("OUTPUT_DIR", str(folder), "SOLVER.BASE_LR", repr(trial.learning_rate), "SEED", str(trial.seed))
+    train = (str(tools / "train_net.py"), *options, *keys, "MODEL.WEIGHTS", trial.weights)
+    steps = [Step(train, *RESULTS)]
     if trial.evaluations:
         weights = ("MODEL.WEIGHTS", str(folder / "model_final.pth"))
-        evaluate = (str(tools / "evaluate_robustness.py"), *config)
-        steps.append(Step((*evaluate, *keys, *weights, *rate, *trial.evaluations), *ROBUSTNESS))
+        evaluate = (str(tools / "evaluate_robustness.py"), *options, *keys, *weights, *trial.evaluations)
+        steps.append(Step(evaluate, *ROBUSTNESS))
     return steps
 
 

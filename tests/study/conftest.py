@@ -8,7 +8,7 @@ from rt_detectron.study.grid import load_study
 
 @pytest.fixture
 def tools(tmp_path, ray_here):
-    """A folder of the stand-ins for tools/train_net.py and tools/evaluate_robustness.py, and Ray to run them."""
+    """A folder of stand-ins for the tools that a study starts, and Ray to run them."""
     for name in ("train_net.py", "evaluate_robustness.py"):
         shutil.copy(Path(__file__).with_name(f"fake_{name}"), tmp_path / name)
     return tmp_path

@@ -10,6 +10,7 @@ from pathlib import Path
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--config-file", required=True)
+parser.add_argument("--resume", action="store_true", required=True)
 parser.add_argument("opts", nargs="*")
 args = parser.parse_args()
 keys = dict(zip(args.opts[::2], args.opts[1::2], strict=True))

@@ -1,8 +1,8 @@
 """Stands in for tools/train_net.py: the same command line and files, AP made up from weights and seed.
 
 Config keys it understands: TEST.COCO (a folder with val.json: predictions are the ground truth, shifted),
-TEST.CRASH_ONCE (a file: crash unless it exists, and make it), TEST.SLEEP (a file: write the process id
-into it, then wait), TEST.RATES (learning rate -> AP on @held_out, None for an undefined one).
+TEST.CRASH_ONCE (a file: crash unless it exists, and make it), TEST.SLEEP_ONCE (a file: unless it exists,
+write the process id into it, then wait), TEST.RATES (learning rate -> AP on @held_out, None: undefined).
 """
 
 import argparse
@@ -23,8 +23,8 @@ keys = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
 output, seed = Path(keys["OUTPUT_DIR"]), int(keys["SEED"])
 print("training with", args.opts)
 
-if "TEST.SLEEP" in keys:
-    Path(keys["TEST.SLEEP"]).write_text(str(os.getpid()))
+if "TEST.SLEEP_ONCE" in keys and not Path(keys["TEST.SLEEP_ONCE"]).exists():
+    Path(keys["TEST.SLEEP_ONCE"]).write_text(str(os.getpid()))
     time.sleep(120)
 if "TEST.CRASH_ONCE" in keys and not Path(keys["TEST.CRASH_ONCE"]).exists():
     Path(keys["TEST.CRASH_ONCE"]).touch()

@@ -78,12 +78,18 @@ def test_weights_may_carry_detectron2_options(write_study):
         ({"name": " "}, "name: write a few words"),
         ({"baseline": "vanilla"}, "baseline: 'vanilla' is not an arm; arms are standard, l2"),
         ({"baseline": ["standard"]}, "baseline: .* is not an arm"),
-        ({"baseline": "l2", "arms": {"l2": {"weights": "l2.pkl", "baseline": "x"}}}, "arms.l2.baseline: 'x' is not"),
+        (
+            {"baseline": "l2", "arms": {"l2": {"weights": "l2.pkl", "baseline": "x"}}},
+            "arms.l2.baseline: 'x' is not",
+        ),
         (
             {"arms": {"standard": {"weights": "l2.pkl", "baseline": "b"}, "b": {"weights": "l2.pkl"}}},
             "baseline: standard itself is compared with b: give arms.standard.baseline: standard",
         ),
-        ({"arms": {"standard": {"weights": "std.pkl", "eps": -1}}}, "arms.standard.eps: -1 is not 0 or a pos"),
+        (
+            {"arms": {"standard": {"weights": "std.pkl", "eps": -1}}},
+            "arms.standard.eps: -1 is not 0 or a pos",
+        ),
         ({"arms": {}}, "arms: give at least one"),
         ({"arms": ["standard"]}, "arms: give at least one"),
         ({"arms": {"<script>": {"weights": "std.pkl"}}}, "arms: the name '<script>' becomes a folder"),
@@ -96,13 +102,19 @@ def test_weights_may_carry_detectron2_options(write_study):
         ({"arms": {"standard": {"weights": None}}}, "arms.standard.weights: give a path"),
         ({"detectors": {"mask": {"config": "gone.yaml"}}}, "detectors.mask.config: no file gone.yaml"),
         ({"detectors": {"mask": {"config": "mask.yaml", "opts": ["A"]}}}, "detectors.mask.opts: give pairs"),
-        ({"opts": ["SEED", 3]}, "opts: SEED is set by the grid"),
+        ({"opts": ["SEED", 3]}, "opts: SEED is set by seeds"),
         ({"evaluations": {"attack": ["A"]}}, "evaluations.attack: give pairs"),
         ({"evaluations": ["A"]}, "evaluations: give at least one, as NAME"),
-        ({"evaluations": {"a": ["A", 1], "b": ["A", 2]}}, "evaluations.b: A is set by study.yaml: evaluations.a"),
+        (
+            {"evaluations": {"a": ["A", 1], "b": ["A", 2]}},
+            "evaluations.b: A is set by study.yaml: evaluations.a",
+        ),
         ({"evaluations": {"a": ["MODEL.WEIGHTS", "x"]}}, "evaluations.a: MODEL.WEIGHTS is set by"),
         ({"selection": [1]}, "selection: give the keys opts, seeds"),
-        ({"selection": {"opts": ["DATASETS.TEST", "x"]}}, "selection.opts: DATASETS.TEST is set by the selection"),
+        (
+            {"selection": {"opts": ["DATASETS.TEST", "x"]}},
+            "selection.opts: DATASETS.TEST is set by the selection",
+        ),
         ({"selection": {"seed": [1]}}, "selection: unknown key seed"),
         ({"resources": {"cpus": 0}}, "resources.cpus: 0 is not a whole number from 1"),
         ({"resources": {"gpus": 1.5}}, "resources.gpus: 1.5 is neither a whole number of GPUs nor a part"),
@@ -139,7 +151,9 @@ def test_selection_trains_and_scores_within_the_training_set(write_study, seeds)
         f"l2/mask/lr0.02/selection-seed{(seeds or [1])[0]}",
     ]
     assert len({trial.name for trial in trials}) == len(trials) == 2 * 2 * len(seeds or [1])
-    expected = "A.E 9 DATASETS.TRAIN ('a_train@fit', 'b@fit') DATASETS.TEST ('a_train@held_out', 'b@held_out')"
+    expected = (
+        "A.E 9 DATASETS.TRAIN ('a_train@fit', 'b@fit') DATASETS.TEST ('a_train@held_out', 'b@held_out')"
+    )
     assert all(" ".join(trial.opts).endswith(expected) for trial in trials)
     assert {trial.evaluations for trial in trials} == {()}
     assert {trial.evaluations for trial in study.possible_trials()[len(trials) :]} == {
