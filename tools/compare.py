@@ -13,14 +13,13 @@ import signal
 import sys
 from pathlib import Path
 
-from rt_detectron.errors import InputError, one_line_errors
+from rt_detectron.errors import one_line_errors
 from rt_detectron.study.cluster import import_ray
-from rt_detectron.study.grid import Study, load_study
-from rt_detectron.study.plan import describe
-from rt_detectron.study.record import Outcome, output_folder
+from rt_detectron.study.grid import load_study
+from rt_detectron.study.plan import describe, missing_trials
+from rt_detectron.study.record import output_folder
 from rt_detectron.study.report import study_table, terminal_table, write_report
 from rt_detectron.study.run import run_study
-from rt_detectron.study.selection import choose
 
 TOOLS = Path(__file__).resolve().parent
 
@@ -32,7 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--study", required=True, metavar="FILE", help="e.g. configs/study/demo.yaml")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the trials and the report")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the study in --output, which must have been started"
+        "--resume", action="store_true", help="run only what --output lacks; a study does so in any case"
     )
     parser.add_argument(
         "--ray-address",
@@ -51,8 +50,6 @@ def main(argv: list[str] | None = None) -> int:
     output = Path(args.output)
     import_ray()  # that it is missing should not come out at the end
     study = load_study(args.study)
-    if args.resume and not output.is_dir():
-        raise InputError(f"nothing to resume in --output {output}: leave --resume out to start there")
     if args.dry_run:
         print(describe(study, output, TOOLS, args.ray_address))
         return 0
@@ -66,24 +63,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"stopped; this goes on where it stopped: {command} --resume", file=sys.stderr)
         return 130
-    missing = print_missing(study, outcomes, command)
+    missing, reasons = missing_trials(study, outcomes)
+    print(*reasons, sep="\n", end="\n" if reasons else "", file=sys.stderr)
+    if missing:
+        print(f"missing trials: {missing}; this runs only them: {command} --resume", file=sys.stderr)
     print(terminal_table(study_table(study, outcomes)))
     print(report, flush=True)
     return 1 if missing else 0
-
-
-def print_missing(study: Study, outcomes: list[Outcome], command: str) -> int:
-    """Say what failed and how to go on; gives the number of trials without results."""
-    failed = [outcome for outcome in outcomes if outcome.error]
-    for outcome in failed:
-        print(f"trial {outcome.trial.name} failed: {outcome.error}", file=sys.stderr)
-    for choice in choose(study, outcomes):
-        if choice.error:
-            print(choice.error, file=sys.stderr)
-    missing = study.count_trials() - len(outcomes) + len(failed)
-    if missing:
-        print(f"missing trials: {missing}; this runs only them: {command} --resume", file=sys.stderr)
-    return missing
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -13,6 +13,7 @@ from rt_detectron.study.cluster import parallel_trials, ray_session
 from rt_detectron.study.grid import FINAL, Study
 from rt_detectron.study.record import RECORD, Outcome, trial_folder
 from rt_detectron.study.run import finished_outcomes, known_trials
+from rt_detectron.study.selection import choose
 from rt_detectron.study.steps import trial_steps
 from rt_detectron.study.worker import read_json
 
@@ -43,6 +44,14 @@ def describe(study: Study, output: Path, tools: Path, ray_address: str | None) -
             *_estimate(study, finished, left, ray_address),
         ]
     )
+
+
+def missing_trials(study: Study, outcomes: Sequence[Outcome]) -> tuple[int, list[str]]:
+    """How many trials of the study are not finished after a run, and why."""
+    failed = [outcome for outcome in outcomes if outcome.error]
+    reasons = [f"trial {outcome.trial.name} failed: {outcome.error}" for outcome in failed]
+    reasons += [choice.error for choice in choose(study, outcomes) if choice.error]
+    return study.count_trials() - len(outcomes) + len(failed), reasons
 
 
 def _left(study: Study, finished: Mapping[str, Outcome]) -> Counter[tuple[str, str]]:

@@ -1,7 +1,8 @@
 import json
 from pathlib import Path
 
-from rt_detectron.study.plan import describe
+from rt_detectron.study.plan import describe, missing_trials
+from rt_detectron.study.record import Outcome
 from rt_detectron.study.run import run_study
 
 OUT, TOOLS = Path("out"), Path("tools")
@@ -18,6 +19,20 @@ def test_nothing_is_known_at_first(make_study):
         "mask_rcnn (final), mask_rcnn (selection)"
     )
     assert not OUT.exists()
+
+
+def test_missing_are_the_failed_and_those_they_hold_up(make_study):
+    study = make_study(learning_rates=[0.02, 0.01])
+    results = {"metrics": {"bbox": {"AP": 1.0}}}
+    outcomes = [Outcome(trial, OUT, results) for trial in study.selection_trials()]
+    assert missing_trials(study, outcomes) == (4, [])
+    outcomes[0] = Outcome(outcomes[0].trial, OUT, None, error="exit status 1")
+    missing, reasons = missing_trials(study, outcomes)
+    assert missing == 5
+    assert reasons == [
+        "trial standard/mask_rcnn/lr0.02/selection-seed1 failed: exit status 1",
+        "no learning rate for standard on mask_rcnn: standard/mask_rcnn/lr0.02/selection-seed1 failed",
+    ]
 
 
 def test_estimate_is_from_finished_trials(make_study, tools, ray_here):

@@ -70,12 +70,6 @@ def test_crash_then_resume(project, run):
     assert (folder / "out/report.html").is_file()
 
 
-def test_resuming_nothing_is_one_line(project, run):
-    status, _, err = run(project(), "--resume")
-    assert status == 2
-    assert err == "error: nothing to resume in --output out: leave --resume out to start there\n"
-
-
 def test_dry_run_touches_nothing(project, run):
     folder = project()
     before = sorted(folder.rglob("*"))
