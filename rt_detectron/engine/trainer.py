@@ -10,11 +10,9 @@ from detectron2.data import MetadataCatalog, build_detection_train_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
-    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
-    LVISEvaluator,
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
@@ -25,6 +23,7 @@ from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.config import add_robust_config
 from rt_detectron.data import check_datasets, load_training_set
 from rt_detectron.errors import InputError, one_line
+from rt_detectron.evaluation import COCOEvaluator, LVISEvaluator
 
 logger = logging.getLogger(__name__)
 
