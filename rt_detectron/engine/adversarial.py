@@ -64,6 +64,11 @@ class FreeReplays:
         return self.threat_model.project(perturbation.detach()[None] + step)[0]
 
 
+def replayed(loader: Iterable, device: str, replays: int, norm: str, eps: float) -> Iterable:
+    """``loader`` under :class:`FreeReplays`; itself for 0 replays."""
+    return FreeReplays(loader, ThreatModel(norm, eps), replays, device) if replays else loader
+
+
 def _perturbed(image: Tensor, perturbation: Tensor) -> Tensor:
     """Within 0..255; its gradient is the image's own, which clamping would cut off at black and white."""
     perturbed = image + 255 * perturbation

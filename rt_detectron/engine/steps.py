@@ -6,12 +6,14 @@ import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
-from torch import nn
+from torch import Tensor, nn
 
 from rt_detectron.errors import InputError, one_line
+from rt_detectron.modeling.frozen_norm import fold_frozen_norms
 
 logger = logging.getLogger(__name__)
 
+DIVERGED = "the training diverged around iteration {}; log.txt says how"
 WINDOW = 20  # iterations whose median loss is looked at
 EXPLOSION = 100.0  # so many times the median loss of the first ones is no training any more
 
@@ -66,6 +68,24 @@ class DetectorTrainer(SimpleTrainer):
 
 class DetectorAMPTrainer(DetectorTrainer, AMPTrainer):
     """The same in mixed precision; needs a GPU."""
+
+
+def fast(model: nn.Module) -> nn.Module:
+    """Have ``model`` compute the same with fewer passes over memory, in place; benchmarks/train_net.py.
+
+    Frozen norms are folded into their convolutions. On CPUs the backbone computes in channels_last, which
+    spares oneDNN's convolutions their conversions.
+    """
+    fold_frozen_norms(model)
+    backbone = getattr(model, "backbone", None)
+    if backbone is not None and next(model.parameters()).device.type == "cpu":
+        backbone.to(memory_format=torch.channels_last)
+        backbone.register_forward_pre_hook(_in_channels_last)
+    return model
+
+
+def _in_channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
 
 
 def build_trainer(

@@ -23,21 +23,19 @@ from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 from yaml import YAMLError
 
-from rt_detectron.attacks import ThreatModel
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.config import add_robust_config
 from rt_detectron.data import check_datasets, load_training_set
 from rt_detectron.errors import InputError, one_line
 from rt_detectron.hooks import SafeCheckpointing
 
-from .adversarial import FreeReplays
+from .adversarial import replayed
 from .hooks import build_average, training_hooks
 from .optimizer import build_optimizer
-from .steps import build_trainer
+from .steps import DIVERGED, build_trainer, fast
 
 logger = logging.getLogger(__name__)
 
-DIVERGED = "the training diverged around iteration {}; log.txt says how"
 WAY_OUT = "a lower SOLVER.BASE_LR, or with SOLVER.CLIP_GRADIENTS.ENABLED True"
 
 # By the metadata's evaluator_type: how each evaluator is made from (dataset name, output folder).
@@ -153,6 +151,10 @@ class Trainer(DefaultTrainer):
         return self._trainer.has_broken(wait)
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
+        return fast(super().build_model(cfg))
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
 
@@ -160,10 +162,7 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode):
         loader = build_detection_train_loader(cfg, dataset=load_training_set(cfg))
         adversarial = cfg.SOLVER.ADVERSARIAL
-        if not adversarial.REPLAYS:
-            return loader
-        threat_model = ThreatModel(adversarial.NORM, adversarial.EPS)
-        return FreeReplays(loader, threat_model, adversarial.REPLAYS, cfg.MODEL.DEVICE)
+        return replayed(loader, cfg.MODEL.DEVICE, adversarial.REPLAYS, adversarial.NORM, adversarial.EPS)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str | None = None) -> DatasetEvaluator:
