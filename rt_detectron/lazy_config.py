@@ -24,7 +24,7 @@ def read_lazy_config(path: str, overrides: list[str], keys: tuple[str, ...], fol
 
     Args:
         path: of a ``.py`` or ``.yaml`` file.
-        overrides: in Hydra's grammar, of keys that the file has.
+        overrides: in Hydra's grammar: of keys that the file has, or ``+key=value`` for new ones.
         keys: what it must have, "train" among them.
         folder: where such files are shipped, for messages.
 
@@ -47,7 +47,7 @@ def read_lazy_config(path: str, overrides: list[str], keys: tuple[str, ...], fol
         key, equals, _ = override.partition("=")
         if not equals:
             raise InputError(f"{override!r} is not of the form key=value, e.g. train.output_dir=output")
-        if not _has_key(cfg, key):
+        if not key.startswith("+") and not _has_key(cfg, key):
             raise InputError(f"unknown configuration key {key!r}; {path} shows the keys")
     try:
         cfg = LazyConfig.apply_overrides(cfg, overrides)

@@ -43,6 +43,8 @@ def load_lazy_config(path: str, overrides: list[str]):
             differs between loader and model.
     """
     cfg = read_lazy_config(path, overrides, KEYS, "configs/lazy/")
+    if "max_iter" not in cfg.train:
+        raise InputError(f"--config-file {path}: train has no max_iter; tools/pretrain.py takes recipes")
     if cfg.train.device == "cpu":
         cfg.train.amp.enabled = False  # Detectron2's AMP is for GPUs only
     check_datasets([*dataset_names(cfg, "train"), *dataset_names(cfg, "test")])
