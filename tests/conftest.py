@@ -213,3 +213,26 @@ def learned(tiny_datasets, tmp_path_factory):
     yield cfg, trainer.model.eval()
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
+
+
+@pytest.fixture(scope="session")
+def tiny_lazy_opts(backbone_file) -> list[str]:
+    """The same for configs/lazy/mask_rcnn_robust_r50_eps3.py."""
+    return [
+        f"model.backbone.name={backbone_file}",
+        "model.roi_heads.num_classes=10",
+        "model.roi_heads.box_head.fc_dims=[16]",
+        "model.roi_heads.box_predictor.input_shape.channels=16",
+        "model.roi_heads.box_predictor.test_score_thresh=0.0",
+        "+model.roi_heads.box_predictor.test_topk_per_image=10",
+        "model.roi_heads.mask_head.conv_dims=[16,16]",
+        "model.proposal_generator.post_nms_topk=[20,10]",
+        "+dataloader.train.mapper.instance_mask_format=bitmask",
+        "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
+        "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+        "dataloader.train.total_batch_size=2",
+        "dataloader.train.num_workers=0",
+        "dataloader.test.num_workers=0",
+        "optimizer.lr=0.001",
+        "train.max_iter=2",
+    ]
