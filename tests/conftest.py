@@ -18,6 +18,7 @@ import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.config import add_robust_config
+from rt_detectron.study.cluster import ray_session
 
 POOL_SIZE = 100_003  # prime, so that no two filters get the same stretch of it
 
@@ -27,6 +28,13 @@ def photograph() -> torch.Tensor:
     """A real photograph: uint8 RGB, (3, 96, 128)."""
     image = load_sample_image("china.jpg")[150:342:2, 200:456:2]
     return torch.as_tensor(image.transpose(2, 0, 1).copy())
+
+
+@pytest.fixture(scope="session")
+def ray_here():
+    """Ray on this machine, once for all tests of studies, since it takes seconds to start."""
+    with ray_session(None) as ray:
+        yield ray
 
 
 @pytest.fixture(scope="session")
@@ -205,3 +213,26 @@ def learned(tiny_datasets, tmp_path_factory):
     yield cfg, trainer.model.eval()
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
+
+
+@pytest.fixture(scope="session")
+def tiny_lazy_opts(backbone_file) -> list[str]:
+    """The same for configs/lazy/mask_rcnn_robust_r50_eps3.py."""
+    return [
+        f"model.backbone.name={backbone_file}",
+        "model.roi_heads.num_classes=10",
+        "model.roi_heads.box_head.fc_dims=[16]",
+        "model.roi_heads.box_predictor.input_shape.channels=16",
+        "model.roi_heads.box_predictor.test_score_thresh=0.0",
+        "+model.roi_heads.box_predictor.test_topk_per_image=10",
+        "model.roi_heads.mask_head.conv_dims=[16,16]",
+        "model.proposal_generator.post_nms_topk=[20,10]",
+        "+dataloader.train.mapper.instance_mask_format=bitmask",
+        "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
+        "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+        "dataloader.train.total_batch_size=2",
+        "dataloader.train.num_workers=0",
+        "dataloader.test.num_workers=0",
+        "optimizer.lr=0.001",
+        "train.max_iter=2",
+    ]

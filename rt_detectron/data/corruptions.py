@@ -1,8 +1,8 @@
 """Common corruptions of images, as a mapper for Detectron2's test loader.
 
-The 15 + 4 corruptions in 5 severities of Hendrycks & Dietterich (2019), "Benchmarking Neural Network Robustness
-to Common Corruptions and Perturbations", in the version for images of any size of Michaelis et al. (2019),
-"Benchmarking Robustness in Object Detection": the package imagecorruptions. It is imported on first use.
+The 15 + 4 corruptions in 5 severities of Hendrycks & Dietterich (2019), "Benchmarking Neural Network
+Robustness to Common Corruptions and Perturbations", in the version for images of any size of Michaelis et al.
+(2019), "Benchmarking Robustness in Object Detection": the package imagecorruptions, imported on first use.
 """
 
 import contextlib
@@ -77,8 +77,8 @@ def corrupt(
     if min(image.shape[:2]) < _SMALLEST_SIDE:
         height, width = image.shape[:2]
         raise InputError(
-            f"an image of {width} x {height} pixels is too small to be corrupted: leave out images with a side "
-            f"below {_SMALLEST_SIDE} pixels"
+            f"an image of {width} x {height} pixels is too small to be corrupted: leave out images with a "
+            f"side below {_SMALLEST_SIDE} pixels"
         )
     # imagecorruptions draws from numpy's global generator, and prints where it crops by a pixel.
     with _numpy_seeded(seed, image_id, name, severity), contextlib.redirect_stdout(None):
@@ -87,15 +87,15 @@ def corrupt(
 
 
 class CorruptionMapper:
-    """Any mapper, on corrupted images: ``build_detection_test_loader(dataset, mapper=CorruptionMapper(...))``.
+    """Any mapper, on corrupted images; for ``build_detection_test_loader(dataset, mapper=...)``.
 
     The image is corrupted as it is stored, before it is resized, as Michaelis et al. do, in whatever worker
-    process the mapper runs in. ``mapper`` finds the result in a temporary file, so it runs unchanged, its colour
-    order and annotations included.
+    process the mapper runs in. ``mapper`` finds the result in a temporary file, so it runs unchanged, its
+    colour order and annotations included.
 
     Args:
         mapper: takes a dataset dict, reads its "file_name"; usually Detectron2's DatasetMapper.
-        name, severity, seed: as for :func:`corrupt`; the image id is the dict's "image_id", else the file's name.
+        name, severity, seed: as for :func:`corrupt`; its image id is the dict's, else the file's name.
 
     Raises:
         InputError: where imagecorruptions is missing, or the name or severity is unknown; from a call, naming
@@ -156,7 +156,7 @@ def _gaussian_blur(image: Image.Image, severity: int) -> np.ndarray:
 
 
 def _glass_blur(image: Image.Image, severity: int) -> np.ndarray:
-    """The original's loop over pixels, each of which takes the value of a random near one, as array operations.
+    """The original's loop over pixels, each of which takes the value of a near one, as array operations.
 
     Its "swap" through numpy's views copies only: x[p] = x[q]. So the result is where each pixel's value comes
     from in the end: from q itself, if the loop reached q later or never, else from where q's came from.
@@ -191,7 +191,7 @@ def _fog(image: Image.Image, severity: int) -> np.ndarray:
 
 
 def _plasma_fractal(size: int, decay: float) -> np.ndarray:
-    """A height map by the diamond-square algorithm on a torus: size x size, in [0, 1]; size a power of two."""
+    """A height map by the diamond-square algorithm: size x size (a power of two), in [0, 1]."""
     heights = np.zeros((size, size))
     step, wibble = size, 100.0
 

@@ -37,7 +37,7 @@ def provenance(cfg: CfgNode, wall_time_s: float) -> dict:
         "config_sha256": config_sha256(cfg),
         "weights": cfg.MODEL.WEIGHTS,
         "versions": versions(),
-        "datasets": [_dataset(cfg, name) for name in cfg.DATASETS.TEST],
+        "datasets": [describe_dataset(name, inference_folder(cfg, name)) for name in cfg.DATASETS.TEST],
     }
 
 
@@ -63,9 +63,10 @@ def finite(value):
     return value if math.isfinite(value) else None
 
 
-def _dataset(cfg: CfgNode, name: str) -> dict[str, str]:
+def describe_dataset(name: str, folder: str) -> dict[str, str | None]:
+    """Where a test set lies, and its predictions, if they are in ``folder``."""
     found = MetadataCatalog.get(name)
-    predictions = os.path.join(inference_folder(cfg, name), "coco_instances_results.json")
+    predictions = os.path.join(folder, "coco_instances_results.json")
     return {
         "name": name,
         "json_file": found.get("json_file"),

@@ -1,6 +1,5 @@
-"""Corruptions: all of them at all severities, the replaced ones against the originals, seeding, and the mapper."""
+"""Corruptions: all sizes and severities, the replaced ones against the originals, seeding, the mapper."""
 
-import functools
 import pickle
 import random
 import sys
@@ -103,37 +102,26 @@ class TestReplacements:
 
     @pytest.fixture
     def original(self, monkeypatch):
-        """``original(image, name, severity)`` after ``np.random.seed(3)``."""
-
-        def gaussian(image, multichannel=False, **kwargs):
-            return skimage.filters.gaussian(image, channel_axis=-1 if multichannel else None, **kwargs)
+        def gaussian(image, sigma, multichannel=False, **kwargs):
+            channel_axis = -1 if multichannel else None
+            return skimage.filters.gaussian(image, sigma, channel_axis=channel_axis, **kwargs)
 
         monkeypatch.setattr(imagecorruptions.corruptions, "gaussian", gaussian)
         monkeypatch.setattr(np, "float_", np.float64, raising=False)
-        return functools.partial(self.seeded, imagecorruptions.corrupt)
+        return imagecorruptions.corrupt
 
-    @staticmethod
-    def seeded(function, image, name, severity):
-        np.random.seed(3)
-        return function(image, corruption_name=name, severity=severity)
-
-    @pytest.mark.parametrize("name", EVERYTHING)
+    @pytest.mark.parametrize("name", [name for name in EVERYTHING if name != "impulse_noise"])
     @pytest.mark.parametrize("severity", SEVERITIES)
     def test_same_pixels(self, photo, original, monkeypatch, name, severity):
-        if name == "impulse_noise":
-            pytest.skip("the original cannot be seeded: see the test below")
         monkeypatch.setattr("rt_detectron.data.corruptions._numpy_seeded", lambda *key: np.errstate())
         image = photo(57, 72)
-        ours = self.seeded(
-            lambda image, corruption_name, severity: corrupt(image, corruption_name, severity),
-            image,
-            name,
-            severity,
-        )
-        np.testing.assert_array_equal(ours, original(image, name, severity))
+        np.random.seed(3)
+        ours = corrupt(image, name, severity)
+        np.random.seed(3)
+        np.testing.assert_array_equal(ours, original(image, severity, name))
 
     @pytest.mark.parametrize(("severity", "amount"), [(1, 0.03), (5, 0.27)])
-    def test_impulse_noise(self, severity, amount):
+    def test_impulse_noise(self, severity, amount):  # whose original cannot be seeded any more
         grey = np.full((300, 300, 3), 128, np.uint8)
         corrupted = corrupt(grey, "impulse_noise", severity)
         for value in (0, 255):  # salt and pepper in equal parts, in each colour by itself
@@ -143,17 +131,11 @@ class TestReplacements:
     def test_no_spatter_leaves_the_image(self, photo, monkeypatch):
         image = photo(32, 32)
         monkeypatch.setattr("rt_detectron.data.corruptions._numpy_seeded", lambda *key: np.errstate())
-        for seed in range(20):
-            np.random.seed(seed)
-            with np.errstate(invalid="ignore"):
-                original = imagecorruptions.corruptions.spatter(Image.fromarray(image), 1)
-            np.random.seed(seed)
-            ours = corrupt(image, "spatter", 1)
-            if np.isnan(original).any():
-                break
-        else:
-            pytest.fail("every image got a drop")
-        assert (ours == image).all()
+        np.random.seed(35)
+        with np.errstate(invalid="ignore"):
+            assert np.isnan(imagecorruptions.corruptions.spatter(Image.fromarray(image), 1)).all()
+        np.random.seed(35)
+        assert (corrupt(image, "spatter", 1) == image).all()
 
 
 class TestMapper:
