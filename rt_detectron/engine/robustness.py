@@ -9,7 +9,6 @@ from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
@@ -81,19 +80,20 @@ class _Evaluation:
         )
         self.mapper = DatasetMapper(cfg, is_train=False)
         self.images = TestImages(
-            dicts, self._evaluator(self.folder), self.mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
+            dicts,
+            Trainer.build_evaluator(robustness_config(cfg), self.dataset),
+            self.mapper,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
         self.record = Record(os.path.join(self.folder, "progress.json"), _identity(cfg))
-
-    def _evaluator(self, folder: str) -> DatasetEvaluator:
-        return Trainer.build_evaluator(_with_output(self.cfg, folder), self.dataset)
 
     def run(self) -> dict:
         """The content of robustness.json."""
         clean = self._clean(self.images)
         # Predictions on changed images are as many as there are settings: they are not kept.
         with tempfile.TemporaryDirectory() as folder:
-            changed = replace(self.images, evaluator=self._evaluator(folder))
+            evaluator = Trainer.build_evaluator(self.cfg, self.dataset, folder)
+            changed = replace(self.images, evaluator=evaluator)
             attacked = self._attack(changed.spread(self.cfg.TEST.ATTACK.MAX_IMAGES))
             corrupted = self._corrupt(changed.spread(self.cfg.TEST.CORRUPTION.MAX_IMAGES))
         return {
@@ -202,13 +202,9 @@ def robustness_config(cfg: CfgNode) -> CfgNode:
 
     So a training's config, log and predictions, which may lie in OUTPUT_DIR, stay as they are.
     """
-    return _with_output(cfg, os.path.join(cfg.OUTPUT_DIR, "robustness"))
-
-
-def _with_output(cfg: CfgNode, folder: str) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.OUTPUT_DIR = folder
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "robustness")
     cfg.freeze()
     return cfg
 

@@ -10,7 +10,8 @@ from detectron2.structures import Instances
 from PIL import Image
 from torch import Tensor, nn
 
-from rt_detectron.visualization.draw import Instance, draw_instances, panel
+from rt_detectron.visualization.detections import detected_instances
+from rt_detectron.visualization.draw import draw_instances, panel
 
 SCORE_THRESHOLD = 0.5  # detections below it are not drawn
 _JPEG_QUALITY = 85
@@ -65,7 +66,7 @@ class BeforeAfter:
             ("original", original, found_before),
             (self.change, given, found),
         ):
-            shown = detected_instances(instances, self.class_names)
+            shown = detected_instances(instances, self.class_names, SCORE_THRESHOLD)
             views.append(draw_instances(self._picture(image["image"], image), shown))
             captions.append(f"{title}: {len(shown)} detection{'s' * (len(shown) != 1)}")
         if self.perturbation:
@@ -84,28 +85,3 @@ class BeforeAfter:
         pixels = convert_image_to_rgb(image.detach().cpu().permute(1, 2, 0), self.image_format)
         picture = Image.fromarray(np.asarray(pixels).round().clip(0, 255).astype(np.uint8))
         return picture.resize((source["width"], source["height"]), Image.Resampling.BILINEAR)
-
-
-def detected_instances(
-    instances: Instances, class_names: Sequence[str], threshold: float = SCORE_THRESHOLD
-) -> list[Instance]:
-    """A detector's output for one image, as instances to draw: those with a score of at least ``threshold``.
-
-    Args:
-        instances: pred_boxes, scores, pred_classes and perhaps pred_masks (N, H, W), bool.
-        class_names: by class number.
-    """
-    instances = instances.to("cpu")
-    instances = instances[instances.scores >= threshold]
-    masks = instances.pred_masks.numpy() if instances.has("pred_masks") else [None] * len(instances)
-    found = zip(
-        instances.pred_boxes.tensor.tolist(),
-        instances.scores.tolist(),
-        instances.pred_classes.tolist(),
-        masks,
-        strict=True,
-    )
-    return [
-        Instance((x0, y0, x1 - x0, y1 - y0), f"{class_names[number]} {score:.0%}", number, mask)
-        for (x0, y0, x1, y1), score, number, mask in found
-    ]

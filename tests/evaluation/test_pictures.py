@@ -4,7 +4,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from rt_detectron.evaluation.pictures import BeforeAfter, detected_instances
+from rt_detectron.evaluation.pictures import BeforeAfter
 
 RED = (200, 30, 30)
 NAMES = ["cat", "dog"]
@@ -18,16 +18,6 @@ def output(scores, height=40, width=60):
     instances.pred_masks = torch.zeros(len(scores), height, width, dtype=torch.bool)
     instances.pred_masks[:, 5:25, 10:30] = True
     return {"instances": instances}
-
-
-def test_detections_above_the_threshold():
-    cat, dog = detected_instances(output([0.9, 0.5, 0.49])["instances"], NAMES)
-    assert (cat.box, cat.label, cat.color_index) == ((10, 5, 20, 20), "cat 90%", 0)
-    assert dog.label == "dog 50%"
-    assert cat.mask.sum() == 400
-    without = output([0.9])["instances"]
-    without.remove("pred_masks")
-    assert detected_instances(without, NAMES)[0].mask is None
 
 
 @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
