@@ -43,7 +43,7 @@ def images(learned, evaluator):
 @pytest.fixture(scope="module")
 def clean(learned, images):
     metrics = images.evaluate(learned[1])
-    assert metrics["bbox"]["AP"] > 15  # else nothing below means much
+    assert metrics["bbox"]["AP"] > 30  # else nothing below means much
     return metrics
 
 
@@ -54,14 +54,15 @@ class TestUnderAttack:
 
     @pytest.mark.parametrize(("norm", "all_eps"), [("linf", (8, 16, 32)), ("l2", (2.0, 8.0))])
     def test_ap_falls_as_eps_grows_and_more_than_under_noise(self, learned, images, clean, norm, all_eps):
-        found = [(clean["bbox"]["AP"], clean["segm"]["AP"])]
+        found = [(clean["bbox"]["AP"], clean["segm"]["AP"])]  # at eps 0
         for eps in all_eps:
             attack = DetectorAttack(PGD(ThreatModel(norm, eps), steps=5))
             found.append(self.ap(learned, images, clean, attack))
-        assert found == sorted(found, reverse=True)
+        boxes = [box for box, _ in found]
+        assert boxes == sorted(boxes, reverse=True)
         noise = self.ap(learned, images, clean, RandomNoise(ThreatModel(norm, all_eps[-1])))
         for task in (0, 1):
-            assert found[-1][task] < 0.3 * noise[task]
+            assert found[-1][task] < 0.5 * noise[task]
 
     def test_without_any_detection_ap_is_0(self, learned, images, clean, monkeypatch):
         monkeypatch.setattr(learned[1].roi_heads.box_predictor, "test_score_thresh", 1.1)
