@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.engine import launch
+from detectron2.utils import comm
 
-from rt_detectron.engine import Trainer
+from rt_detectron.engine import Trainer, load_config
 from rt_detectron.engine.hooks import build_average
 from rt_detectron.engine.steps import DetectorTrainer
 from rt_detectron.errors import InputError
 
+CONFIG = "configs/demo/mask_rcnn_r18_fpn.yaml"
 WEIGHT = "backbone.fpn_output2.weight"
 
 
@@ -211,3 +214,25 @@ def test_evaluations_during_training_are_in_the_metrics(tiny_cfg, tmp_path, scri
     train(tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 2))
     lines = [json.loads(line) for line in Path(tmp_path, "metrics.json").read_text().splitlines()]
     assert [line["bbox/AP"] for line in lines if "bbox/AP" in line] == [10.0, 20.0]
+
+
+def preempted_in_one_process(opts):
+    """Runs in each of two processes; the second alone gets the signal."""
+    cfg = load_config(CONFIG, opts)
+    original = DetectorTrainer.run_step
+
+    def run_step(self):
+        if self.iter == 1 and comm.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self)
+
+    DetectorTrainer.run_step = run_step
+    train(cfg)
+
+
+def test_a_signal_to_one_process_stops_both(tiny_datasets, tiny_opts, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tiny_datasets))
+    opts = [*tiny_opts, "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", 1000]
+    launch(preempted_in_one_process, 2, dist_url="auto", args=([str(opt) for opt in opts],))
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["model_0000001.pth"]
+    assert load(tmp_path, "model_0000001")["iteration"] == 1
