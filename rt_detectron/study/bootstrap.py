@@ -1,9 +1,9 @@
 """COCO AP on resampled test images, and the interval that it gives for two detectors of one seed each.
 
-AP is no mean over images, so its interval comes from resampling them: every resample draws as many images as
-the set has, with replacement, and AP is computed anew; both detectors see the same images (Efron and
-Tibshirani, "An Introduction to the Bootstrap", 1993). An image drawn m times counts as m images, exactly as if
-it were in the data set m times; objects and detections are matched within an image, so matching is done once.
+AP is no mean over images, so its interval comes from resampling them: every resample draws as many images
+as the set has, with replacement, and AP is computed anew; both detectors see the same images (Efron and
+Tibshirani, "An Introduction to the Bootstrap", 1993). An image drawn m times counts as m images, exactly as
+if it were in the data set m times. Objects and detections are matched within an image, hence only once.
 """
 
 import numpy as np
@@ -37,23 +37,28 @@ def average_precision(matches: Matches, counts: np.ndarray) -> np.ndarray:
 def _category_ap(category: CategoryMatches, counts: np.ndarray, objects: np.ndarray) -> np.ndarray:
     """(B,) AP in 0..1 of one category, averaged over the IoU thresholds."""
     weights = counts[category.image]  # (D, B)
-    shown = np.cumsum(weights, axis=0)
+    shown = np.cumsum(weights, axis=0, dtype=counts.dtype)
     ap = np.zeros(counts.shape[1])
     for hit, ignored in zip(category.hit, category.ignored, strict=True):
-        # Interpolated precision only changes at hits: at false alarms recall stands still and precision falls.
+        # Interpolated precision changes only at hits: at false alarms recall stands still, precision falls.
         # For the same reason a hit that counts m times needs no steps in between.
-        hits = np.cumsum(weights[hit], axis=0)
-        if not len(hits):
+        at = np.flatnonzero(hit)
+        if not len(at):
             continue
-        counted = shown[hit]
-        if ignored.any():
-            counted = counted - np.cumsum(weights * ignored[:, None], axis=0)[hit]
-        precision = hits / np.maximum(counted, 1)
+        hits = np.cumsum(weights[at], axis=0, dtype=counts.dtype)
+        precision = hits / np.maximum(shown[at] - _before(at, np.flatnonzero(ignored), weights), 1)
         precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
         recall = hits / np.maximum(objects, 1)
         reached = np.searchsorted(RECALL_THRESHOLDS, recall, side="right")
         ap += (precision * np.diff(reached, axis=0, prepend=0)).sum(axis=0)
     return ap / (len(category.hit) * len(RECALL_THRESHOLDS))
+
+
+def _before(at: np.ndarray, chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The total weight of the ``chosen`` rows that lie before each row of ``at``; both ascending."""
+    totals = np.zeros((len(chosen) + 1, weights.shape[1]), dtype=weights.dtype)
+    np.cumsum(weights[chosen], axis=0, out=totals[1:])
+    return totals[np.searchsorted(chosen, at)]
 
 
 def resampled_differences(

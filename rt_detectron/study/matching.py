@@ -2,9 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np

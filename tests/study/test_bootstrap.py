@@ -14,7 +14,7 @@ IMAGES, SIDE = 8, 100
 
 
 def random_set(seed, images=IMAGES, categories=3):
-    """Ground truth with crowds and an empty image, and detections near objects and elsewhere, no score twice."""
+    """Ground truth with crowds and an empty image; detections near objects and elsewhere, no score twice."""
     generator = np.random.default_rng(seed)
     truth = {
         "images": [{"id": 10 * i, "width": SIDE, "height": SIDE} for i in range(images)],
