@@ -13,6 +13,7 @@ import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.config import add_robust_config
+from rt_detectron.study.cluster import ray_session
 
 POOL_SIZE = 100_003  # prime, so that no two filters get the same stretch of it
 
@@ -22,6 +23,13 @@ def photograph() -> torch.Tensor:
     """A real photograph: uint8 RGB, (3, 96, 128)."""
     image = load_sample_image("china.jpg")[150:342:2, 200:456:2]
     return torch.as_tensor(image.transpose(2, 0, 1).copy())
+
+
+@pytest.fixture(scope="session")
+def ray_here():
+    """Ray on this machine, once for all tests of studies, since it takes seconds to start."""
+    with ray_session(None) as ray:
+        yield ray
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 #!/usr/bin/env python
 """Compare backbones: run a study's grid of trainings, then write results.json, results.csv and report.html.
 
-Every trial is a process and a folder of its own under OUTPUT/trials; running the same command again runs
-only what is missing. Exit status: 0 all trials have results, 1 some are missing, 2 wrong input, 130 stopped.
+Trials run side by side through Ray, on this machine or on a cluster; each has processes and a folder of its
+own under OUTPUT/trials. What is finished never runs again, so the same command goes on where it stopped, and
+writes the report anew when nothing is left to run.
+Exit status: 0 all trials have results, 1 some are missing, 2 wrong input, 130 stopped.
 """
 
 import argparse
@@ -11,68 +13,63 @@ import signal
 import sys
 from pathlib import Path
 
-from tabulate import tabulate
-
 from rt_detectron.errors import one_line_errors
+from rt_detectron.study.cluster import import_ray
 from rt_detectron.study.grid import load_study
+from rt_detectron.study.plan import describe, missing_trials
+from rt_detectron.study.record import output_folder
 from rt_detectron.study.report import study_table, terminal_table, write_report
-from rt_detectron.study.run import Outcome, is_finished, output_folder, run_trials, trial_folder
+from rt_detectron.study.run import run_study
 
-TRAIN_NET = Path(__file__).resolve().with_name("train_net.py")
+TOOLS = Path(__file__).resolve().parent
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--study", required=True, metavar="FILE", help="YAML file, e.g. configs/study/demo.yaml"
-    )
+    parser.add_argument("--study", required=True, metavar="FILE", help="e.g. configs/study/demo.yaml")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the trials and the report")
-    parser.add_argument("--dry-run", action="store_true", help="print the grid and its commands, run nothing")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--resume", action="store_true", help="run only what --output lacks; a study does so in any case"
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="A",
+        help="of a Ray cluster, e.g. auto or 10.0.0.1:6379; --output, this repository, the study's files and "
+        "the data must then be at the same paths on all machines, on a shared file system",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the grid, its commands and an estimate, run nothing"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     output = Path(args.output)
+    import_ray()  # that it is missing should not come out at the end
     study = load_study(args.study)
-    trials = study.trials()
     if args.dry_run:
-        print_grid(trials, output)
+        print(describe(study, output, TOOLS, args.ray_address))
         return 0
-    command = shlex.join(["python", "tools/compare.py", "--study", args.study, "--output", args.output])
-    # A SIGTERM (a batch system's, say) stops the running trial as Ctrl-C does.
+    command = ["python", "tools/compare.py", "--study", args.study, "--output", args.output]
+    command = shlex.join(command + (["--ray-address", args.ray_address] if args.ray_address else []))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with output_folder(output):
-            outcomes = run_trials(trials, output, TRAIN_NET)
+            outcomes = run_study(study, output, TOOLS, args.ray_address)
             report = write_report(study, outcomes, output, command)
     except KeyboardInterrupt:
-        print(f"stopped; this goes on where it stopped: {command}", file=sys.stderr)
+        print(f"stopped; this goes on where it stopped: {command} --resume", file=sys.stderr)
         return 130
-    missing = [outcome for outcome in outcomes if outcome.results is None]
-    print_missing(missing, command)
+    missing, reasons = missing_trials(study, outcomes)
+    print(*reasons, sep="\n", end="\n" if reasons else "", file=sys.stderr)
+    if missing:
+        print(f"missing trials: {missing}; this runs only them: {command} --resume", file=sys.stderr)
     print(terminal_table(study_table(study, outcomes)))
     print(report, flush=True)
     return 1 if missing else 0
-
-
-def print_grid(trials, output: Path) -> None:
-    """The trials with their state, and the command of each."""
-    states = ["finished" if is_finished(output, trial) else "to run" for trial in trials]
-    print(
-        tabulate(
-            [(trial.name, state) for trial, state in zip(trials, states, strict=True)], ["trial", "state"]
-        )
-    )
-    print(f"{states.count('to run')} of {len(trials)} trials to run:")
-    for trial, state in zip(trials, states, strict=True):
-        if state == "to run":
-            print(shlex.join(trial.command("python", str(TRAIN_NET), str(trial_folder(output, trial)))))
-
-
-def print_missing(missing: list[Outcome], command: str) -> None:
-    for outcome in missing:
-        print(f"trial {outcome.trial.name} failed: {outcome.error}", file=sys.stderr)
-    if missing:
-        print(f"missing trials: {len(missing)}; this runs only them: {command}", file=sys.stderr)
 
 
 if __name__ == "__main__":

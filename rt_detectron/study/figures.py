@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from rt_detectron.study.grid import Study
-from rt_detectron.study.run import Outcome
+from rt_detectron.study.record import Outcome
 from rt_detectron.study.statistics import Setting, is_number, scores_of
 from rt_detectron.visualization.coco import (
     ground_truth_instances,

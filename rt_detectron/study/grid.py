@@ -1,31 +1,48 @@
 """A study: arms (backbones) x detectors x learning rates x seeds, read from a YAML file."""
 
+import ast
 import hashlib
-import math
-import re
-from collections.abc import Hashable
+import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from fvcore.common.config import CfgNode
 
 from rt_detectron.errors import InputError, one_line
 from rt_detectron.files import file_sha256
+from rt_detectron.study import schema
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names of arms and detectors become folders
-_BASE_CONFIG = re.compile(r"""^_BASE_:\s*["']?([^"'#\n]+?)["']?\s*(?:#.*)?$""", re.MULTILINE)
-_SET_BY_THE_GRID = ("OUTPUT_DIR", "MODEL.WEIGHTS", "SOLVER.BASE_LR", "SEED")
-_STUDY_KEYS = {"name", "baseline", "arms", "detectors", "learning_rates", "seeds"}
+SELECTION, FINAL = "selection", "final"  # a trial's stage
+
+_SET_BY_THE_GRID = {
+    "OUTPUT_DIR": "--output",
+    "MODEL.WEIGHTS": "the arms' weights",
+    "SOLVER.BASE_LR": "learning_rates",
+    "SEED": "seeds",
+}
+_SET_BY_THE_SELECTION = dict.fromkeys(
+    ("DATASETS.TRAIN", "DATASETS.TEST"), "the selection: @fit and @held_out of what the detector trains on"
+)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: a backbone's weights, and config keys that go with them."""
+    """What is compared: a backbone's weights, and config keys that go with them.
+
+    Attributes:
+        eps: the threat model's radius that the weights were trained with, if given; a figure's axis.
+        baseline: the arm to compare with, where it is not the study's.
+    """
 
     name: str
     weights: str
+    weights_sha256: str | None  # None for weights behind a scheme, such as detectron2://
     opts: tuple[str, ...]
+    eps: float | None = None
+    baseline: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,44 +51,66 @@ class Detector:
 
     name: str
     config: str
+    config_sha256: str  # of its keys, merged with those of every _BASE_ file under it
+    opts: tuple[str, ...]
+    train: tuple[str, ...]  # DATASETS.TRAIN of the file
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the learning rate of each arm and detector is chosen: by these seeds, with these config keys."""
+
+    seeds: tuple[int, ...]
     opts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
+class Resources:
+    """What one trial occupies; a part of a GPU (0.5) is shared with other trials."""
+
+    cpus: int = 1
+    gpus: float = 0
+
+
+@dataclass(frozen=True)
 class Trial:
-    """One training run. Its fields decide its result: they are what trial.json records."""
+    """One training run and its evaluations. Its fields decide its result: trial.json records them."""
 
     arm: str
     detector: str
     learning_rate: float
     seed: int
+    stage: str  # SELECTION or FINAL
     config: str
-    config_sha256: str  # of the file and of every _BASE_ file under it
+    config_sha256: str
     weights: str
-    weights_sha256: str | None  # None for weights behind a scheme, such as detectron2://
+    weights_sha256: str | None
     opts: tuple[str, ...]
+    evaluations: tuple[str, ...]  # config keys of the robustness evaluation; empty: there is none
 
     @property
     def name(self) -> str:
         """``arm/detector/lr0.02/seed1``: unique in the study, and the trial's folder under trials/."""
-        return f"{self.arm}/{self.detector}/lr{self.learning_rate!r}/seed{self.seed}"
+        prefix = "" if self.stage == FINAL else f"{self.stage}-"
+        return f"{self.arm}/{self.detector}/lr{self.learning_rate!r}/{prefix}seed{self.seed}"
 
     def specification(self) -> dict[str, Any]:
         """The trial as JSON gives it back."""
-        return {**asdict(self), "opts": list(self.opts)}
-
-    def command(self, python: str, train_net: str, output_dir: str) -> list[str]:
-        """The process that runs this trial, resuming what ``output_dir`` already holds."""
-        return [
-            *(python, train_net, "--config-file", self.config, "--resume", *self.opts),
-            *("OUTPUT_DIR", output_dir, "MODEL.WEIGHTS", self.weights),
-            *("SOLVER.BASE_LR", repr(self.learning_rate), "SEED", str(self.seed)),
-        ]
+        return {**asdict(self), "opts": list(self.opts), "evaluations": list(self.evaluations)}
 
 
 @dataclass(frozen=True)
 class Study:
-    """The whole grid. ``baseline`` is the name of the arm that the others are compared with."""
+    """The whole grid.
+
+    Attributes:
+        baseline: name of the arm that the others are compared with; see :meth:`baseline_of`.
+        learning_rates: the same for every arm; where there are several, the selection chooses one for each
+            arm and detector.
+        evaluations: name -> config keys of tools/evaluate_robustness.py, for the final trials.
+        selection: None with a single learning rate.
+        retries: how often a crashed trial is started again.
+    """
 
     name: str
     baseline: str
@@ -80,28 +119,83 @@ class Study:
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     opts: tuple[str, ...]
+    evaluations: Mapping[str, tuple[str, ...]]
+    selection: Selection | None
+    resources: Resources
+    retries: int
 
-    def trials(self) -> list[Trial]:
-        """All trials, seed by seed and the arms next to each other: an unfinished study compares early."""
-        weights_sha256 = {arm.name: _weights_sha256(arm.weights) for arm in self.arms}
-        config_sha256 = {detector.name: _config_sha256(detector.config) for detector in self.detectors}
+    def baseline_of(self, arm: str) -> str:
+        """The arm that the arm of this name is compared with; a baseline's is itself."""
+        return next(entry.baseline for entry in self.arms if entry.name == arm) or self.baseline
+
+    def selection_trials(self) -> list[Trial]:
+        """Those that choose the learning rate, trained and scored within the training set; may be none."""
+        if self.selection is None:
+            return []
         return [
-            Trial(
-                arm=arm.name,
-                detector=detector.name,
-                learning_rate=learning_rate,
-                seed=seed,
-                config=detector.config,
-                config_sha256=config_sha256[detector.name],
-                weights=arm.weights,
-                weights_sha256=weights_sha256[arm.name],
-                opts=self.opts + detector.opts + arm.opts,
-            )
+            self._trial(arm, detector, rate, seed, SELECTION)
+            for seed in self.selection.seeds
+            for detector in self.detectors
+            for arm in self.arms
+            for rate in self.learning_rates
+        ]
+
+    def final_trials(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[Trial]:
+        """Those that are reported, for each (arm, detector) that has its learning rate chosen in ``rates``.
+
+        Seed by seed and the arms next to each other: an unfinished study compares early. With a single
+        learning rate nothing needs choosing.
+        """
+        rates = {} if rates is None else rates
+        if self.selection is None:
+            pairs = [(arm.name, detector.name) for arm in self.arms for detector in self.detectors]
+            rates = dict.fromkeys(pairs, self.learning_rates[0])
+        return [
+            self._trial(arm, detector, rates[arm.name, detector.name], seed, FINAL)
             for seed in self.seeds
             for detector in self.detectors
-            for learning_rate in self.learning_rates
             for arm in self.arms
+            if (arm.name, detector.name) in rates
         ]
+
+    def possible_trials(self) -> list[Trial]:
+        """Every trial that any outcome of the selection can lead to."""
+        pairs = [(arm.name, detector.name) for arm in self.arms for detector in self.detectors]
+        finals = [self.final_trials(dict.fromkeys(pairs, rate)) for rate in self.learning_rates]
+        return self.selection_trials() + [trial for trials in finals for trial in trials]
+
+    def count_trials(self) -> int:
+        """How many trials the study takes, whatever the selection chooses."""
+        return len(self.selection_trials()) + len(self.arms) * len(self.detectors) * len(self.seeds)
+
+    def _trial(self, arm: Arm, detector: Detector, rate: float, seed: int, stage: str) -> Trial:
+        opts = self.opts + detector.opts + arm.opts
+        evaluations = tuple(opt for evaluation in self.evaluations.values() for opt in evaluation)
+        if stage == SELECTION:
+            names = dict(zip(opts[::2], opts[1::2], strict=True)).get("DATASETS.TRAIN")
+            names = detector.train if names is None else _names(names)
+            if not names:
+                raise InputError(
+                    f"detectors.{detector.name}: to choose a learning rate, DATASETS.TRAIN must be given in "
+                    f"{detector.config} or in opts"
+                )
+            opts += self.selection.opts
+            opts += ("DATASETS.TRAIN", str(tuple(f"{name}@fit" for name in names)))
+            opts += ("DATASETS.TEST", str(tuple(f"{name}@held_out" for name in names)))
+            evaluations = ()
+        return Trial(
+            arm=arm.name,
+            detector=detector.name,
+            learning_rate=rate,
+            seed=seed,
+            stage=stage,
+            config=detector.config,
+            config_sha256=detector.config_sha256,
+            weights=arm.weights,
+            weights_sha256=arm.weights_sha256,
+            opts=opts,
+            evaluations=evaluations,
+        )
 
 
 def load_study(file: str | Path) -> Study:
@@ -110,148 +204,107 @@ def load_study(file: str | Path) -> Study:
     Raises:
         InputError: naming the file and the key that is wrong.
     """
-    study = _mapping(_read_yaml(file), f"{file}", required=_STUDY_KEYS, optional={"opts"})
-    if not isinstance(study["name"], str) or not study["name"].strip():
-        raise InputError(f"{file}: name: write a few words, got {study['name']!r}")
-    arms = tuple(
-        Arm(name, _file(arm["weights"], f"{where}.weights"), _opts(arm.get("opts"), f"{where}.opts"))
-        for name, arm, where in _named(study["arms"], f"{file}: arms", required={"weights"})
+    study = schema.mapping(
+        schema.read_yaml(file),
+        f"{file}",
+        required={"name", "baseline", "arms", "detectors", "learning_rates", "seeds"},
+        optional={"opts", "evaluations", "selection", "resources", "retries"},
     )
-    detectors = tuple(
-        Detector(name, _file(entry["config"], f"{where}.config"), _opts(entry.get("opts"), f"{where}.opts"))
-        for name, entry, where in _named(study["detectors"], f"{file}: detectors", required={"config"})
-    )
-    names = [arm.name for arm in arms]
-    if study["baseline"] not in names:
-        raise InputError(
-            f"{file}: baseline: {study['baseline']!r} is not an arm; arms are {', '.join(names)}"
-        )
-    return Study(
-        name=study["name"],
+    rates = schema.numbers(study["learning_rates"], f"{file}: learning_rates", schema.number)
+    seeds = schema.numbers(study["seeds"], f"{file}: seeds", schema.whole)
+    result = Study(
+        name=schema.text(study["name"], f"{file}: name"),
         baseline=study["baseline"],
-        arms=arms,
-        detectors=detectors,
-        learning_rates=_numbers(study["learning_rates"], f"{file}: learning_rates", _learning_rate),
-        seeds=_numbers(study["seeds"], f"{file}: seeds", _seed),
+        arms=tuple(_arm(*entry) for entry in schema.named(study["arms"], f"{file}: arms")),
+        detectors=tuple(
+            _detector(*entry) for entry in schema.named(study["detectors"], f"{file}: detectors")
+        ),
+        learning_rates=rates,
+        seeds=seeds,
         opts=_opts(study.get("opts"), f"{file}: opts"),
+        evaluations=_evaluations(study.get("evaluations"), f"{file}: evaluations"),
+        selection=_selection(study.get("selection", {}), f"{file}: selection", seeds, len(rates) > 1),
+        resources=_resources(study.get("resources", {}), f"{file}: resources"),
+        retries=schema.whole(study.get("retries", 0), f"{file}: retries"),
+    )
+    _check_baselines(result, str(file))
+    return result
+
+
+def _arm(name: str, entry: Any, where: str) -> Arm:
+    entry = schema.mapping(entry, where, required={"weights"}, optional={"eps", "baseline", "opts"})
+    weights = schema.file(entry["weights"], f"{where}.weights")
+    return Arm(
+        name,
+        weights,
+        None if "://" in weights else file_sha256(schema.local(weights)),
+        _opts(entry.get("opts"), f"{where}.opts"),
+        schema.number(entry["eps"], f"{where}.eps", zero=True) if "eps" in entry else None,
+        entry.get("baseline"),
     )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys silently; here an arm would vanish from the study."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(file: str | Path) -> Any:
+def _detector(name: str, entry: Any, where: str) -> Detector:
+    entry = schema.mapping(entry, where, required={"config"}, optional={"opts"})
+    config = schema.file(entry["config"], f"{where}.config")
     try:
-        return yaml.load(Path(file).read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except FileNotFoundError:
-        raise InputError(f"no study file {file}: studies shipped are in configs/study/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{file} is not valid YAML: {one_line(error)}") from None
-
-
-def _mapping(value: Any, where: str, required: set[str], optional: set[str]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: give the keys {', '.join(sorted(required))}, got {value!r}")
-    unknown = [str(key) for key in value if key not in required | optional]
-    if unknown:
-        known = ", ".join(sorted(required | optional))
-        raise InputError(f"{where}: unknown key {', '.join(unknown)}; known are {known}")
-    missing = sorted(required - value.keys())
-    if missing:
-        raise InputError(f"{where}: the key {', '.join(missing)} is missing")
-    return value
-
-
-def _named(value: Any, where: str, required: set[str]) -> list[tuple[str, dict[str, Any], str]]:
-    """Check ``{name: {key: value}}``; gives (name, entry, where the entry stands)."""
-    if not isinstance(value, dict) or not value:
-        raise InputError(f"{where}: give at least one, as NAME: {{{', '.join(sorted(required))}: ...}}")
-    for name in value:
-        if not isinstance(name, str) or not _SAFE_NAME.fullmatch(name):
-            raise InputError(
-                f"{where}: the name {name!r} becomes a folder: use letters, digits, '.', '_' and '-' only, "
-                "a letter or digit first (quote a number)"
-            )
-    return [
-        (name, _mapping(entry, f"{where}.{name}", required, {"opts"}), f"{where}.{name}")
-        for name, entry in value.items()
-    ]
-
-
-def _file(value: Any, where: str) -> str:
-    """A path that must exist, unless it has a scheme, which its path handler resolves later."""
-    if not isinstance(value, str) or not value:
-        raise InputError(f"{where}: give a path, got {value!r}")
-    if "://" not in value and not _local(value).is_file():
-        raise InputError(f"{where}: no file {value} (paths are relative to the current directory)")
-    return value
-
-
-def _local(path: str) -> Path:
-    return Path(path.split("?")[0])  # Detectron2 takes options behind a '?', e.g. ?matching_heuristics=True
+        keys = CfgNode.load_yaml_with_base(config)
+        digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+        train = _names(keys.get("DATASETS", {}).get("TRAIN", ()))
+    except Exception as error:  # of the file's content, so of any type
+        raise InputError(f"{where}.config: {config} is no config file: {one_line(error)}") from None
+    return Detector(name, config, digest, _opts(entry.get("opts"), f"{where}.opts"), train)
 
 
 def _opts(value: Any, where: str) -> tuple[str, ...]:
-    """``[KEY, VALUE, ...]`` as Detectron2's command line takes it."""
-    value = [] if value is None else value
-    if not isinstance(value, list) or len(value) % 2 or not all(isinstance(key, str) for key in value[::2]):
-        raise InputError(f"{where}: give pairs [KEY, VALUE, ...], got {value!r}")
-    for key in value[::2]:
-        if key in _SET_BY_THE_GRID:
-            raise InputError(f"{where}: {key} is set by the grid (weights, learning_rates, seeds, --output)")
-    return tuple(map(str, value))
+    return schema.opts(value, where, _SET_BY_THE_GRID)
 
 
-def _numbers(value: Any, where: str, convert) -> tuple:
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: give a list with at least one number, got {value!r}")
-    numbers = tuple(convert(number, where) for number in value)
-    repeated = sorted({number for number in numbers if numbers.count(number) > 1})
-    if repeated:
-        raise InputError(f"{where}: {', '.join(map(str, repeated))} is given twice")
-    return numbers
+def _evaluations(value: Any, where: str) -> dict[str, tuple[str, ...]]:
+    if value is None:
+        return {}
+    result, used = {}, {}
+    for name, entry, place in schema.named(value, where):
+        # All run in one process, so a key can have one value only.
+        result[name] = schema.opts(entry, place, {**_SET_BY_THE_GRID, **used})
+        used |= dict.fromkeys(result[name][::2], place)
+    return result
 
 
-def _learning_rate(value: Any, where: str) -> float:
-    try:  # PyYAML reads 2e-2 as a string
-        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else 0.0
-    except ValueError:
-        number = 0.0
-    if not (number > 0 and math.isfinite(number)):
-        raise InputError(f"{where}: {value!r} is not a positive number")
-    return number
+def _selection(value: Any, where: str, seeds: tuple[int, ...], wanted: bool) -> Selection | None:
+    entry = schema.mapping(value, where, optional={"seeds", "opts"})
+    selection = Selection(
+        schema.numbers(entry.get("seeds", [seeds[0]]), f"{where}.seeds", schema.whole),
+        schema.opts(entry.get("opts"), f"{where}.opts", {**_SET_BY_THE_GRID, **_SET_BY_THE_SELECTION}),
+    )
+    return selection if wanted else None
 
 
-def _seed(value: Any, where: str) -> int:
-    # Detectron2 takes a negative SEED as "a random one", which no second run could repeat.
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise InputError(f"{where}: {value!r} is not a whole number from 0 to 2147483647")
-    return value
+def _resources(value: Any, where: str) -> Resources:
+    entry = schema.mapping(value, where, optional={"cpus", "gpus"})
+    gpus = schema.number(entry.get("gpus", 0), f"{where}.gpus", zero=True)
+    if gpus > 1 and not gpus.is_integer():
+        raise InputError(f"{where}.gpus: {gpus} is neither a whole number of GPUs nor a part of one")
+    return Resources(schema.whole(entry.get("cpus", 1), f"{where}.cpus", least=1), gpus)
 
 
-def _weights_sha256(weights: str) -> str | None:
-    return None if "://" in weights else file_sha256(_local(weights))
+def _check_baselines(study: Study, file: str) -> None:
+    names = [arm.name for arm in study.arms]
+    given = {f"arms.{arm.name}.baseline": arm.baseline for arm in study.arms if arm.baseline is not None}
+    given = {"baseline": study.baseline, **given}
+    for place, baseline in given.items():
+        if baseline not in names:
+            raise InputError(f"{file}: {place}: {baseline!r} is not an arm; arms are {', '.join(names)}")
+    for place, baseline in given.items():
+        if (other := study.baseline_of(baseline)) != baseline:
+            raise InputError(
+                f"{file}: {place}: {baseline} itself is compared with {other}: "
+                f"give arms.{baseline}.baseline: {baseline}"
+            )
 
 
-def _config_sha256(config: str) -> str:
-    """SHA-256 over the config file and, one after another, the ``_BASE_`` files it inherits from."""
-    digests, file = [], Path(config)
-    while file.is_file() and len(digests) < 20:  # a circle of _BASE_ is train_net's to report
-        digests.append(file_sha256(file))
-        base = _BASE_CONFIG.search(file.read_text(encoding="utf-8", errors="replace"))
-        if base is None:
-            break
-        file = file.parent / Path(base[1]).expanduser()
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+def _names(value: Any) -> tuple[str, ...]:
+    """The data sets of DATASETS.TRAIN, which config files and opts may give as a tuple in a string."""
+    with suppress(ValueError, SyntaxError):  # a bare name
+        value = ast.literal_eval(value) if isinstance(value, str) else value
+    return (value,) if isinstance(value, str) else tuple(value)

@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from rt_detectron.study.figures import SCORE_THRESHOLD, make_section
 from rt_detectron.study.grid import Study
-from rt_detectron.study.run import Outcome, write_atomically
+from rt_detectron.study.record import Outcome, write_atomically
 from rt_detectron.study.statistics import METRICS, Row, Setting, Summary, aggregate, is_number, scores_of
 
 _FEW_SEEDS = 5

@@ -1,178 +1,141 @@
-"""Run a study's trials, each in its own process and folder, and resume what an earlier run left."""
+"""Run a study on Ray: the selection of learning rates, then the final trials; resume what is there."""
 
-import json
-import os
-import shlex
 import signal
-import subprocess
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from rt_detectron.errors import InputError
-from rt_detectron.files import replaced_atomically
-from rt_detectron.study.grid import Trial
+from rt_detectron.errors import one_line
+from rt_detectron.study.cluster import parallel_trials, ray_session, trial_task
+from rt_detectron.study.grid import FINAL, Study, Trial
+from rt_detectron.study.record import Outcome, git_state, is_finished, prepare, read_outcome, write_record
+from rt_detectron.study.selection import choose
+from rt_detectron.study.steps import trial_steps
+from rt_detectron.study.worker import LOG
 
-LOG = "train.log"  # beside Detectron2's own log.txt, which misses tracebacks and stderr
-_LAST_LINES = 10
-_GRACE_S = 10.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A trial and what came of it: ``results`` (its results.json), or ``error``, why there are none."""
-
-    trial: Trial
-    folder: Path
-    results: dict[str, Any] | None
-    error: str | None = None
+_STOP_S = 10.0
 
 
-def trial_folder(output: Path, trial: Trial) -> Path:
-    return output / "trials" / trial.name
+def run_study(study: Study, output: Path, tools: Path, ray_address: str | None = None) -> list[Outcome]:
+    """Run every trial that is not finished, as many at a time as fit; a crash does not stop the others.
 
+    Args:
+        output: the folder of the trials; on a cluster, on a file system that all machines share.
+        tools: the folder of train_net.py and evaluate_robustness.py.
+        ray_address: of a Ray cluster; None runs on this machine.
 
-def read_results(folder: Path) -> dict[str, Any] | None:
-    """The trial's results.json; None if the trial is unfinished (no such file, or not a whole one)."""
-    try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return results if isinstance(results, dict) and isinstance(results.get("metrics"), dict) else None
-
-
-def is_finished(output: Path, trial: Trial) -> bool:
-    """Whether the trial has results, and they are of this very specification.
+    Returns:
+        The outcomes of all trials whose learning rate is known, those of the selection first.
 
     Raises:
-        InputError: the trial's folder belongs to a different specification.
+        InputError: before anything runs: a folder belongs to a different specification, Ray is not
+            installed, not there, or too small.
     """
-    folder = trial_folder(output, trial)
+    for trial in study.possible_trials():
+        is_finished(output, trial)  # raises for a folder of a different specification
+    outcomes = finished_outcomes(study, output)
+    if any(trial.name not in outcomes for trial in known_trials(study, outcomes.values())):
+        with ray_session(ray_address) as ray:
+            parallel_trials(ray, study.resources)
+            _run(ray, study, output, tools, outcomes)
+    return [outcomes[trial.name] for trial in known_trials(study, outcomes.values())]
+
+
+def known_trials(study: Study, outcomes: Iterable[Outcome]) -> list[Trial]:
+    """The selection's trials, and the final ones whose learning rate ``outcomes`` decide."""
+    rates = {
+        (choice.arm, choice.detector): choice.learning_rate
+        for choice in choose(study, outcomes)
+        if choice.learning_rate is not None
+    }
+    return study.selection_trials() + study.final_trials(rates)
+
+
+def finished_outcomes(study: Study, output: Path) -> dict[str, Outcome]:
+    """The outcomes, by trial name, of what earlier runs finished."""
+    outcomes: dict[str, Outcome] = {}
+    for _ in range(2):  # the selection's decide which trials are final ones
+        outcomes = {
+            trial.name: read_outcome(output, trial)
+            for trial in known_trials(study, outcomes.values())
+            if is_finished(output, trial)
+        }
+    return outcomes
+
+
+def _run(ray: Any, study: Study, output: Path, tools: Path, outcomes: dict[str, Outcome]) -> None:
+    """Add an outcome for every trial that has none, also for those that become known on the way."""
+    submit = trial_task(ray, study.resources, git_state())
+    running: dict[Any, tuple[Trial, int]] = {}  # Ray's reference -> the trial, and the attempt's number
+
+    def start(trial: Trial, attempt: int = 1) -> None:
+        folder = prepare(output, trial)
+        running[submit(trial_steps(trial, tools, folder, study.resources), str(folder))] = trial, attempt
+
+    def start_known() -> None:
+        started = outcomes.keys() | {trial.name for trial, _ in running.values()}
+        for trial in known_trials(study, outcomes.values()):
+            if trial.name not in started:
+                start(trial)
+
+    with (
+        _interruptible(ray, running),
+        tqdm(
+            total=study.count_trials(), initial=len(outcomes), unit="trial", desc="trials", disable=None
+        ) as bar,
+    ):
+        start_known()
+        while running:
+            done, _ = ray.wait(list(running), timeout=1.0)
+            if sys.stderr.isatty():  # in a log file every redraw would be a line
+                bar.refresh()
+            for reference in done:
+                trial, attempt = running.pop(reference)
+                outcome = read_outcome(output, trial, _error(ray, reference))
+                if outcome.error and attempt <= study.retries:
+                    bar.write(f"{trial.name} crashed, log in {outcome.folder / LOG}; again", file=sys.stderr)
+                    start(trial, attempt + 1)
+                    continue
+                _finish(study, outcome, outcomes, bar)
+            if done:
+                start_known()
+
+
+def _finish(study: Study, outcome: Outcome, outcomes: dict[str, Outcome], bar: tqdm) -> None:
+    """Record the outcome, and show it on the bar."""
+    trial = outcome.trial
+    outcomes[trial.name] = outcome
+    if outcome.error:
+        bar.write(f"{trial.name} failed, log in {outcome.folder / LOG}; the others go on", file=sys.stderr)
+    else:
+        choices = {(c.arm, c.detector): asdict(c) for c in choose(study, outcomes.values())}
+        write_record(outcome, choices.get((trial.arm, trial.detector)) if trial.stage == FINAL else None)
+        bar.write(f"{trial.name} finished", file=sys.stderr)
+    bar.update()
+
+
+def _error(ray: Any, reference: Any) -> str:
+    """Why the trial of this finished task has no results, if it has none."""
     try:
-        recorded = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError):
-        recorded = None
-    if not isinstance(recorded, dict):
-        raise InputError(
-            f"{folder / 'trial.json'} cannot be read: delete that folder or use another --output"
-        )
-    wanted = trial.specification()
-    changed = [key for key in wanted.keys() | recorded.keys() if wanted.get(key) != recorded.get(key)]
-    if changed:
-        raise InputError(
-            f"{folder} was made with a different {', '.join(sorted(changed))} than the study asks for now: "
-            "delete that folder or use another --output"
-        )
-    return read_results(folder) is not None
+        return ray.get(reference) or "its results cannot be read"
+    except ray.exceptions.RayError as error:  # the worker died, or its machine
+        return f"{type(error).__name__}: {one_line(error)}"
 
 
 @contextmanager
-def output_folder(output: Path) -> Iterator[None]:
-    """Make ``output`` and hold it for this process alone."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output / "compare.lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise InputError(
-            f"another comparison is running in {output}: wait for it, or give another --output"
-        ) from None
-    except OSError as error:
-        raise InputError(f"cannot write to --output {output}: {error.strerror or error}") from None
+def _interruptible(ray: Any, running: Mapping[Any, Any]) -> Iterator[None]:
+    """A SIGTERM (a batch system's, say) interrupts as Ctrl-C does, and either stops what is running."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set one of its own
     try:
         yield
     finally:
-        lock.release()
-
-
-def run_trials(trials: Sequence[Trial], output: Path, train_net: Path) -> list[Outcome]:
-    """Run every trial that has no results yet, one after the other; a crash does not stop the others.
-
-    Raises:
-        InputError: before anything runs, if a folder belongs to a different specification.
-    """
-    finished = {trial.name: is_finished(output, trial) for trial in trials}
-    pending = [trial for trial in trials if not finished[trial.name]]
-    crashes = {}
-    done = len(trials) - len(pending)
-    with tqdm(total=len(trials), initial=done, unit="trial", desc="trials", disable=None) as bar:
-        for number, trial in enumerate(pending, start=done + 1):
-            folder = trial_folder(output, trial)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "trial.json", json.dumps(trial.specification(), indent=2))
-            bar.write(
-                f"trial {number} of {len(trials)}: {trial.name}, log in {folder / LOG}", file=sys.stderr
-            )
-            status = run_process(
-                trial.command(sys.executable, str(train_net), str(folder)), folder / LOG, bar
-            )
-            if read_results(folder) is None:
-                crashes[trial.name] = _crash(status, folder)
-                bar.write(f"{trial.name} failed; the others go on", file=sys.stderr)
-            bar.update()
-    return [_outcome(trial, output, crashes.get(trial.name)) for trial in trials]
-
-
-def run_process(command: list[str], log: Path, bar: tqdm) -> int:
-    """Run ``command``, adding its output to ``log``; gives its exit status.
-
-    Whatever interrupts the waiting stops the process and all that it started: it leads a process
-    group of its own.
-    """
-    # Only a terminal can redraw the bar in place; in a log file every redraw would be a line.
-    redraw_s = 1.0 if sys.stderr.isatty() else None
-    with log.open("ab") as stream:
-        stream.write(f"$ {shlex.join(command)}\n".encode())
-        stream.flush()
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            while True:
-                try:
-                    return process.wait(redraw_s)
-                except subprocess.TimeoutExpired:
-                    bar.refresh()
-        finally:
-            _stop(process)
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """End the process group of ``process``: asked first, then killed, also data workers it left behind."""
-    for request in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, request)
-            process.wait(_GRACE_S)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def _crash(status: int, folder: Path) -> str:
-    """What the user reads about a trial that left no results, with the end of its log."""
-    with (folder / LOG).open(encoding="utf-8", errors="replace") as stream:
-        last_lines = "".join(deque(stream, maxlen=_LAST_LINES)).rstrip()
-    how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-    return f"{how}, no results; the end of {folder / LOG}:\n{last_lines}"
-
-
-def _outcome(trial: Trial, output: Path, crash: str | None) -> Outcome:
-    folder = trial_folder(output, trial)
-    results = read_results(folder)
-    return Outcome(trial, folder, results, None if results else crash)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` is at any time either the old file or the whole new one."""
-    with replaced_atomically(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
+        signal.signal(signal.SIGTERM, previous)
+        for reference in running:
+            ray.cancel(reference)
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=_STOP_S)

@@ -7,9 +7,11 @@ from rt_detectron.study.grid import load_study
 
 
 @pytest.fixture
-def train_net(tmp_path):
-    """The stand-in for tools/train_net.py."""
-    return Path(shutil.copy(Path(__file__).with_name("fake_train_net.py"), tmp_path / "train_net.py"))
+def tools(tmp_path, ray_here):
+    """A folder of stand-ins for the tools that a study starts, and Ray to run them."""
+    for name in ("train_net.py", "evaluate_robustness.py"):
+        shutil.copy(Path(__file__).with_name(f"fake_{name}"), tmp_path / name)
+    return tmp_path
 
 
 @pytest.fixture
@@ -18,9 +20,9 @@ def make_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "std.pkl").write_text("20")
     (tmp_path / "l2.pkl").write_text("21.5")
-    (tmp_path / "mask.yaml").write_text("A: 1\n")
+    (tmp_path / "mask.yaml").write_text("DATASETS:\n  TRAIN: ('tiny_train',)\n")
 
-    def make(opts=(), seeds=(1, 2), learning_rates=(0.02,), robust_opts=(), name="test"):
+    def make(opts=(), seeds=(1, 2), learning_rates=(0.02,), robust_opts=(), name="test", more=""):
         (tmp_path / "study.yaml").write_text(
             f"""
 name: {name}
@@ -32,6 +34,7 @@ detectors: {{mask_rcnn: {{config: mask.yaml}}}}
 learning_rates: {list(learning_rates)}
 seeds: {list(seeds)}
 opts: {list(opts)}
+{more}
 """
         )
         return load_study("study.yaml")

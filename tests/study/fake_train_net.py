@@ -1,11 +1,12 @@
 """Stands in for tools/train_net.py: the same command line and files, AP made up from weights and seed.
 
 Config keys it understands: TEST.COCO (a folder with val.json: predictions are the ground truth, shifted),
-TEST.CRASH_ONCE (a file: crash unless it exists, and make it), TEST.SLEEP (a file: write the process id
-into it, then wait).
+TEST.CRASH_ONCE (a file: crash unless it exists, and make it), TEST.SLEEP_ONCE (a file: unless it exists,
+write the process id into it, then wait), TEST.RATES (learning rate -> AP on @held_out, None: undefined).
 """
 
 import argparse
+import ast
 import copy
 import json
 import os
@@ -22,8 +23,8 @@ keys = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
 output, seed = Path(keys["OUTPUT_DIR"]), int(keys["SEED"])
 print("training with", args.opts)
 
-if "TEST.SLEEP" in keys:
-    Path(keys["TEST.SLEEP"]).write_text(str(os.getpid()))
+if "TEST.SLEEP_ONCE" in keys and not Path(keys["TEST.SLEEP_ONCE"]).exists():
+    Path(keys["TEST.SLEEP_ONCE"]).write_text(str(os.getpid()))
     time.sleep(120)
 if "TEST.CRASH_ONCE" in keys and not Path(keys["TEST.CRASH_ONCE"]).exists():
     Path(keys["TEST.CRASH_ONCE"]).touch()
@@ -57,6 +58,10 @@ with (output / "metrics.json").open("w") as stream:
     stream.write('{"iteration": 29')  # as a killed process leaves it
 
 ap = float(Path(keys["MODEL.WEIGHTS"]).read_text()) + seed**2 / 2
+if "@held_out" in keys.get("DATASETS.TEST", ""):
+    ap = ast.literal_eval(keys.get("TEST.RATES", "{}")).get(float(keys["SOLVER.BASE_LR"]), ap)
+(output / "model_final.pth").write_text(str(ap))
+(output / "config.yaml").write_text(f"SEED: {seed}\nOMP_NUM_THREADS: {os.environ['OMP_NUM_THREADS']}\n")
 results = {
     "metrics": {
         "bbox": {"AP": ap, "AP50": 2 * ap, "AP75": ap / 2, "AP-person": float("nan")},

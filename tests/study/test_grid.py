@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -7,6 +8,8 @@ from rt_detectron.checkpoint import zoo
 from rt_detectron.errors import InputError
 from rt_detectron.study.grid import load_study
 
+REPOSITORY = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def write_study(tmp_path, monkeypatch):
@@ -14,7 +17,7 @@ def write_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "std.pkl").write_bytes(b"standard")
     (tmp_path / "l2.pkl").write_bytes(b"robust")
-    (tmp_path / "base.yaml").write_text("SOLVER: {MAX_ITER: 100}\n")
+    (tmp_path / "base.yaml").write_text("DATASETS:\n  TRAIN: ('a_train', 'b')\n")
     (tmp_path / "mask.yaml").write_text("_BASE_: base.yaml\n")
 
     def write(**changes):
@@ -40,28 +43,8 @@ def write_study(tmp_path, monkeypatch):
     return write
 
 
-def test_trials_are_the_whole_grid_seed_by_seed(write_study):
-    trials = load_study(write_study()).trials()
-    assert [trial.name for trial in trials[:4]] == [
-        "standard/mask/lr0.02/seed1",
-        "l2/mask/lr0.02/seed1",
-        "standard/mask/lr0.01/seed1",
-        "l2/mask/lr0.01/seed1",
-    ]
-    assert len({trial.name for trial in trials}) == len(trials) == 8
-
-
-def test_command_is_train_nets(write_study):
-    trial = load_study(write_study()).trials()[1]
-    expected = (
-        "python|train_net.py|--config-file|mask.yaml|--resume|A.D|0.5|A.C|True|A.B|[1, 2]"
-        "|OUTPUT_DIR|out|MODEL.WEIGHTS|l2.pkl|SOLVER.BASE_LR|0.02|SEED|1"
-    )
-    assert "|".join(trial.command("python", "train_net.py", "out")) == expected
-
-
 def test_specification_survives_json(write_study):
-    specification = load_study(write_study()).trials()[0].specification()
+    specification = load_study(write_study()).selection_trials()[0].specification()
     assert json.loads(json.dumps(specification)) == specification
 
 
@@ -70,21 +53,21 @@ def test_specification_survives_json(write_study):
     [("std.pkl", "weights_sha256"), ("mask.yaml", "config_sha256"), ("base.yaml", "config_sha256")],
 )
 def test_specification_notices_changed_files(write_study, tmp_path, file, key):
-    before = load_study(write_study()).trials()[0].specification()
+    before = load_study(write_study()).selection_trials()[0].specification()
     with (tmp_path / file).open("a") as stream:
-        stream.write("\n# changed")
-    after = load_study("study.yaml").trials()[0].specification()
+        stream.write("\nX: 1\n")
+    after = load_study("study.yaml").selection_trials()[0].specification()
     assert [name for name in before if before[name] != after[name]] == [key]
 
 
 def test_weights_behind_a_scheme_are_not_looked_for(write_study):
     study = load_study(write_study(arms={"standard": {"weights": "robust://resnet50_l2_eps0.pkl"}}))
-    assert study.trials()[0].weights_sha256 is None
+    assert study.arms[0].weights_sha256 is None
 
 
 def test_weights_may_carry_detectron2_options(write_study):
     study = load_study(write_study(arms={"standard": {"weights": "std.pkl?matching_heuristics=True"}}))
-    assert study.trials()[0].weights == "std.pkl?matching_heuristics=True"
+    assert study.arms[0].weights == "std.pkl?matching_heuristics=True"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +78,18 @@ def test_weights_may_carry_detectron2_options(write_study):
         ({"name": " "}, "name: write a few words"),
         ({"baseline": "vanilla"}, "baseline: 'vanilla' is not an arm; arms are standard, l2"),
         ({"baseline": ["standard"]}, "baseline: .* is not an arm"),
+        (
+            {"baseline": "l2", "arms": {"l2": {"weights": "l2.pkl", "baseline": "x"}}},
+            "arms.l2.baseline: 'x' is not",
+        ),
+        (
+            {"arms": {"standard": {"weights": "l2.pkl", "baseline": "b"}, "b": {"weights": "l2.pkl"}}},
+            "baseline: standard itself is compared with b: give arms.standard.baseline: standard",
+        ),
+        (
+            {"arms": {"standard": {"weights": "std.pkl", "eps": -1}}},
+            "arms.standard.eps: -1 is not 0 or a pos",
+        ),
         ({"arms": {}}, "arms: give at least one"),
         ({"arms": ["standard"]}, "arms: give at least one"),
         ({"arms": {"<script>": {"weights": "std.pkl"}}}, "arms: the name '<script>' becomes a folder"),
@@ -107,7 +102,24 @@ def test_weights_may_carry_detectron2_options(write_study):
         ({"arms": {"standard": {"weights": None}}}, "arms.standard.weights: give a path"),
         ({"detectors": {"mask": {"config": "gone.yaml"}}}, "detectors.mask.config: no file gone.yaml"),
         ({"detectors": {"mask": {"config": "mask.yaml", "opts": ["A"]}}}, "detectors.mask.opts: give pairs"),
-        ({"opts": ["SEED", 3]}, "opts: SEED is set by the grid"),
+        ({"opts": ["SEED", 3]}, "opts: SEED is set by seeds"),
+        ({"evaluations": {"attack": ["A"]}}, "evaluations.attack: give pairs"),
+        ({"evaluations": ["A"]}, "evaluations: give at least one, as NAME"),
+        (
+            {"evaluations": {"a": ["A", 1], "b": ["A", 2]}},
+            "evaluations.b: A is set by study.yaml: evaluations.a",
+        ),
+        ({"evaluations": {"a": ["MODEL.WEIGHTS", "x"]}}, "evaluations.a: MODEL.WEIGHTS is set by"),
+        ({"selection": [1]}, "selection: give the keys opts, seeds"),
+        (
+            {"selection": {"opts": ["DATASETS.TEST", "x"]}},
+            "selection.opts: DATASETS.TEST is set by the selection",
+        ),
+        ({"selection": {"seed": [1]}}, "selection: unknown key seed"),
+        ({"resources": {"cpus": 0}}, "resources.cpus: 0 is not a whole number from 1"),
+        ({"resources": {"gpus": 1.5}}, "resources.gpus: 1.5 is neither a whole number of GPUs nor a part"),
+        ({"resources": {"gpus": "two"}}, "resources.gpus: 'two' is not 0 or a positive number"),
+        ({"retries": -1}, "retries: -1 is not a whole number"),
         ({"opts": "A 3"}, "opts: give pairs"),
         ({"learning_rates": []}, "learning_rates: give a list"),
         ({"learning_rates": [0]}, "learning_rates: 0 is not a positive number"),
@@ -128,32 +140,96 @@ def test_wrong_study_names_file_and_key(write_study, changes, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("seeds", [None, [3, 4]])
+def test_selection_trains_and_scores_within_the_training_set(write_study, seeds):
+    selection = {"opts": ["A.E", 9], **({"seeds": seeds} if seeds else {})}
+    study = load_study(write_study(selection=selection, evaluations={"attack": ["TEST.ATTACK.STEPS", 5]}))
+    trials = study.selection_trials()
+    assert [trial.name for trial in trials[:3]] == [
+        f"standard/mask/lr0.02/selection-seed{(seeds or [1])[0]}",
+        f"standard/mask/lr0.01/selection-seed{(seeds or [1])[0]}",
+        f"l2/mask/lr0.02/selection-seed{(seeds or [1])[0]}",
+    ]
+    assert len({trial.name for trial in trials}) == len(trials) == 2 * 2 * len(seeds or [1])
+    expected = (
+        "A.E 9 DATASETS.TRAIN ('a_train@fit', 'b@fit') DATASETS.TEST ('a_train@held_out', 'b@held_out')"
+    )
+    assert all(" ".join(trial.opts).endswith(expected) for trial in trials)
+    assert {trial.evaluations for trial in trials} == {()}
+    assert {trial.evaluations for trial in study.possible_trials()[len(trials) :]} == {
+        ("TEST.ATTACK.STEPS", "5")
+    }
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("arms: {a: 1, a: 2}", "the key 'a' is given twice"),
-        ("arms: [", "not valid YAML"),
-        ("", "give the keys"),
-        ("? [a]\n: 1", "give the keys|not valid YAML|unknown key"),
-    ],
+    ("given", "expected"), [("('c@person',)", "('c@person@fit',)"), (["c", "d"], "('c@fit', 'd@fit')")]
 )
-def test_wrong_yaml_is_one_line(tmp_path, text, message):
-    file = tmp_path / "study.yaml"
-    file.write_text(text)
-    with pytest.raises(InputError, match=message) as error:
-        load_study(file)
-    assert "\n" not in str(error.value)
+def test_selection_takes_the_training_set_of_the_opts_first(write_study, given, expected):
+    study = load_study(write_study(opts=["DATASETS.TRAIN", given]))
+    opts = study.selection_trials()[0].opts
+    assert opts[len(opts) - opts[::-1].index("DATASETS.TRAIN")] == expected
 
 
-def test_missing_study_file(tmp_path):
-    with pytest.raises(InputError, match="no study file"):
-        load_study(tmp_path / "gone.yaml")
+def test_selection_without_a_training_set(write_study, tmp_path):
+    name = write_study()
+    (tmp_path / "base.yaml").write_text("A: 1\n")
+    with pytest.raises(InputError, match=r"detectors.mask: .* DATASETS.TRAIN must be given in mask.yaml"):
+        load_study(name).selection_trials()
+
+
+def test_final_trials_are_those_with_a_rate_chosen(write_study):
+    study = load_study(write_study())
+    trials = study.final_trials({("standard", "mask"): 0.01})
+    assert [trial.name for trial in trials] == ["standard/mask/lr0.01/seed1", "standard/mask/lr0.01/seed2"]
+    assert study.final_trials({}) == []
+    assert study.count_trials() == 4 + 4
+
+
+def test_one_rate_needs_no_selection(write_study):
+    study = load_study(write_study(learning_rates=[0.02], selection={"seeds": [5]}))
+    assert study.selection_trials() == []
+    assert [trial.name for trial in study.final_trials({})] == [
+        "standard/mask/lr0.02/seed1",
+        "l2/mask/lr0.02/seed1",
+        "standard/mask/lr0.02/seed2",
+        "l2/mask/lr0.02/seed2",
+    ]
+
+
+def test_an_arm_may_have_a_baseline_of_its_own(write_study):
+    arms = {
+        "a": {"weights": "std.pkl"},
+        "b": {"weights": "l2.pkl", "eps": 0.5},
+        "c": {"weights": "std.pkl", "eps": 0, "baseline": "c"},
+        "d": {"weights": "l2.pkl", "eps": "5e-1", "baseline": "c"},
+    }
+    study = load_study(write_study(arms=arms, baseline="a"))
+    assert [study.baseline_of(name) for name in "abcd"] == ["a", "a", "c", "c"]
+    assert [arm.eps for arm in study.arms] == [None, 0.5, 0.0, 0.5]
 
 
 def test_the_published_grid_has_every_l2_eps_of_both_families():
-    for arch in ("resnet50", "wide_resnet50_2"):
-        study = load_study(f"configs/study/paper_coco_{arch}.yaml")
-        weights = [arm.weights for arm in study.arms]
-        assert weights == [f"robust://{entry.name}.pkl" for entry in zoo.list(norm="l2", arch=arch)]
-        assert study.opts == ("MODEL.ROBUST.ARCH", arch)
-        assert len(study.trials()) == 10 * 2 * 4
+    study = load_study("configs/study/paper_coco.yaml")
+    archs = ("resnet50", "wide_resnet50_2")
+    entries = [entry for arch in archs for entry in zoo.list(norm="l2", arch=arch)]
+    assert [arm.weights for arm in study.arms] == [f"robust://{entry.name}.pkl" for entry in entries]
+    assert [arm.eps for arm in study.arms] == [entry.eps for entry in entries]
+    assert [study.baseline_of(arm.name) for arm in study.arms] == [
+        f"{arch}_l2_eps0" for arch in archs for _ in range(10)
+    ]
+    assert [arm.opts for arm in study.arms] == [("MODEL.ROBUST.ARCH", entry.arch) for entry in entries]
+    assert len(study.seeds) == 4
+    assert len(study.detectors) == 2
+
+
+def test_the_shipped_subset_study_is_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    (tmp_path / "output/coco_subset").mkdir(parents=True)
+    for name in ("eps0", "l2_eps0.1", "l2_eps0.25", "l2_eps0.5"):
+        (tmp_path / f"output/coco_subset/resnet18_{name}.pkl").touch()
+    study = load_study("configs/study/coco_subset.yaml")
+    assert len(study.selection_trials()) == 24
+    assert study.count_trials() == 60
+    variants = {trial.opts[trial.opts.index("DATASETS.TEST") + 1] for trial in study.possible_trials()[24:]}
+    assert variants == {"('coco_2017_val@person',)", "('coco_2017_val@any',)", "('coco_2017_val',)"}

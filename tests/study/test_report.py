@@ -12,7 +12,7 @@ from pycocotools import mask as rle_masks
 
 from rt_detectron.study.figures import make_section
 from rt_detectron.study.report import study_table, terminal_table, write_report
-from rt_detectron.study.run import run_trials
+from rt_detectron.study.run import run_study
 
 OUT = Path("out")
 
@@ -62,15 +62,15 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-def report(study, train_net):
-    outcomes = run_trials(study.trials(), OUT, train_net)
+def report(study, tools):
+    outcomes = run_study(study, OUT, tools)
     page = write_report(study, outcomes, OUT, "python tools/compare.py --study <x>")
     return Page(page.read_text()), outcomes
 
 
-def test_report_is_complete_and_self_contained(make_study, train_net, tiny_coco):
+def test_report_is_complete_and_self_contained(make_study, tools, tiny_coco):
     page, _ = report(
-        make_study(["TEST.COCO", str(tiny_coco)], name="A <script>alert(1)</script> study"), train_net
+        make_study(["TEST.COCO", str(tiny_coco)], name="A <script>alert(1)</script> study"), tools
     )
     assert "A <script>alert(1)</script> study" in page.text  # as text,
     assert not [
@@ -91,8 +91,8 @@ def test_report_is_complete_and_self_contained(make_study, train_net, tiny_coco)
     assert "Missing" not in page.text
 
 
-def test_json_is_strict_and_csv_tidy(make_study, train_net):
-    report(make_study(seeds=[3]), train_net)
+def test_json_is_strict_and_csv_tidy(make_study, tools):
+    report(make_study(seeds=[3]), tools)
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
@@ -117,8 +117,8 @@ def test_json_is_strict_and_csv_tidy(make_study, train_net):
     assert rows[3]["value"] == ""
 
 
-def test_one_seed_has_no_spread_and_no_verdict(make_study, train_net):
-    page, outcomes = report(make_study(seeds=[1]), train_net)
+def test_one_seed_has_no_spread_and_no_verdict(make_study, tools):
+    page, outcomes = report(make_study(seeds=[1]), tools)
     assert "20.50 ± n/a" in page.text
     assert "A single seed shows no spread" in page.text
     study = make_study(seeds=[1])
@@ -126,8 +126,8 @@ def test_one_seed_has_no_spread_and_no_verdict(make_study, train_net):
     assert re.split(r"\s{2,}", line)[:6] == ["robust", "mask_rcnn", "0.02", "1", "22.00 ± n/a", "+1.50 ± n/a"]
 
 
-def test_missing_trials_are_named(make_study, train_net):
-    page, _ = report(make_study(robust_opts=["TEST.CRASH_ONCE", "crashed"]), train_net)
+def test_missing_trials_are_named(make_study, tools):
+    page, _ = report(make_study(robust_opts=["TEST.CRASH_ONCE", "crashed"]), tools)
     assert "Missing trials: 1 of 4" in page.text
     assert "robust/mask_rcnn/lr0.02/seed1" in page.text
     assert "RuntimeError: CUDA out of memory" in page.text
@@ -143,23 +143,23 @@ def test_nothing_finished_still_gives_a_report(make_study, tmp_path):
     assert "No arm can be compared with the baseline yet" in page.text
 
 
-def test_undefined_ap_is_named_and_enters_no_mean(make_study, train_net):
+def test_undefined_ap_is_named_and_enters_no_mean(make_study, tools):
     study = make_study()
-    outcomes = run_trials(study.trials(), OUT, train_net)
+    outcomes = run_study(study, OUT, tools)
     outcomes[1].results["metrics"]["bbox"]["AP"] = float("nan")
     page = Page(write_report(study, outcomes, OUT, "command").read_text())
     assert "undefined box AP" in page.text
     assert "23.50 ± n/a (n = 1)" in page.text
 
 
-def test_many_learning_rates_warn_of_choosing(make_study, train_net):
-    page, _ = report(make_study(learning_rates=[0.02, 0.01], seeds=[1]), train_net)
+def test_many_learning_rates_warn_of_choosing(make_study, tools):
+    page, _ = report(make_study(learning_rates=[0.02, 0.01], seeds=[1]), tools)
     assert "choosing the best one by these numbers would favour luck" in page.text
 
 
-def test_missing_pictures_are_named_not_fatal(make_study, train_net, tiny_coco):
+def test_missing_pictures_are_named_not_fatal(make_study, tools, tiny_coco):
     study = make_study(["TEST.COCO", str(tiny_coco)])
-    _, outcomes = report(study, train_net)
+    _, outcomes = report(study, tools)
     shutil.rmtree(tiny_coco)
     section = make_section(study, ("mask_rcnn", 0.02), outcomes)
     assert section.examples == []
@@ -167,9 +167,9 @@ def test_missing_pictures_are_named_not_fatal(make_study, train_net, tiny_coco):
     assert "val.json" in section.note
 
 
-def test_loss_curve_is_plotted_from_whole_lines_only(make_study, train_net):
+def test_loss_curve_is_plotted_from_whole_lines_only(make_study, tools):
     study = make_study(seeds=[1])
-    outcomes = run_trials(study.trials(), OUT, train_net)
+    outcomes = run_study(study, OUT, tools)
     assert len(make_section(study, ("mask_rcnn", 0.02), outcomes).curves) == 1
     for outcome in outcomes:
         (outcome.folder / "metrics.json").write_text('{"iteration": 1, "lr": 2}\n{"iteration": 2, "total_l')

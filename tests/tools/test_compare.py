@@ -11,24 +11,29 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 COMPARE = ["tools/compare.py", "--study", "study.yaml", "--output", "out"]
+COMMAND = "python tools/compare.py --study study.yaml --output out"
 
 
 @pytest.fixture
 def project(tmp_path):
-    """tools/compare.py beside a stand-in for train_net.py, and a study of two trials. Gives a writer."""
+    """tools/compare.py beside stand-ins for the tools it starts. Gives a writer of a study of two trials.
+
+    The writer takes config keys for the robust one.
+    """
     (tmp_path / "tools").mkdir()
     shutil.copy(REPOSITORY / "tools/compare.py", tmp_path / "tools")
-    shutil.copy(REPOSITORY / "tests/study/fake_train_net.py", tmp_path / "tools/train_net.py")
+    for name in ("train_net.py", "evaluate_robustness.py"):
+        shutil.copy(REPOSITORY / f"tests/study/fake_{name}", tmp_path / "tools" / name)
     (tmp_path / "std.pkl").write_text("20")
     (tmp_path / "l2.pkl").write_text("21.5")
     (tmp_path / "mask.yaml").write_text("A: 1\n")
 
-    def write(opts=()):
+    def write(*opts):
         (tmp_path / "study.yaml").write_text(
             "name: test\nbaseline: standard\n"
-            "arms: {standard: {weights: std.pkl}, robust: {weights: l2.pkl}}\n"
+            f"arms: {{standard: {{weights: std.pkl}}, robust: {{weights: l2.pkl, opts: {list(opts)}}}}}\n"
             "detectors: {mask_rcnn: {config: mask.yaml}}\n"
-            f"learning_rates: [0.02]\nseeds: [1]\nopts: {list(opts)}\n"
+            "learning_rates: [0.02]\nseeds: [1]\n"
         )
         return tmp_path
 
@@ -36,8 +41,8 @@ def project(tmp_path):
 
 
 @pytest.fixture
-def run(project, monkeypatch, capsys):
-    """Runs the tool as a script, but in this process, which saves importing torch each time."""
+def run(project, monkeypatch, capsys, ray_here):
+    """Runs the tool as a script, but in this process, which saves importing torch and starting Ray."""
     handler = signal.getsignal(signal.SIGTERM)
 
     def run(folder, *arguments):
@@ -52,16 +57,13 @@ def run(project, monkeypatch, capsys):
 
 
 def test_crash_then_resume(project, run):
-    folder = project(["TEST.CRASH_ONCE", "crashed"])
+    folder = project("TEST.CRASH_ONCE", "crashed")
     status, out, err = run(folder)
     assert status == 1
     assert out.splitlines()[-1] == "out/report.html"
     assert "RuntimeError: CUDA out of memory" in err
-    assert (
-        "missing trials: 1; this runs only them: python tools/compare.py --study study.yaml --output out"
-        in err
-    )
-    status, out, _ = run(folder)
+    assert f"missing trials: 1; this runs only them: {COMMAND} --resume" in err
+    status, out, _ = run(folder, "--resume")
     assert status == 0
     assert "+1.50 ± n/a" in out
     assert out.splitlines()[-1] == "out/report.html"
@@ -87,30 +89,66 @@ def test_wrong_study_is_one_line(project, run):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_stops_the_trial_too(project, run, stop):
-    folder = project(["TEST.SLEEP", "pid"])
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", *COMPARE],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts its background jobs, such as these tests may be, with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    pid = int(wait_for(lambda: (folder / "pid").is_file() and (folder / "pid").read_text()))
+@pytest.fixture
+def start(project):
+    """Starts the tool as a user does; gives its process, and the id of the robust trial's, that waits."""
+    processes = []
+
+    def start(folder):
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", *COMPARE],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell starts its background jobs, such as these tests may be, with SIGINT ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        processes.append(process)
+        finished = folder / "out/trials/standard/mask_rcnn/lr0.02/seed1/record.json"
+        wait_for(lambda: (folder / "pid").is_file() and (folder / "pid").read_text() and finished.is_file())
+        return process, int((folder / "pid").read_text())
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+def test_interrupt_stops_the_trial_too(project, run, start, stop):
+    folder = project("TEST.SLEEP_ONCE", "pid")
+    process, trial = start(folder)
     second_status, _, second_error = run(folder)
     process.send_signal(stop)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "stopped; this goes on where it stopped: python tools/compare.py" in error
+    assert f"stopped; this goes on where it stopped: {COMMAND} --resume" in error
     assert "Traceback" not in error
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+    wait_for(lambda: is_gone(trial), seconds=10)
     assert second_status == 2
     assert second_error.count("\n") == 1
     assert "another comparison is running in out" in second_error
+
+
+def test_killed_driver_leaves_no_process_and_is_resumed(project, run, start):
+    folder = project("TEST.SLEEP_ONCE", "pid")
+    process, trial = start(folder)
+    process.kill()
+    process.wait()
+    wait_for(lambda: is_gone(trial), seconds=20)
+    status, _, err = run(folder, "--resume")
+    assert status == 0
+    assert "robust/mask_rcnn/lr0.02/seed1 finished" in err
+    assert "standard/mask_rcnn" not in err  # that one was done before
+
+
+def is_gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def wait_for(condition, seconds=60):

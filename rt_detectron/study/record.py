@@ -1,0 +1,187 @@
+"""The files of a study's trials: what was asked for, what came of it, and who holds the folder."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from rt_detectron.errors import InputError
+from rt_detectron.files import replaced_atomically
+from rt_detectron.study.grid import Trial
+from rt_detectron.study.steps import RESULTS, ROBUSTNESS
+from rt_detectron.study.worker import PROCESSES, read_json
+
+SPECIFICATION, RECORD = "trial.json", "record.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trial and what came of it.
+
+    Attributes:
+        results: its results.json; None if it did not finish.
+        robustness: its robustness.json; None if the study asks for no evaluation or it did not finish.
+        error: why it did not finish.
+    """
+
+    trial: Trial
+    folder: Path
+    results: dict[str, Any] | None
+    robustness: dict[str, Any] | None = None
+    error: str | None = None
+
+
+def trial_folder(output: Path, trial: Trial) -> Path:
+    return output / "trials" / trial.name
+
+
+def is_finished(output: Path, trial: Trial) -> bool:
+    """Whether the trial has a record, and it is of this very specification.
+
+    Raises:
+        InputError: the trial's folder belongs to a different specification.
+    """
+    folder = trial_folder(output, trial)
+    return (
+        not _has_other_evaluations(folder, trial)
+        and read_json(folder / RECORD, "results") is not None
+        and _has_all_results(folder, trial)
+    )
+
+
+def prepare(output: Path, trial: Trial) -> Path:
+    """Make the trial's folder, with its trial.json; gives the folder. Another evaluation is forgotten."""
+    folder = trial_folder(output, trial)
+    if _has_other_evaluations(folder, trial):
+        (folder / ROBUSTNESS[0]).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / SPECIFICATION, json.dumps(trial.specification(), indent=2))
+    return folder
+
+
+def read_outcome(output: Path, trial: Trial, error: str | None = None) -> Outcome:
+    """What the trial's files say; ``error`` counts only where they lack something."""
+    folder = trial_folder(output, trial)
+    results = read_json(folder / RESULTS[0], RESULTS[1])
+    robustness = read_json(folder / ROBUSTNESS[0], ROBUSTNESS[1]) if trial.evaluations else None
+    error = None if _has_all_results(folder, trial) else error
+    return Outcome(trial, folder, results, robustness, error)
+
+
+def write_record(outcome: Outcome, selection: dict[str, Any] | None) -> None:
+    """Write record.json, all there is to know about a finished trial, into its folder.
+
+    ``attempts`` counts the processes that crashed, and the one run that went well; ``wall_time_s`` is the sum
+    over ``processes``, of which those that died with the driver are missing; ``config`` is Detectron2's
+    config.yaml, as the training wrote it; ``selection`` is how its learning rate was chosen.
+    """
+    processes = _read_processes(outcome.folder)
+    last = processes[-1] if processes else {}
+    record = {
+        "trial": outcome.trial.specification(),
+        "results": outcome.results,
+        "robustness": outcome.robustness,
+        "selection": selection,
+        "config": _read_config(outcome.folder / "config.yaml"),
+        "git": last.get("git"),
+        "hostname": last.get("hostname"),
+        "wall_time_s": round(sum(process["wall_time_s"] for process in processes), 1),
+        "attempts": 1 + sum(not process["finished"] for process in processes),
+        "processes": processes,
+    }
+    write_atomically(outcome.folder / RECORD, json.dumps(record, indent=2))
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the code that runs, and whether files differ from it; None where it is no checkout."""
+    root = Path(__file__).parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root.resolve():
+            return None  # installed somewhere below another project's checkout
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@contextmanager
+def output_folder(output: Path) -> Iterator[None]:
+    """Make ``output`` and hold it for this process alone."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / "compare.lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"another comparison is running in {output}: wait for it, or give another --output"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot write to --output {output}: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` is at any time either the old file or the whole new one."""
+    with replaced_atomically(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def _has_other_evaluations(folder: Path, trial: Trial) -> bool:
+    """Whether the folder's trial.json asks for other evaluations: then the training still counts.
+
+    Raises:
+        InputError: it differs in more than that.
+    """
+    try:
+        recorded = json.loads((folder / SPECIFICATION).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        recorded = None
+    if not isinstance(recorded, dict):
+        raise InputError(
+            f"{folder / SPECIFICATION} cannot be read: delete that folder or use another --output"
+        )
+    wanted = trial.specification()
+    changed = {key for key in wanted.keys() | recorded.keys() if wanted.get(key) != recorded.get(key)}
+    if changed - {"evaluations"}:
+        raise InputError(
+            f"{folder} was made with a different {', '.join(sorted(changed))} than the study asks for now: "
+            "delete that folder or use another --output"
+        )
+    return bool(changed)
+
+
+def _has_all_results(folder: Path, trial: Trial) -> bool:
+    wanted = [RESULTS, ROBUSTNESS] if trial.evaluations else [RESULTS]
+    return all(read_json(folder / name, key) is not None for name, key in wanted)
+
+
+def _read_processes(folder: Path) -> list[dict[str, Any]]:
+    processes = []
+    try:
+        for line in (folder / PROCESSES).read_text(encoding="utf-8").splitlines():
+            processes.append(json.loads(line))
+    except (OSError, ValueError):  # the last line of a worker that was killed
+        pass
+    return processes
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
