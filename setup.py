@@ -44,7 +44,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["rt_detectron", "rt_detectron.*"]),
-    package_data={"rt_detectron.checkpoint": ["zoo.json"], "rt_detectron.study": ["report.html.j2"]},
+    package_data={
+        "rt_detectron.checkpoint": ["zoo.json"],
+        "rt_detectron.study": ["report.css", "report.html.j2"],
+    },
     install_requires=[
         "faster-coco-eval>=1.6",
         "filelock",
@@ -56,6 +59,7 @@ setup(
         "pillow",
         "pycocotools>=2.0.7",
         "pyyaml",
+        "scipy",
         "torch>=2.6",  # from here on torch.load runs no code of the file unless told to
         "torchvision>=0.21",
         *DETECTRON2_NEEDS,

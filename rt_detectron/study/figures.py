@@ -1,115 +1,285 @@
-"""The figures of a report: scores per arm, training curves, example pictures, as data URIs."""
+"""The plots of a report, each for a light and a dark page."""
 
-import base64
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
-from PIL import Image
-
-from rt_detectron.study.grid import Study
-from rt_detectron.study.record import Outcome
-from rt_detectron.study.statistics import Setting, is_number, scores_of
-from rt_detectron.visualization.coco import (
-    ground_truth_instances,
-    load_coco,
-    load_image,
-    load_predictions,
-    predicted_instances,
-    spread_image_ids,
+from rt_detectron.study.grid import FINAL, Study
+from rt_detectron.study.measurements import (
+    ATTACK,
+    CLEAN,
+    NOISE,
+    TASKS,
+    UNATTACKED,
+    Quantity,
+    defined,
+    is_number,
+    measurements,
 )
-from rt_detectron.visualization.draw import draw_instances, panel
-from rt_detectron.visualization.plots import Series, curve_plot, dot_plot
+from rt_detectron.study.record import Outcome
+from rt_detectron.study.statistics import Change, Row
+from rt_detectron.study.tables import SIZES, attack_conditions, condition_name
+from rt_detectron.study.words import Answer
+from rt_detectron.visualization import plots
 
-SCORE_THRESHOLD = 0.3  # of the predictions shown in pictures; AP uses all of them
-EXAMPLES = 4
+CATEGORIES = 8  # that gain and lose most
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture for the page: data URIs, ``dark`` for a dark page where it differs."""
+    """A picture of the page.
 
-    light: str
+    Attributes:
+        name: of its file, without ending.
+        kind: of the content, such as "image/svg+xml".
+        light: the content; ``dark`` that for a dark page, where it differs.
+    """
+
+    name: str
+    caption: str
     alt: str
-    dark: str | None = None
+    kind: str
+    light: bytes
+    dark: bytes | None = None
 
 
-@dataclass(frozen=True)
-class Section:
-    """The figures of one setting (detector and learning rate), and what is to say about them."""
+class Figures:
+    """Makes the plots of one study. Arms keep their colour, by their place in the study, in all of them."""
 
-    title: str
-    scores: list[Figure]
-    curves: list[Figure]
-    examples: list[Figure]
-    note: str
+    def __init__(self, study: Study, outcomes: Sequence[Outcome], rows: Sequence[Row]):
+        self.study = study
+        self.rows = rows
+        self.series = [plots.Series(arm.name, index) for index, arm in enumerate(study.arms)]
+        self.color = {series.name: series.color_index for series in self.series}
+        self.families = {
+            baseline: [one for one in self.series if study.baseline_of(one.name) == baseline]
+            for baseline in dict.fromkeys(study.baseline_of(arm.name) for arm in study.arms)
+        }
+        self.finals = [o for o in outcomes if o.trial.stage == FINAL]
+        self.scores = [(o.trial, defined(measurements(o))) for o in self.finals if o.results]
+        self.detectors = [d.name for d in study.detectors if any(row.detector == d.name for row in rows)]
 
-
-def make_section(study: Study, setting: Setting, outcomes: Sequence[Outcome]) -> Section:
-    """All figures of one setting; pictures that cannot be made are named instead."""
-    here = [
-        outcome for outcome in outcomes if (outcome.trial.detector, outcome.trial.learning_rate) == setting
-    ]
-    finished = [outcome for outcome in here if outcome.results]
-    try:
-        examples, note = _examples(study, finished)
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        examples, note = (
-            [],
-            f"No example pictures: the predictions or the data set cannot be read ({reason}).",
+    def answer(self, answer: Answer) -> Figure:
+        """Every arm's difference to its baseline, with its interval."""
+        groups = {
+            detector: [
+                self._difference(row.arm, row.arm, row.changes[answer.quantity])
+                for row in self.rows
+                if row.detector == detector and answer.quantity in row.changes
+            ]
+            for detector in self.detectors
+        }
+        groups = {detector: lines for detector, lines in groups.items() if lines}
+        label = f"difference to the baseline, {TASKS[answer.quantity.task]} AP"
+        return _themed(
+            f"answer-{answer.quantity.kind.replace(': ', '-')}",
+            f"{answer.question}: difference to the baseline and its 95 % interval.",
+            "; ".join(f"{line.name} {line.value:+.1f}" for lines in groups.values() for line in lines),
+            lambda dark: plots.difference_plot(groups, label, dark),
         )
-    return Section(
-        title=f"{setting[0]}, learning rate {setting[1]:g}",
-        scores=_score_figures(study, finished, outcomes),
-        curves=_curve_figures(study, here),
-        examples=examples,
-        note=note,
-    )
 
+    def clean(self) -> list[Figure]:
+        """AP per arm; against the arms' eps, where all have one."""
+        by_eps = all(arm.eps is not None for arm in self.study.arms)
+        draw = self._radii if by_eps else self._dots
+        return [draw(detector, task) for detector, task in self._measured()]
 
-def _series(study: Study) -> list[Series]:
-    return [Series(arm.name, index) for index, arm in enumerate(study.arms)]
+    def details(self) -> list[Figure]:
+        """AP by object size, and the categories that differ most."""
+        measured = self._measured()
+        return [
+            *(figure for detector, task in measured for figure in self._sizes(detector, task)),
+            *(figure for detector, task in measured for figure in self._categories(detector, task)),
+        ]
 
+    def _measured(self) -> list[tuple[str, str]]:
+        """The pairs of detector and task that have an AP."""
+        return [
+            (detector, task)
+            for detector in self.detectors
+            for task in TASKS
+            if any(Quantity(CLEAN, task) in row.scores for row in self.rows if row.detector == detector)
+        ]
 
-def _score_figures(study: Study, here: Sequence[Outcome], everywhere: Sequence[Outcome]) -> list[Figure]:
-    """Box and mask AP per arm, on the same scale in every setting."""
-    figures = []
-    for column in ("box AP", "mask AP"):
-        scores = [(outcome.trial.arm, scores_of(outcome.results["metrics"]).get(column)) for outcome in here]
-        values = [[v for arm, v in scores if arm == name.name and v is not None] for name in _series(study)]
-        if any(values):
-            limits = _limits([scores_of(o.results["metrics"]).get(column) for o in everywhere if o.results])
-            alt = f"{column} of each arm: one dot per seed, a bar at the mean"
-            label = f"{column} (%)"
-            figures.append(
+    def _dots(self, detector: str, task: str) -> Figure:
+        quantity = Quantity(CLEAN, task)
+        values = [self._values(detector, arm.name, quantity) for arm in self.study.arms]
+        limits = _limits([value for numbers in values for value in numbers])
+        return _themed(
+            f"clean-{detector}-{task}",
+            f"{detector}: {TASKS[task]} AP of each arm; a dot per seed, a bar at the mean.",
+            _spoken(self.series, values),
+            lambda dark: plots.dot_plot(self.series, values, f"{TASKS[task]} AP (%)", limits, dark),
+        )
+
+    def _radii(self, detector: str, task: str) -> Figure:
+        eps = {arm.name: arm.eps for arm in self.study.arms}
+        families = {
+            f"compared with {baseline}": [
+                (series, eps[series.name], self._values(detector, series.name, Quantity(CLEAN, task)))
+                for series in members
+            ]
+            for baseline, members in self.families.items()
+        }
+        families = {
+            name: members for name, members in families.items() if any(values for _, _, values in members)
+        }
+        every = [member for members in families.values() for member in members]
+        labels = ("eps that the backbone was trained with", f"{TASKS[task]} AP (%)")
+        return _themed(
+            f"clean-{detector}-{task}",
+            f"{detector}: {TASKS[task]} AP against the backbone's training eps; a dot per seed, the line "
+            "joins the means.",
+            _spoken([series for series, _, _ in every], [values for _, _, values in every]),
+            lambda dark: plots.radius_plot(families, labels, dark),
+        )
+
+    def _sizes(self, detector: str, task: str) -> list[Figure]:
+        found = []
+        for baseline, series in self.families.items():
+            values = [
+                [self._values(detector, arm.name, Quantity(CLEAN, task, metric)) for metric in SIZES.values()]
+                for arm in series
+            ]
+            if any(numbers for of_arm in values for numbers in of_arm):
+                spoken = [_spoken(series, column) for column in zip(*values, strict=True)]
+                found.append(
+                    _themed(
+                        f"sizes-{detector}-{task}{self._suffix(baseline)}",
+                        f"{detector}: {TASKS[task]} AP by object size; a dot per seed, a bar at the mean.",
+                        "; ".join(f"{size}: {text}" for size, text in zip(SIZES, spoken, strict=True)),
+                        lambda dark, series=series, values=values: plots.group_plot(
+                            series, list(SIZES), values, f"{TASKS[task]} AP (%)", dark
+                        ),
+                    )
+                )
+        return found
+
+    def _categories(self, detector: str, task: str) -> list[Figure]:
+        """Per arm the categories that gain and lose most against the baseline."""
+        found = []
+        for row in self.rows:
+            changes = {
+                quantity.metric.removeprefix("AP-"): change
+                for quantity, change in row.changes.items()
+                if (quantity.kind, quantity.task) == (CLEAN, task) and quantity.metric.startswith("AP-")
+            }
+            if row.detector != detector or len(changes) < 2:
+                continue
+            ordered = sorted(changes, key=lambda name: -changes[name].differences.mean)
+            shown, which = ordered, "all categories"
+            if len(ordered) > 2 * CATEGORIES:
+                shown = ordered[:CATEGORIES] + ordered[-CATEGORIES:]
+                which = f"the {CATEGORIES} categories of {len(ordered)} that gain and that lose most"
+            lines = [self._difference(name, row.arm, changes[name]) for name in shown]
+            found.append(
                 _themed(
-                    lambda dark, v=values, k=label, x=limits: dot_plot(_series(study), v, k, x, dark), alt
+                    f"categories-{detector}-{task}-{row.arm}",
+                    f"{detector}: {TASKS[task]} AP of {row.arm} minus {row.baseline}, {which}.",
+                    ", ".join(f"{line.name} {line.value:+.1f}" for line in lines),
+                    lambda dark, lines=lines: plots.difference_plot(
+                        {"": lines}, f"difference in {TASKS[task]} AP", dark
+                    ),
                 )
             )
-    return figures
+        return found
+
+    def attack(self) -> list[Figure]:
+        """AP against the attack's eps, with random noise of the same size."""
+        return [
+            self._attack(detector, task, condition, levels, baseline)
+            for detector in self.detectors
+            for task in TASKS
+            for condition, levels in attack_conditions(
+                [row for row in self.rows if row.detector == detector], task
+            ).items()
+            for baseline in self.families
+        ]
+
+    def _attack(
+        self, detector: str, task: str, condition: str, levels: Sequence[float], baseline: str
+    ) -> Figure:
+        series = self.families[baseline]
+        points, noises = [], []
+        for arm in series:
+            unattacked = self._values(
+                detector, arm.name, Quantity(UNATTACKED, task, "AP", condition, levels[0])
+            )
+            attacked, noise = (
+                {0.0: unattacked}
+                | {
+                    eps: self._values(detector, arm.name, Quantity(kind, task, "AP", condition, eps))
+                    for eps in levels
+                }
+                for kind in (ATTACK, NOISE)
+            )
+            points.append({eps: values for eps, values in attacked.items() if values})
+            means = {eps: fmean(values) for eps, values in noise.items() if values}
+            noises.append(means if len(means) > 1 else {})
+        norm, _, loss = condition.partition(", ")
+        unit = ", in 1/255" if norm == "linf" else ""
+        labels = (f"eps of the attack{unit}", f"{TASKS[task]} AP (%)")
+        dotted = " Dotted: random noise of the same size." if any(noises) else ""
+        return _themed(
+            f"attack-{detector}-{task}-{norm}-{loss}{self._suffix(baseline)}",
+            f"{detector}: {TASKS[task]} AP under {condition_name(condition)}; lines at the mean over seeds, "
+            f"bands from the least to the greatest.{dotted}",
+            "; ".join(
+                f"eps {eps:g}: {_spoken(series, [at.get(eps, []) for at in points])}" for eps in [0, *levels]
+            ),
+            lambda dark: plots.line_plot(series, points, noises, labels, dark),
+        )
+
+    def curves(self) -> list[Figure]:
+        """The training loss of every final trial, also of unfinished ones."""
+        found = []
+        for detector in self.study.detectors:
+            here = [o for o in self.finals if o.trial.detector == detector.name]
+            for baseline, series in self.families.items():
+                curves = [
+                    [curve for o in here if o.trial.arm == arm.name and (curve := _loss_curve(o.folder))[0]]
+                    for arm in series
+                ]
+                if any(curves):
+                    found.append(
+                        _themed(
+                            f"training-{detector.name}{self._suffix(baseline)}",
+                            f"{detector.name}: total training loss; a line per seed.",
+                            f"total training loss of {detector.name} against the iteration",
+                            lambda dark, series=series, curves=curves: plots.curve_plot(series, curves, dark),
+                        )
+                    )
+        return found
+
+    def _difference(self, name: str, arm: str, change: Change) -> plots.Difference:
+        ends = (change.interval.low, change.interval.high) if change.interval else (None, None)
+        return plots.Difference(name, self.color[arm], change.differences.mean, *ends)
+
+    def _values(self, detector: str, arm: str, quantity: Quantity) -> list[float]:
+        """Of the quantity, one per seed that has it."""
+        return [
+            measured[quantity]
+            for trial, measured in self.scores
+            if (trial.detector, trial.arm) == (detector, arm) and quantity in measured
+        ]
+
+    def _suffix(self, baseline: str) -> str:
+        return f"-{baseline}" if len(self.families) > 1 else ""
 
 
-def _limits(values: Sequence[float | None]) -> tuple[float, float]:
+def _spoken(series: Sequence[plots.Series], values: Sequence[Sequence[float]]) -> str:
+    """The mean of each arm, for those who do not see the plot."""
+    pairs = zip(series, values, strict=True)
+    return ", ".join(f"{arm.name} {fmean(numbers):.1f}" for arm, numbers in pairs if numbers)
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
     """An axis that holds all values with some room, at least two points of AP wide."""
-    numbers = [value for value in values if value is not None]
-    low, high = min(numbers), max(numbers)
+    low, high = min(values), max(values)
     margin = max(0.12 * (high - low), 1.0)
     return max(low - margin, 0.0) - 0.02 * margin, high + margin
-
-
-def _curve_figures(study: Study, here: Sequence[Outcome]) -> list[Figure]:
-    curves = [
-        [curve for o in here if o.trial.arm == arm.name and (curve := _loss_curve(o.folder))[0]]
-        for arm in study.arms
-    ]
-    if not any(curves):
-        return []
-    alt = "total training loss against the iteration, one line per seed"
-    return [_themed(lambda dark: curve_plot(_series(study), curves, dark), alt)]
 
 
 def _loss_curve(folder: Path) -> tuple[list[int], list[float]]:
@@ -129,49 +299,5 @@ def _loss_curve(folder: Path) -> tuple[list[int], list[float]]:
     return sorted(losses), [losses[iteration] for iteration in sorted(losses)]
 
 
-def _examples(study: Study, finished: Sequence[Outcome]) -> tuple[list[Figure], str]:
-    """Ground truth beside the predictions of every arm, from the seed that most arms have finished."""
-    by_seed = {seed: [o for o in finished if o.trial.seed == seed] for seed in study.seeds}
-    seed, shown = max(by_seed.items(), key=lambda item: len(item[1]))  # the first of equals
-    if not shown:
-        return [], "No example pictures: no trial has finished here."
-    dataset = shown[0].results["datasets"][0]
-    coco = load_coco(dataset["json_file"])
-    image_ids = spread_image_ids(coco, EXAMPLES)
-    detections = {
-        o.trial.arm: load_predictions(_dataset(o, dataset)["predictions"], image_ids) for o in shown
-    }
-    figures = []
-    for image_id in image_ids:
-        image = load_image(coco, dataset["image_root"], image_id)
-        truth = ground_truth_instances(coco, image_id)
-        pictures, captions = [draw_instances(image, truth)], [f"ground truth: {len(truth)}"]
-        for arm, of_image in detections.items():
-            predicted = predicted_instances(coco, of_image[image_id], SCORE_THRESHOLD)
-            pictures.append(draw_instances(image, predicted))
-            captions.append(f"{arm}: {len(predicted)}")
-        figures.append(
-            _jpeg(panel(pictures, captions), alt=f"image {image_id}: {'; '.join(captions)} objects")
-        )
-    return figures, f"Seed {seed}; images {', '.join(map(str, image_ids))} of {dataset['name']}."
-
-
-def _dataset(outcome: Outcome, wanted: dict[str, Any]) -> dict[str, Any]:
-    for dataset in outcome.results["datasets"]:
-        if dataset["json_file"] == wanted["json_file"]:
-            return dataset
-    raise ValueError(f"{outcome.trial.name} was not evaluated on {wanted['name']}")
-
-
-def _themed(plot: Callable[[bool], bytes], alt: str) -> Figure:
-    return Figure(_data_uri("image/svg+xml", plot(False)), alt, dark=_data_uri("image/svg+xml", plot(True)))
-
-
-def _jpeg(picture: Image.Image, alt: str) -> Figure:
-    stream = io.BytesIO()
-    picture.save(stream, format="JPEG", quality=85)
-    return Figure(_data_uri("image/jpeg", stream.getvalue()), alt)
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def _themed(name: str, caption: str, alt: str, plot: Callable[[bool], bytes]) -> Figure:
+    return Figure(name, caption, alt, "image/svg+xml", plot(False), plot(True))

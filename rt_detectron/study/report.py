@@ -1,96 +1,111 @@
-"""The report of a study: results.json, results.csv and a self-contained report.html."""
+"""The report of a study: a self-contained report.html, and its numbers and tables as files beside it."""
 
+import base64
 import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from tabulate import tabulate
 
-from rt_detectron.study.figures import SCORE_THRESHOLD, make_section
+from rt_detectron.files import replaced_atomically
+from rt_detectron.study.examples import SCORE_THRESHOLD, attacked, best_and_worst
+from rt_detectron.study.figures import Figure, Figures
 from rt_detectron.study.grid import Study
+from rt_detectron.study.measurements import ATTACK, CLEAN, CORRUPTION, TASKS, Quantity, measurements
 from rt_detectron.study.record import Outcome, write_atomically
-from rt_detectron.study.statistics import METRICS, Row, Setting, Summary, aggregate, is_number, scores_of
+from rt_detectron.study.selection import choose
+from rt_detectron.study.statistics import Row
+from rt_detectron.study.table import study_table
+from rt_detectron.study.tables import latex, make_tables, markdown, terminal_table
+from rt_detectron.study.words import answers, cautions
 
-_FEW_SEEDS = 5
+__all__ = ["study_table", "terminal_table", "write_report"]
+
+_TABLE_NOTE = "AP in percent, mean ± sample standard deviation over seeds."
+_PLAIN_NOTE = f"{_TABLE_NOTE} Δ: difference to the baseline, paired by seed, with its 95 % interval."
+_CHAPTERS = {CLEAN: "Clean images", ATTACK: "Under attack", CORRUPTION: "Under corruption"}
+_SUFFIXES = {"image/svg+xml": "svg", "image/jpeg": "jpg"}
 
 
 def write_report(study: Study, outcomes: Sequence[Outcome], output: Path, command: str) -> Path:
-    """Write the three files into ``output`` from what the trials left; gives the path of report.html.
+    """Write the report into ``output`` from what the trials left; gives the path of report.html.
 
-    ``command`` is the line that makes the study again, as shown in the report.
+    Beside it: results.json (all trials and the table), results.csv (one line per trial and number),
+    tables.md, tables.tex, and figures/ (those of the page, as files).
+
+    Args:
+        outcomes: of all stages; trials that are missing are named in the report.
+        command: the line that makes the study again, or what is missing of it, as shown in the report.
     """
     rows = study_table(study, outcomes)
+    choices = choose(study, outcomes)
+    tables = make_tables(rows)
     trials = [_trial_record(outcome) for outcome in outcomes]
-    table = [asdict(row) for row in rows]
-    content = {"study": asdict(study), "command": command, "trials": trials, "table": table}
+    found = answers(rows)
+    plots = Figures(study, outcomes, rows)
+    chapters = [
+        {
+            "title": title,
+            "tables": [table for table in tables if table.kind == kind],
+            "figures": {CLEAN: plots.clean, ATTACK: plots.attack}.get(kind, list)(),
+            "details": plots.details() if kind == CLEAN else [],
+        }
+        for kind, title in _CHAPTERS.items()
+    ]
+    examples, example_notes = best_and_worst(rows, outcomes)
+    pictures, picture_notes = attacked(outcomes)
+    page = {
+        "study": study,
+        "command": command,
+        "families": plots.families,
+        "trials": trials,
+        "missing": study.count_trials() - sum(outcome.error is None for outcome in outcomes),
+        "wanted": study.count_trials(),
+        "answers": [(answer, plots.answer(answer)) for answer in found],
+        "cautions": cautions(rows, choices),
+        "choices": choices,
+        "table_note": _TABLE_NOTE,
+        "chapters": [chapter for chapter in chapters if chapter["tables"]],
+        "attacks": _attack_settings(outcomes),
+        "examples": examples,
+        "pictures": pictures,
+        "picture_notes": example_notes + picture_notes,
+        "curves": plots.curves(),
+        "score_threshold": SCORE_THRESHOLD,
+        "versions": _versions(outcomes),
+        "options": dict.fromkeys(" ".join(outcome.trial.opts) or "none" for outcome in outcomes),
+        "uri": _data_uri,
+    }
+    content = {"study": asdict(study), "command": command, "trials": trials, "table": _records(rows)}
     # NaN is no JSON: _without_nan gives null, and allow_nan=False proves it.
     write_atomically(output / "results.json", json.dumps(_without_nan(content), indent=2, allow_nan=False))
     write_atomically(output / "results.csv", _csv(outcomes))
-    html = _template().render(
-        study=study,
-        command=command,
-        trials=trials,
-        versions=_versions(outcomes),
-        options=dict.fromkeys(" ".join(outcome.trial.opts) or "none" for outcome in outcomes),
-        sentences=[_sentence(row, study.baseline) for row in rows if row.change],
-        caution=_caution(study, rows),
-        columns=_columns(rows),
-        rows=rows,
-        cell=_format_summary,
-        change=lambda summary: _format_summary(summary, signed=True),
-        sections=[make_section(study, setting, outcomes) for setting in _settings(study)],
-        score_threshold=SCORE_THRESHOLD,
-    )
-    write_atomically(output / "report.html", html)
+    write_atomically(output / "tables.md", markdown(tables, _PLAIN_NOTE))
+    write_atomically(output / "tables.tex", latex(tables, _PLAIN_NOTE))
+    _write_figures(output / "figures", page)
+    write_atomically(output / "report.html", _template().render(page))
     return output / "report.html"
 
 
-def study_table(study: Study, outcomes: Sequence[Outcome]) -> list[Row]:
-    """The aggregated rows of the finished trials, setting by setting, arms in the study's order."""
-    scores: dict[Setting, dict[str, dict[int, dict[str, float]]]] = {
-        setting: {arm.name: {} for arm in study.arms} for setting in _settings(study)
-    }
-    for outcome in outcomes:
-        if outcome.results:
-            trial = outcome.trial
-            by_seed = scores[trial.detector, trial.learning_rate][trial.arm]
-            by_seed[trial.seed] = scores_of(outcome.results["metrics"])
-    return aggregate(scores, study.baseline)
-
-
-def terminal_table(rows: Sequence[Row]) -> str:
-    """The rows as plain text: mean and standard deviation, then the difference to the baseline."""
-    columns = [column for column in ("box AP", "box AP50", "mask AP") if column in _columns(rows)]
-    lines = []
-    for row in rows:
-        cells = [f"{row.arm}", row.detector, f"{row.learning_rate:g}", len(row.seeds)]
-        for column in columns:
-            cells += [
-                _format_summary(row.score.get(column)),
-                _format_summary(row.change.get(column), signed=True),
-            ]
-        lines.append(cells)
-    headers = ["arm", "detector", "lr", "seeds", *(text for c in columns for text in (c, "to baseline"))]
-    return tabulate(lines, headers, disable_numparse=True)
-
-
-def _settings(study: Study) -> list[Setting]:
-    return [(detector.name, rate) for detector in study.detectors for rate in study.learning_rates]
-
-
-def _columns(rows: Sequence[Row]) -> list[str]:
-    return [column for column in METRICS.values() if any(column in row.score for row in rows)]
+def _write_figures(folder: Path, page: dict[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    figures: list[Figure] = [figure for _, figure in page["answers"]]
+    figures += [figure for chapter in page["chapters"] for figure in chapter["figures"] + chapter["details"]]
+    for figure in figures + page["examples"] + page["pictures"] + page["curves"]:
+        with replaced_atomically(folder / f"{figure.name}.{_SUFFIXES[figure.kind]}") as temporary:
+            Path(temporary).write_bytes(figure.light)
 
 
 def _trial_record(outcome: Outcome) -> dict[str, Any]:
-    status = "finished" if outcome.results else "missing"
-    if outcome.results and "box AP" not in scores_of(outcome.results["metrics"]):
+    status = "finished"
+    if outcome.error or outcome.results is None:
+        status = "missing"
+    elif not any(measurements(outcome).get(Quantity(CLEAN, task)) is not None for task in TASKS):
         status = "without AP"
     return {
         **outcome.trial.specification(),
@@ -99,7 +114,31 @@ def _trial_record(outcome: Outcome) -> dict[str, Any]:
         "status": status,
         "error": outcome.error,
         "results": outcome.results,
+        "robustness": outcome.robustness,
     }
+
+
+def _records(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """One entry per arm, detector and quantity; categories are in results.csv only."""
+    records = []
+    for row in rows:
+        for quantity, score in row.scores.items():
+            if quantity.metric.startswith("AP-"):
+                continue
+            change = row.changes.get(quantity)
+            records.append(
+                {
+                    "arm": row.arm,
+                    "detector": row.detector,
+                    "baseline": row.baseline,
+                    "learning_rate": row.learning_rate,
+                    "seeds": row.seeds,
+                    **asdict(quantity),
+                    **asdict(score),
+                    "change": {**asdict(change), "verdict": change.verdict} if change else None,
+                }
+            )
+    return records
 
 
 def _without_nan(value: Any) -> Any:
@@ -111,19 +150,25 @@ def _without_nan(value: Any) -> Any:
 
 
 def _csv(outcomes: Sequence[Outcome]) -> str:
-    """One line per trial and metric; an undefined value is empty."""
+    """One line per trial and number; an undefined value is empty."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["arm", "detector", "learning_rate", "seed", "task", "metric", "value"])
+    trial_columns = ["stage", "arm", "detector", "learning_rate", "seed"]
+    writer.writerow([*trial_columns, "kind", "task", "metric", "condition", "level", "value"])
     for outcome in outcomes:
-        trial = outcome.trial
-        for task, metrics in (outcome.results or {"metrics": {}})["metrics"].items():
-            for metric, value in metrics.items():
-                number = value if is_number(value) else ""
-                writer.writerow(
-                    [trial.arm, trial.detector, trial.learning_rate, trial.seed, task, metric, number]
-                )
+        trial = [getattr(outcome.trial, column) for column in trial_columns]
+        for quantity, value in measurements(outcome).items():
+            writer.writerow([*trial, *asdict(quantity).values(), value])  # None is written as nothing
     return stream.getvalue()
+
+
+def _attack_settings(outcomes: Sequence[Outcome]) -> str:
+    """How the attacks were run, of the first trial that has some."""
+    for outcome in outcomes:
+        for attack in (outcome.robustness or {}).get("attack") or []:
+            restarts = "" if attack["restarts"] == 1 else f", {attack['restarts']} restarts"
+            return f"PGD, {attack['steps']} steps{restarts}, on {attack['images']} images"
+    return ""
 
 
 def _versions(outcomes: Sequence[Outcome]) -> dict[str, str]:
@@ -135,47 +180,11 @@ def _versions(outcomes: Sequence[Outcome]) -> dict[str, str]:
     return {package: ", ".join(sorted(versions)) for package, versions in found.items()}
 
 
-def _format_summary(summary: Summary | None, signed: bool = False) -> str:
-    if summary is None:
-        return "-"
-    spread = "n/a" if summary.sd is None else f"{summary.sd:.2f}"
-    return f"{summary.mean:{'+' if signed else ''}.2f} ± {spread}"
-
-
-def _sentence(row: Row, baseline: str) -> str:
-    """The row's difference to the baseline in plain words."""
-    parts = []
-    for column in ("box AP", "mask AP"):
-        if column in row.change:
-            change, values = row.change[column], row.differences[column]
-            higher = sum(value > 0 for value in values)
-            spread = "" if change.sd is None else f", standard deviation {change.sd:.2f}"
-            parts.append(f"{column} {change.mean:+.2f} (higher with {higher} of {change.n} seeds{spread})")
-    return (
-        f"{row.arm} minus {baseline}, {row.detector} at learning rate {row.learning_rate:g}: "
-        f"{', '.join(parts)}."
-    )
-
-
-def _caution(study: Study, rows: Sequence[Row]) -> str:
-    """What the numbers do not say."""
-    pairs = [change.n for row in rows for change in row.change.values()]
-    if not pairs:
-        return "No arm can be compared with the baseline yet: they share no finished seed."
-    fewest = min(pairs)
-    if fewest == 1:
-        text = "A single seed shows no spread: its difference cannot be told from chance."
-    elif fewest < _FEW_SEEDS:
-        text = f"{fewest} seeds are few: differences of this size may be chance, so no arm is called better."
-    else:
-        text = "Means and spreads are given without a significance test, so no arm is called better."
-    if len(study.learning_rates) > 1:
-        text += " Every learning rate is shown; choosing the best one by these numbers would favour luck."
-    return text
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
-        "report.html.j2"
-    )
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("report.html.j2")

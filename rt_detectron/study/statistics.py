@@ -1,22 +1,19 @@
-"""What the trials of a study say together: means and spreads over seeds, differences paired by seed."""
+"""What the trials of a study say together: means and spreads over seeds, differences with their intervals."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
 
-# (task, metric) as Detectron2's COCO evaluator names them, and the column they fill.
-METRICS: dict[tuple[str, str], str] = {
-    ("bbox", "AP"): "box AP",
-    ("bbox", "AP50"): "box AP50",
-    ("bbox", "AP75"): "box AP75",
-    ("segm", "AP"): "mask AP",
-    ("segm", "AP50"): "mask AP50",
-}
+import numpy as np
+from scipy.special import stdtrit
 
-Setting = tuple[str, float]  # detector, learning rate: what arms are compared at
-Scores = Mapping[int, Mapping[str, float]]  # seed -> column of METRICS -> AP in percent
+from rt_detectron.study.measurements import Quantity
+
+CONFIDENCE = 0.95
+SEEDS, IMAGES = "seeds", "images"  # what an interval is over
+
+Scores = Mapping[int, Mapping[Quantity, float]]  # seed -> what was measured
 
 
 @dataclass(frozen=True)
@@ -29,32 +26,52 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A confidence interval of a difference; ``over`` says which chance it covers, SEEDS or IMAGES."""
+
+    low: float
+    high: float
+    over: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """An arm minus its baseline: the differences seed by seed, and the interval of their mean, if any."""
+
+    differences: Summary
+    interval: Interval | None
+
+    @property
+    def verdict(self) -> str:
+        """By the interval alone: "undecided" where 0 lies in it, or where there is none."""
+        if self.interval is None or self.interval.low <= 0 <= self.interval.high:
+            return "undecided"
+        return "better" if self.interval.low > 0 else "worse"
+
+
+@dataclass(frozen=True)
 class Row:
-    """One arm at one setting, per column of METRICS that it has.
+    """One arm on one detector, at the learning rate chosen for it.
 
     Attributes:
-        differences: arm minus baseline at the same setting, one per seed that both have.
-        change: the summary of ``differences``; missing for the baseline itself and without a common seed.
+        seeds: of the trials that have results.
+        scores: what these measured.
+        changes: to the baseline; empty for the baseline itself. Without a common seed a change is missing.
+        note: why a single seed has no interval; else empty.
     """
 
     arm: str
     detector: str
+    baseline: str
     learning_rate: float
     seeds: tuple[int, ...]
-    score: dict[str, Summary]
-    differences: dict[str, list[float]]
-    change: dict[str, Summary]
+    scores: dict[Quantity, Summary]
+    changes: dict[Quantity, Change]
+    note: str = ""
 
-
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number. Detectron2 gives NaN where AP is undefined: that is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def scores_of(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """A trial's defined METRICS by column, from task -> metric -> value."""
-    values = {column: metrics.get(task, {}).get(metric) for (task, metric), column in METRICS.items()}
-    return {column: float(value) for column, value in values.items() if is_number(value)}
+    @property
+    def is_baseline(self) -> bool:
+        return self.arm == self.baseline
 
 
 def summarize(values: Sequence[float]) -> Summary:
@@ -62,35 +79,47 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(len(values), fmean(values), stdev(values) if len(values) > 1 else None)
 
 
-def paired_differences(scores: Scores, baseline: Scores, column: str) -> list[float]:
+def t_interval(differences: Summary) -> Interval | None:
+    """Student's interval of the mean of paired differences; None for one alone.
+
+    It takes the differences for draws of one normal distribution: other seeds, the same test images.
+    """
+    if differences.sd is None:
+        return None
+    quantile = float(stdtrit(differences.n - 1, (1 + CONFIDENCE) / 2))
+    half = quantile * differences.sd / math.sqrt(differences.n)
+    return Interval(differences.mean - half, differences.mean + half, SEEDS)
+
+
+def percentile_interval(resampled: np.ndarray) -> Interval | None:
+    """The bootstrap's interval from differences on resampled images; None if there are none."""
+    if not len(resampled):
+        return None
+    low, high = np.percentile(resampled, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+    return Interval(float(low), float(high), IMAGES)
+
+
+def paired_differences(scores: Scores, baseline: Scores, quantity: Quantity) -> list[float]:
     """``scores`` minus ``baseline`` for each seed, ascending, that both have a value for."""
     return [
-        scores[seed][column] - baseline[seed][column]
+        scores[seed][quantity] - baseline[seed][quantity]
         for seed in sorted(scores.keys() & baseline.keys())
-        if column in scores[seed] and column in baseline[seed]
+        if quantity in scores[seed] and quantity in baseline[seed]
     ]
 
 
-def aggregate(scores: Mapping[Setting, Mapping[str, Scores]], baseline: str) -> list[Row]:
-    """One row per setting and arm, in the order given; ``scores`` is setting -> arm -> seed -> column."""
-    return [
-        _row(setting, arm, arm_scores, {} if arm == baseline else arms.get(baseline, {}))
-        for setting, arms in scores.items()
-        for arm, arm_scores in arms.items()
-    ]
-
-
-def _row(setting: Setting, arm: str, scores: Scores, baseline: Scores) -> Row:
-    values = {
-        column: [seed[column] for seed in scores.values() if column in seed] for column in METRICS.values()
+def summaries(scores: Scores) -> dict[Quantity, Summary]:
+    """Over the seeds, of everything that one of them has measured."""
+    quantities = dict.fromkeys(quantity for measured in scores.values() for quantity in measured)
+    return {
+        quantity: summarize([measured[quantity] for measured in scores.values() if quantity in measured])
+        for quantity in quantities
     }
-    differences = {column: paired_differences(scores, baseline, column) for column in METRICS.values()}
-    return Row(
-        arm=arm,
-        detector=setting[0],
-        learning_rate=setting[1],
-        seeds=tuple(scores),
-        score={column: summarize(numbers) for column, numbers in values.items() if numbers},
-        differences={column: numbers for column, numbers in differences.items() if numbers},
-        change={column: summarize(numbers) for column, numbers in differences.items() if numbers},
-    )
+
+
+def changes(scores: Scores, baseline: Scores) -> dict[Quantity, Change]:
+    """Of everything that both have measured with the same seed."""
+    quantities = dict.fromkeys(quantity for measured in scores.values() for quantity in measured)
+    paired = {quantity: paired_differences(scores, baseline, quantity) for quantity in quantities}
+    found = {quantity: summarize(numbers) for quantity, numbers in paired.items() if numbers}
+    return {quantity: Change(summary, t_interval(summary)) for quantity, summary in found.items()}

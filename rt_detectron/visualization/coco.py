@@ -22,10 +22,15 @@ def load_coco(json_file: str | Path) -> COCO:
         return COCO(str(json_file))
 
 
+def load_detections(json_file: str | Path) -> list[dict[str, Any]]:
+    """All detections of a file in COCO's results format."""
+    return json.loads(Path(json_file).read_text(encoding="utf-8"))
+
+
 def load_predictions(json_file: str | Path, image_ids: Iterable[int]) -> dict[int, list[dict[str, Any]]]:
     """The detections (COCO results format) of the given images, by image."""
     chosen: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in image_ids}
-    for detection in json.loads(Path(json_file).read_text(encoding="utf-8")):
+    for detection in load_detections(json_file):
         if detection["image_id"] in chosen:
             chosen[detection["image_id"]].append(detection)
     return chosen

@@ -1,13 +1,18 @@
 """Small plots: SVG, drawn for a light or a dark page, and PNG for a light one."""
 
 import io
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rt_detectron.visualization.colors import color_of
+from rt_detectron.visualization.colors import PALETTE, color_of
 
 _RC = {
     "svg.fonttype": "none",  # text stays text: smaller, sharp, readable aloud
@@ -18,6 +23,8 @@ _RC = {
     "axes.spines.right": False,
 }
 _INK = {False: "#3a3f47", True: "#c9ced6"}
+_LEGEND_LETTERS = 52  # that fit beside each other, with the handles counted as five
+_MARKERS, _LINES = ("o", "s", "D", "^"), ("-", "--", "-.", (0, (5, 1, 1, 1)))
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,56 @@ class Series:
 
     name: str
     color_index: int
+
+    @property
+    def style(self) -> dict[str, str]:
+        """Colour, marker and line: beyond the palette's end colours repeat with another marker and line."""
+        again = self.color_index // len(PALETTE) % len(_MARKERS)
+        return {"color": _hex(self.color_index), "marker": _MARKERS[again], "linestyle": _LINES[again]}
+
+    @property
+    def dots(self) -> dict[str, object]:
+        return {**self.style, "linestyle": "", "alpha": 0.7, "markersize": 6, "markeredgewidth": 0}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One line of a :func:`difference_plot`: a value, and the ends of its interval if it has one."""
+
+    name: str
+    color_index: int
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def difference_plot(groups: Mapping[str, Sequence[Difference]], label: str, dark: bool) -> bytes:
+    """Differences with their intervals around a line at 0, group by group, the first on top. Gives an SVG.
+
+    Args:
+        groups: heading -> lines; an only heading is not written.
+        label: of the axis.
+    """
+    lines: list[str | Difference] = []
+    for heading, differences in groups.items():
+        lines += [heading] * (len(groups) > 1) + list(differences)
+    with _axes(dark, height=0.75 + 0.3 * len(lines)) as axes:
+        axes.axvline(0, color=_INK[dark], linewidth=1)
+        for row, line in enumerate(lines):
+            if isinstance(line, str):
+                continue
+            color = _hex(line.color_index)
+            if line.low is not None:
+                axes.plot([line.low, line.high], [row, row], color=color, linewidth=2.5)
+            # An open dot has no interval.
+            axes.plot(line.value, row, "o", color=color, markersize=7, fillstyle=_fill(line.low is not None))
+        names = [line if isinstance(line, str) else line.name for line in lines]
+        _rows_on(axes, names)
+        for text, line in zip(axes.get_yticklabels(), lines, strict=True):
+            text.set_fontweight("bold" if isinstance(line, str) else "normal")
+        axes.margins(x=0.08)
+        axes.set_xlabel(label)
+        return _svg(axes.figure)
 
 
 def dot_plot(
@@ -36,51 +93,133 @@ def dot_plot(
     dark: bool,
 ) -> bytes:
     """One line per series, the first on top: a dot for each value, a bar at their mean. Gives an SVG."""
-    with matplotlib.rc_context(_style(dark)):
-        figure = Figure(figsize=(4.6, 0.9 + 0.42 * len(series)), layout="constrained")
-        axes = figure.subplots()
+    with _axes(dark, height=0.75 + 0.36 * len(series)) as axes:
         for row, (arm, numbers) in enumerate(zip(series, values, strict=True)):
-            color = _hex(arm.color_index)
-            axes.plot(
-                numbers, [row] * len(numbers), "o", color=color, alpha=0.75, markersize=7, markeredgewidth=0
-            )
+            axes.plot(numbers, [row] * len(numbers), **arm.dots)
             if numbers:
-                mean = sum(numbers) / len(numbers)
-                axes.plot([mean, mean], [row - 0.28, row + 0.28], color=color, linewidth=2.5)
-        axes.set_yticks(range(len(series)), [arm.name for arm in series])
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.set_ylim(len(series) - 0.5, -0.5)
+                axes.plot([fmean(numbers)] * 2, [row - 0.28, row + 0.28], color=_hex(arm.color_index), lw=2.5)
+        _rows_on(axes, [arm.name for arm in series])
         axes.set_xlim(*limits)
-        axes.grid(axis="x", alpha=0.2)
         axes.set_xlabel(label)
-        return _svg(figure)
+        return _svg(axes.figure)
+
+
+def group_plot(
+    series: Sequence[Series],
+    groups: Sequence[str],
+    values: Sequence[Sequence[Sequence[float]]],
+    label: str,
+    dark: bool,
+) -> bytes:
+    """Groups side by side, in each a column of dots per series with a bar at their mean. Gives an SVG.
+
+    Args:
+        values: by series, then group, the numbers to show; there may be none.
+    """
+    with _axes(dark, height=2.7) as axes:
+        width = 0.8 / len(series)
+        for number, (arm, of_arm) in enumerate(zip(series, values, strict=True)):
+            name = arm.name
+            for group, numbers in enumerate(of_arm):
+                x = group + (number - (len(series) - 1) / 2) * width
+                axes.plot([x] * len(numbers), numbers, **arm.dots, label=name if numbers else None)
+                if numbers:
+                    name = None  # one legend entry is enough
+                    ends = [x - 0.4 * width, x + 0.4 * width]
+                    axes.plot(ends, [fmean(numbers)] * 2, color=_hex(arm.color_index), lw=2.5)
+        axes.set_xticks(range(len(groups)), groups)
+        axes.tick_params(axis="x", length=0)
+        axes.grid(axis="y", alpha=0.2)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(label)
+        _legend(axes)
+        return _svg(axes.figure)
+
+
+def line_plot(
+    series: Sequence[Series],
+    points: Sequence[Mapping[float, Sequence[float]]],
+    dotted: Sequence[Mapping[float, float]],
+    labels: tuple[str, str],
+    dark: bool,
+) -> bytes:
+    """A line per series through the means at each x, in a band from the least to the greatest. Gives an SVG.
+
+    Args:
+        points: by series, x -> the values there.
+        dotted: by series, x -> one value: a second, thin line.
+        labels: of the axes.
+    """
+    with _axes(dark, height=2.7) as axes:
+        for arm, at, thin in zip(series, points, dotted, strict=True):
+            x = sorted(at)
+            axes.plot(x, [fmean(at[v]) for v in x], **arm.style, markersize=5, label=arm.name if x else None)
+            ends = [min(at[v]) for v in x], [max(at[v]) for v in x]
+            axes.fill_between(x, *ends, color=_hex(arm.color_index), alpha=0.18, linewidth=0)
+            axes.plot(sorted(thin), [thin[v] for v in sorted(thin)], ":", color=_hex(arm.color_index), lw=1.2)
+        axes.grid(alpha=0.2)
+        axes.set_ylim(bottom=0)
+        ticks = sorted({x for at in points for x in at})
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        _legend(axes)
+        return _svg(axes.figure)
+
+
+def radius_plot(
+    families: Mapping[str, Sequence[tuple[Series, float, Sequence[float]]]],
+    labels: tuple[str, str],
+    dark: bool,
+) -> bytes:
+    """Dots above the eps that a series was trained with, joined by a line per family. Gives an SVG.
+
+    Above 0 the axis of eps is logarithmic.
+
+    Args:
+        families: name -> (series, eps, values); the only name is not written.
+        labels: of the axes.
+    """
+    with _axes(dark, height=2.7) as axes:
+        every = sorted({eps for members in families.values() for _, eps, _ in members})
+        for (name, members), line in zip(families.items(), itertools.cycle(_LINES), strict=False):
+            means = sorted((eps, fmean(values)) for _, eps, values in members if values)
+            axes.plot(*zip(*means, strict=True), color=_INK[dark], ls=line, lw=1.2, alpha=0.6, label=name)
+            for series, eps, values in members:
+                axes.plot([eps] * len(values), values, **series.dots, zorder=3)
+        if positive := [eps for eps in every if eps > 0]:
+            axes.set_xscale("symlog", base=2, linthresh=min(positive))
+            axes.set_xticks(every, [f"{eps:g}" for eps in every])
+            axes.minorticks_off()
+        axes.grid(alpha=0.2)
+        axes.margins(x=0.06, y=0.12)
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        if len(families) > 1:
+            _legend(axes)
+        return _svg(axes.figure)
 
 
 def curve_plot(
     series: Sequence[Series], curves: Sequence[Sequence[tuple[Sequence[float], Sequence[float]]]], dark: bool
 ) -> bytes:
     """Training loss against iterations, one line per run (x values, y values) of a series. Gives an SVG."""
-    with matplotlib.rc_context(_style(dark)):
-        figure = Figure(figsize=(4.6, 2.8), layout="constrained")
-        axes = figure.subplots()
+    with _axes(dark, height=2.7) as axes:
         for arm, runs in zip(series, curves, strict=True):
             for number, (x, y) in enumerate(runs):
-                name = arm.name if number == 0 else None
-                axes.plot(x, y, color=_hex(arm.color_index), linewidth=1.3, alpha=0.85, label=name)
+                style = {**arm.style, "marker": "", "label": arm.name if number == 0 else None}
+                axes.plot(x, y, **style, linewidth=1.2, alpha=0.8)
         axes.grid(alpha=0.2)
         axes.set_xlabel("iteration")
         axes.set_ylabel("total loss")
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False)
-        return _svg(figure)
+        _legend(axes)
+        return _svg(axes.figure)
 
 
 def accuracy_plot(eps: Sequence[float], accuracy: Sequence[float], trained_eps: float, label: str) -> bytes:
     """Accuracy in percent over ``eps`` on a logarithmic axis with 0, ``trained_eps`` marked. Gives a PNG."""
-    with matplotlib.rc_context(_style(dark=False)):
-        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-        axes = figure.subplots()
+    with _axes(dark=False, height=3.4, width=5.2) as axes:
         axes.plot(eps, accuracy, "o-", color=_hex(0), linewidth=1.8, markersize=5)
         axes.axvline(trained_eps, color=_INK[False], linewidth=1, linestyle=":")
         axes.annotate(f" eps {trained_eps:g}", (trained_eps, 97))
@@ -92,14 +231,40 @@ def accuracy_plot(eps: Sequence[float], accuracy: Sequence[float], trained_eps: 
         axes.set_xlabel(label)
         axes.set_ylabel("accuracy, %")
         stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
+        axes.figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
         return stream.getvalue()
 
 
-def _style(dark: bool) -> dict[str, object]:
-    ink = _INK[dark]
+@contextmanager
+def _axes(dark: bool, height: float, width: float = 4.6) -> Iterator[Axes]:
+    """The axes of a figure, by default as wide as a phone shows it readably; sizes in inches."""
     keys = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-    return {**_RC, **dict.fromkeys(keys, ink)}
+    with matplotlib.rc_context({**_RC, **dict.fromkeys(keys, _INK[dark])}):
+        yield Figure(figsize=(width, height), layout="constrained").subplots()
+
+
+def _rows_on(axes: Axes, names: Sequence[str]) -> None:
+    """Makes the y axis a list of names, the first on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.2)
+
+
+def _legend(axes: Axes) -> None:
+    """A legend above the axes, for which the figure grows."""
+    figure = axes.figure
+    handles, names = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    columns = min(max(1, _LEGEND_LETTERS // (max(map(len, names)) + 5)), 4, len(names))
+    figure.set_figheight(figure.get_figheight() + 0.21 * math.ceil(len(names) / columns))
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False, handlelength=1.4)
+
+
+def _fill(filled: bool) -> str:
+    return "full" if filled else "none"
 
 
 def _hex(index: int) -> str:

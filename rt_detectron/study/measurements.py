@@ -1,0 +1,93 @@
+"""Every number that a trial measured, by what it is: AP on clean, attacked and corrupted images."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from rt_detectron.study.record import Outcome
+
+TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}  # Detectron2's names, and what people say
+
+CLEAN = "clean"  # the whole test set
+ATTACK, NOISE, UNATTACKED = "attack", "noise", "attack: clean"  # all three on the attack's images
+CORRUPTION, UNCORRUPTED = "corruption", "corruption: clean"
+MEAN_ATTACK = "attack: mean"  # over all norms, eps and losses that were asked for
+MPC, RPC = "mPC", "rPC"  # mean AP under corruption, and its percentage of the AP without
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a number measures.
+
+    Attributes:
+        kind: CLEAN, ATTACK, ...
+        condition: of an attack its norm and loss, "l2, all"; of a corruption its name; else empty.
+        level: of an attack its eps, of a corruption its severity; None for a mean over severities, and
+            where there are none.
+        task: "bbox", "segm" or "keypoints".
+        metric: as Detectron2 names it: "AP", "AP50", "APs", "AP-person".
+    """
+
+    kind: str
+    task: str = "bbox"
+    metric: str = "AP"
+    condition: str = ""
+    level: float | None = None
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite number. Undefined AP is NaN or null, by who wrote it: that is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def measurements(outcome: Outcome) -> dict[Quantity, float | None]:
+    """All that the trial measured, in the files' order; None where it is undefined."""
+    found = dict(_of(CLEAN, outcome.results["metrics"])) if outcome.results else {}
+    robustness = outcome.robustness or {}
+    for attack in robustness.get("attack") or []:
+        condition = f"{attack['norm']}, {attack['loss']}"
+        for kind, key in ((UNATTACKED, "clean"), (ATTACK, "metrics"), (NOISE, "noise")):
+            found.update(_of(kind, attack[key] or {}, condition, attack["eps"]))
+    found.update(_mean(found, ATTACK, MEAN_ATTACK))
+    corruption = robustness.get("corruption")
+    if corruption:
+        found.update(_of(UNCORRUPTED, corruption["clean"]))
+        for kind in (MPC, RPC):
+            found.update(_of(kind, {task: {"AP": value} for task, value in corruption[kind].items()}))
+        for result in corruption["results"]:
+            found.update(_of(CORRUPTION, result["metrics"], result["corruption"], result["severity"]))
+        for name in dict.fromkeys(result["corruption"] for result in corruption["results"]):
+            found.update(_mean(found, CORRUPTION, CORRUPTION, name))
+    return found
+
+
+def defined(values: Mapping[Quantity, float | None]) -> dict[Quantity, float]:
+    return {quantity: value for quantity, value in values.items() if value is not None}
+
+
+def _of(
+    kind: str, metrics: Mapping[str, Mapping[str, Any]], condition: str = "", level: float | None = None
+) -> Iterator[tuple[Quantity, float | None]]:
+    """From task -> metric -> value. (Of several test sets Detectron2 nests one deeper: that is skipped.)"""
+    for task, values in metrics.items():
+        for metric, value in values.items():
+            if not isinstance(value, Mapping):
+                quantity = Quantity(kind, task, metric, condition, level)
+                yield quantity, float(value) if is_number(value) else None
+
+
+def _mean(
+    found: Mapping[Quantity, float | None], kind: str, mean_kind: str, condition: str | None = None
+) -> Iterator[tuple[Quantity, float | None]]:
+    """The mean AP of each task over levels, and conditions if none is given; None if one is undefined."""
+    for task in TASKS:
+        values = [
+            value
+            for quantity, value in found.items()
+            if (quantity.kind, quantity.task, quantity.metric) == (kind, task, "AP")
+            and condition in (None, quantity.condition)
+        ]
+        if values:
+            yield Quantity(mean_kind, task, "AP", condition or ""), None if None in values else fmean(values)

@@ -1,0 +1,163 @@
+import contextlib
+import copy
+import io
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from rt_detectron.study.bootstrap import average_precision, resampled_differences
+from rt_detectron.study.matching import match
+
+IMAGES, SIDE = 8, 100
+
+
+def random_set(seed, images=IMAGES, categories=3):
+    """Ground truth with crowds and an empty image; detections near objects and elsewhere, no score twice."""
+    generator = np.random.default_rng(seed)
+    truth = {
+        "images": [{"id": 10 * i, "width": SIDE, "height": SIDE} for i in range(images)],
+        "categories": [{"id": 5 * c + 1, "name": f"c{c}"} for c in range(categories)],
+        "annotations": [],
+    }
+    detections = []
+    for image in range(images - 1):
+        for _ in range(generator.integers(1, 6)):
+            box = [*generator.uniform(0, 60, 2), *generator.uniform(5, 40, 2)]
+            category = int(5 * generator.integers(categories) + 1)
+            truth["annotations"].append(
+                {
+                    "id": len(truth["annotations"]) + 1,
+                    "image_id": 10 * image,
+                    "category_id": category,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": int(generator.random() < 0.15),
+                    "segmentation": [polygon(box)],
+                }
+            )
+            for _ in range(generator.integers(0, 3)):
+                near = (np.asarray(box) + generator.normal(0, 2, 4)).clip(1).tolist()
+                detections.append(detection(10 * image, category, near, generator))
+        for _ in range(generator.integers(0, 3)):
+            box = [*generator.uniform(0, 60, 2), *generator.uniform(5, 40, 2)]
+            detections.append(
+                detection(10 * image, int(5 * generator.integers(categories) + 1), box, generator)
+            )
+    return truth, detections
+
+
+def polygon(box):
+    x, y, width, height = box
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
+
+
+def detection(image, category, box, generator):
+    score = float(generator.uniform(0.05, 1))
+    return {
+        "image_id": image,
+        "category_id": category,
+        "bbox": list(map(float, box)),
+        "score": score,
+        "segmentation": [polygon(box)],
+    }
+
+
+def index(truth):
+    coco = COCO()
+    coco.dataset = copy.deepcopy(truth)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def pycocotools_ap(truth, detections, task="bbox"):
+    coco = index(truth)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOeval(coco, coco.loadRes(copy.deepcopy(detections)), task)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return 100 * evaluator.stats[0]
+
+
+def duplicated(truth, detections, counts):
+    """The data set in which the image at each position really is there ``counts`` times."""
+    copies = {"images": [], "annotations": [], "categories": truth["categories"]}
+    found = []
+    for image, count in zip(truth["images"], counts, strict=True):
+        for _ in range(count):
+            new = len(copies["images"]) + 1
+            copies["images"].append({**image, "id": new})
+            for annotation in truth["annotations"]:
+                if annotation["image_id"] == image["id"]:
+                    number = len(copies["annotations"]) + 1
+                    copies["annotations"].append({**annotation, "id": number, "image_id": new})
+            found += [{**d, "image_id": new} for d in detections if d["image_id"] == image["id"]]
+    return copies, found
+
+
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_each_image_once_is_pycocotools_ap(task, seed):
+    truth, detections = random_set(seed)
+    ap = average_precision(match(index(truth), detections, task), np.ones((IMAGES, 1), int))
+    expected = pycocotools_ap(truth, detections, task)
+    assert 5 < expected < 95
+    assert ap == pytest.approx([expected], abs=1e-9)
+
+
+def test_a_resample_is_the_data_set_with_its_images_repeated():
+    truth, detections = random_set(3)
+    counts = np.random.default_rng(0).multinomial(IMAGES, np.full(IMAGES, 1 / IMAGES), size=6).T
+    expected = [pycocotools_ap(*duplicated(truth, detections, column)) for column in counts.T]
+    assert np.ptp(expected) > 5
+    found = average_precision(match(index(truth), detections, "bbox"), counts)
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_many_objects_of_one_category():
+    """More than 100 hits: every recall threshold falls between two of them somewhere."""
+    truth, detections = random_set(4, images=90, categories=1)
+    ap = average_precision(match(index(truth), detections, "bbox"), np.ones((90, 1), int))
+    assert ap == pytest.approx([pycocotools_ap(truth, detections)], abs=1e-9)
+
+
+def test_a_resample_without_objects_has_no_ap():
+    truth, detections = random_set(1)
+    counts = np.zeros((IMAGES, 2), int)
+    counts[-1] = IMAGES  # the empty image only
+    counts[0, 1] = 1
+    ap = average_precision(match(index(truth), detections, "bbox"), counts)
+    assert np.isnan(ap).tolist() == [True, False]
+
+
+def test_nothing_detected_is_an_ap_of_zero():
+    truth, _ = random_set(1)
+    assert average_precision(match(index(truth), [], "bbox"), np.ones((IMAGES, 1), int)) == [0.0]
+
+
+def test_resampling_is_paired_and_seeded():
+    truth, detections = random_set(5)
+    worse = [{**d, "score": 1 - d["score"]} for d in detections]
+    first, second = (match(index(truth), d, "bbox") for d in (detections, worse))
+    assert not resampled_differences(first, first, 50).any()  # the same images for both
+    differences = resampled_differences(first, second, 200, seed=1)
+    assert np.array_equal(differences, resampled_differences(first, second, 200, seed=1))
+    assert not np.array_equal(differences, resampled_differences(first, second, 200, seed=2))
+    assert differences.std() > 0
+
+
+def test_batches_change_nothing(monkeypatch):
+    truth, detections = random_set(6)
+    first, second = (match(index(truth), d, "bbox") for d in (detections, detections[::2]))
+    whole = resampled_differences(first, second, 30)
+    monkeypatch.setattr("rt_detectron.study.bootstrap._BATCH_CELLS", 1)
+    assert np.array_equal(resampled_differences(first, second, 30), whole)
+
+
+def test_other_images_cannot_be_paired():
+    first, second = (match(index(truth), d, "bbox") for truth, d in (random_set(1), random_set(1, images=7)))
+    with pytest.raises(ValueError, match="different images"):
+        resampled_differences(first, second)
