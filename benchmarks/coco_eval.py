@@ -22,7 +22,7 @@ from pycocotools import mask as rle_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rt_detectron.errors import one_line_errors
+from rt_detectron.errors import InputError, one_line_errors
 from rt_detectron.evaluation import evaluate_detections
 
 HEIGHT, WIDTH = 480, 640
@@ -117,6 +117,8 @@ def measure(args: argparse.Namespace) -> None:
             dataset, results = json.load(annotations), json.load(predictions)
     else:
         dataset, results = draw(args.images, args.detections, args.kind)
+    if not results:
+        raise InputError(f"{args.predictions}: no detections to evaluate")
     print(f"{args.kind}: {len(dataset['images'])} images, {len(results)} detections, {args.rounds} rounds")
     texts = json.dumps(dataset), json.dumps(results)
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
