@@ -230,7 +230,7 @@ def _detections(coco: COCO, results: list[dict[str, Any]], params) -> Objects:
 def _areas(results: list[dict[str, Any]], shapes: list, task: str) -> list[float]:
     """In pixels, as pycocotools' loadRes() finds them."""
     if task == "segm":
-        return rle_masks.area(shapes).tolist() if shapes else []
+        return [int(rle_masks.area(shape)) for shape in shapes]  # lists beyond 255 fail in pycocotools 2.0.11
     if task == "keypoints" and not results[0].get("bbox"):
         points = np.array(shapes, float).reshape(len(shapes), -1, 3)[..., :2]
         return np.ptp(points, axis=1).prod(axis=1).tolist()
