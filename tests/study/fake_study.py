@@ -48,7 +48,9 @@ def build(
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(json_file))
     pairs = [(arm.name, detector.name) for arm in study.arms for detector in study.detectors]
-    chosen = {(arm, detector): rates[0] if arm == "robust" else rates[len(rates) // 2] for arm, detector in pairs}
+    chosen = {
+        (arm, detector): rates[0] if arm == "robust" else rates[len(rates) // 2] for arm, detector in pairs
+    }
     trials = study.selection_trials() + study.final_trials(chosen)
     return study, [_outcome(trial, folder, coco, json_file, image_root, chosen) for trial in trials]
 
@@ -93,7 +95,11 @@ def _predictions(coco: COCO, quality: float, generator, masks: bool) -> list[dic
         x, y, width, height = annotation["bbox"]
         moved = np.subtract(shift, 0.5) * (1.2 - quality) * 0.5
         box = [x + moved[0] * width, y + moved[1] * height, width * (1 + moved[2]), height * (1 + moved[3])]
-        detection = {"image_id": annotation["image_id"], "category_id": annotation["category_id"], "bbox": box}
+        detection = {
+            "image_id": annotation["image_id"],
+            "category_id": annotation["category_id"],
+            "bbox": box,
+        }
         detection["score"] = score if luck < quality else 0.2 * score
         if masks:
             rle = coco.annToRLE({**annotation, "segmentation": [_polygon(box)]})
@@ -116,7 +122,9 @@ def _metrics(coco: COCO, predictions: list[dict], task: str) -> dict[str, float 
     metrics = dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), evaluator.stats[:6], strict=True))
     for index, category in enumerate(evaluator.params.catIds):
         precision = evaluator.eval["precision"][:, :, index, 0, -1]
-        metrics[f"AP-{coco.cats[category]['name']}"] = precision[precision > -1].mean() if precision.size else -1
+        metrics[f"AP-{coco.cats[category]['name']}"] = (
+            precision[precision > -1].mean() if precision.size else -1
+        )
     return {name: None if not value >= 0 else 100 * float(value) for name, value in metrics.items()}
 
 
@@ -138,7 +146,12 @@ def _robustness(trial: Trial, folder: Path, metrics, coco: COCO, image_root) -> 
         pair.save(folder / "robustness" / "attack.png")
     attack = [
         {
-            **{"norm": "l2", "eps": eps, "loss": loss, "steps": 10, "restarts": 1, "images": 4},
+            "norm": "l2",
+            "eps": eps,
+            "loss": loss,
+            "steps": 10,
+            "restarts": 1,
+            "images": 4,
             "metrics": scaled(np.exp(-fragility * eps * weight)),
             "clean": scaled(1.0),
             "noise": scaled(1 - 0.05 * eps),
@@ -151,7 +164,9 @@ def _robustness(trial: Trial, folder: Path, metrics, coco: COCO, image_root) -> 
         "clean": {"images": len(coco.imgs), "metrics": metrics},
         "attack": attack,
         "corruption": {
-            **{"images": len(coco.imgs), "names": ["gaussian_noise", "fog"], "severities": [2, 4]},
+            "images": len(coco.imgs),
+            "names": ["gaussian_noise", "fog"],
+            "severities": [2, 4],
             "clean": scaled(1.0),
             "results": [
                 {"corruption": name, "severity": severity, "metrics": scaled(mpc + 0.2 * change)}
