@@ -122,9 +122,8 @@ def _metrics(coco: COCO, predictions: list[dict], task: str) -> dict[str, float 
     metrics = dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), evaluator.stats[:6], strict=True))
     for index, category in enumerate(evaluator.params.catIds):
         precision = evaluator.eval["precision"][:, :, index, 0, -1]
-        metrics[f"AP-{coco.cats[category]['name']}"] = (
-            precision[precision > -1].mean() if precision.size else -1
-        )
+        defined = precision[precision > -1]
+        metrics[f"AP-{coco.cats[category]['name']}"] = defined.mean() if defined.size else -1
     return {name: None if not value >= 0 else 100 * float(value) for name, value in metrics.items()}
 
 

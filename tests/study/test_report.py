@@ -1,59 +1,48 @@
 import csv
 import html.parser
+import importlib.util
 import json
-import re
-import shutil
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
-import numpy as np
 import pytest
-from PIL import Image
-from pycocotools import mask as rle_masks
 
-from rt_detectron.study.figures import make_section
+from rt_detectron.study.measurements import ATTACK, CLEAN, Quantity
 from rt_detectron.study.report import study_table, terminal_table, write_report
 from rt_detectron.study.run import run_study
 
-OUT = Path("out")
+COMMAND = "python tools/compare.py --study <x>"
+
+
+@pytest.fixture(scope="module")
+def fake_study():
+    path = Path(__file__).with_name("fake_study.py")
+    spec = importlib.util.spec_from_file_location("fake_study_for_tests", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
-def tiny_coco(tmp_path):
-    """Six real image files with one annotated disc each; gives the folder of val.json."""
-    root = tmp_path / "coco"
-    root.mkdir()
-    images, annotations = [], []
-    for image_id in range(1, 7):
-        pixels = np.random.default_rng(image_id).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / f"{image_id}.jpg")
-        images.append({"id": image_id, "file_name": f"{image_id}.jpg", "width": 60, "height": 40})
-        y, x = np.mgrid[:40, :60]
-        rle = rle_masks.encode(np.asfortranarray(((x - 30) ** 2 + (y - 20) ** 2 < 100).astype(np.uint8)))
-        annotations.append(
-            {
-                "id": image_id,
-                "image_id": image_id,
-                "category_id": 7,
-                "bbox": [20, 10, 20, 20],
-                "area": 314,
-                "iscrowd": 0,
-                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-            }
-        )
-    categories = [{"id": 7, "name": "<b>disc</b>"}]
-    (root / "val.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
-    return root
+def build(fake_study, tiny_datasets, tmp_path, monkeypatch):
+    """``build(...)``: a study of three arms and its outcomes, made from the demo set's annotations."""
+    monkeypatch.chdir(tmp_path)
+    root = tiny_datasets / "demo" / "detection"
+
+    def make(**kwargs):
+        return fake_study.build(tmp_path, root / "annotations" / "instances_val.json", root / "val", **kwargs)
+
+    return make
 
 
 class Page(html.parser.HTMLParser):
     """Collects the tags and the text of a page."""
 
-    def __init__(self, text):
+    def __init__(self, path):
         super().__init__()
         self.tags, self.text = [], ""
-        self.feed(text)
+        self.feed(path.read_text())
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -62,115 +51,105 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-def report(study, tools):
-    outcomes = run_study(study, OUT, tools)
-    page = write_report(study, outcomes, OUT, "python tools/compare.py --study <x>")
-    return Page(page.read_text()), outcomes
+def refuse(constant):
+    raise AssertionError(f"{constant} is no JSON")
 
 
-def test_report_is_complete_and_self_contained(make_study, tools, tiny_coco):
-    page, _ = report(
-        make_study(["TEST.COCO", str(tiny_coco)], name="A <script>alert(1)</script> study"), tools
-    )
-    assert "A <script>alert(1)</script> study" in page.text  # as text,
+def test_report_is_complete_and_self_contained(build, tmp_path):
+    study, outcomes = build()
+    study = replace(study, name="A <script>alert(1)</script> study")
+    page = Page(write_report(study, outcomes, tmp_path, COMMAND))
+    assert study.name in page.text  # as text,
     assert not [
-        tag for tag, _ in page.tags if tag in ("script", "b", "link", "iframe", "object", "x")
+        tag for tag, _ in page.tags if tag in ("script", "link", "iframe", "object", "x")
     ]  # not as tags
     links = [attrs[key] for _, attrs in page.tags for key in ("src", "srcset", "href") if key in attrs]
-    assert links
+    assert len(links) > 10
     assert all(link.startswith("data:image/") for link in links)
-    # two score plots and one of the loss, light and dark; four examples
-    assert len([link for link in links if link.startswith("data:image/svg")]) == 6
-    assert len([link for link in links if link.startswith("data:image/jpeg")]) == 4
-    assert "21.25 ± 1.06" in page.text  # standard, box AP 20.5 and 22
-    assert "Δ +1.50 ± 0.00" in page.text
-    assert "box AP +1.50 (higher with 2 of 2 seeds, standard deviation 0.00)" in page.text
-    assert "2 seeds are few" in page.text
-    assert "score of at least 0.3" in page.text
-    assert "images 1, 3, 4, 6 of tiny_val" in page.text
-    assert "Missing" not in page.text
+    assert all(attrs.get("alt") for tag, attrs in page.tags if tag == "img")
+    for words in (
+        "On clean images",
+        "Under attack",
+        "Under corruption",
+        "learning rate",
+        "Student's t",
+        COMMAND,
+    ):
+        assert words in page.text
+    assert "missing" not in page.text.lower()
+
+    row = next(r for r in study_table(study, outcomes) if (r.arm, r.detector) == ("robust", "mask_rcnn"))
+    ours = [
+        o.results["metrics"]["bbox"]["AP"]
+        for o in outcomes
+        if (o.trial.arm, o.trial.detector, o.trial.stage) == ("robust", "mask_rcnn", "final")
+    ]
+    assert row.scores[Quantity(CLEAN)].mean == pytest.approx(fmean(ours))
+    assert f"{fmean(ours):.2f}" in page.text
+    assert f"{fmean(ours):.2f}" in (tmp_path / "tables.md").read_text()
+    assert f"{fmean(ours):.2f}" in (tmp_path / "tables.tex").read_text()
+    assert row.learning_rate == 0.01  # chosen by the selection
+    assert Quantity(ATTACK, condition="l2, all", level=0.5) in row.changes
 
 
-def test_json_is_strict_and_csv_tidy(make_study, tools):
-    report(make_study(seeds=[3]), tools)
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    content = json.loads((OUT / "results.json").read_text(), parse_constant=refuse)
+def test_json_is_strict_and_csv_has_every_number(build, tmp_path):
+    study, outcomes = build(seeds=[1, 2], detectors=["mask_rcnn"])
+    outcomes[-1].results["metrics"]["bbox"]["AP"] = float("nan")
+    write_report(study, outcomes, tmp_path, COMMAND)
+    content = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
     assert content["study"]["baseline"] == "standard"
-    assert content["trials"][0]["results"]["metrics"]["bbox"]["AP-person"] is None
-    assert content["table"][1]["change"]["mask AP"] == {"n": 1, "mean": 1.5, "sd": None}
-    with (OUT / "results.csv").open(newline="") as stream:
+    assert {entry["arm"] for entry in content["table"]} == {"standard", "robust", "robust_small"}
+    with (tmp_path / "results.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert len(rows) == 2 * 6
-    assert rows[0] == {
-        "arm": "standard",
-        "detector": "mask_rcnn",
-        "learning_rate": "0.02",
-        "seed": "3",
-        "task": "bbox",
-        "metric": "AP",
-        "value": "24.5",
-    }
-    assert rows[3]["metric"] == "AP-person"
-    assert rows[3]["value"] == ""
+    final = [
+        row for row in rows if row["stage"] == "final" and row["kind"] == "clean" and row["metric"] == "AP"
+    ]
+    found = {(row["arm"], row["seed"], row["task"]): row["value"] for row in final}
+    first = next(outcome for outcome in outcomes if outcome.trial.stage == "final")
+    assert float(found[first.trial.arm, str(first.trial.seed), "bbox"]) == pytest.approx(
+        first.results["metrics"]["bbox"]["AP"]
+    )
+    last = outcomes[-1].trial
+    assert found[last.arm, str(last.seed), "bbox"] == ""
+    assert {row["kind"] for row in rows} >= {"clean", "attack", "noise", "corruption", "mPC", "rPC"}
 
 
-def test_one_seed_has_no_spread_and_no_verdict(make_study, tools):
-    page, outcomes = report(make_study(seeds=[1]), tools)
-    assert "20.50 ± n/a" in page.text
-    assert "A single seed shows no spread" in page.text
-    study = make_study(seeds=[1])
-    line = terminal_table(study_table(study, outcomes)).splitlines()[3]
-    assert re.split(r"\s{2,}", line)[:6] == ["robust", "mask_rcnn", "0.02", "1", "22.00 ± n/a", "+1.50 ± n/a"]
+def test_one_seed_is_judged_by_its_images(build, tmp_path):
+    study, outcomes = build(seeds=[1], detectors=["faster_rcnn"])
+    page = Page(write_report(study, outcomes, tmp_path, COMMAND))
+    assert "resampling the test images" in page.text
+    row = next(row for row in study_table(study, outcomes) if row.arm == "robust")
+    change = row.changes[Quantity(CLEAN)]
+    assert change.interval.low <= change.differences.mean <= change.interval.high
+    assert "robust" in terminal_table(study_table(study, outcomes))
 
 
-def test_missing_trials_are_named(make_study, tools):
-    page, _ = report(make_study(robust_opts=["TEST.CRASH_ONCE", "crashed"]), tools)
-    assert "Missing trials: 1 of 4" in page.text
-    assert "robust/mask_rcnn/lr0.02/seed1" in page.text
-    assert "RuntimeError: CUDA out of memory" in page.text
-    assert "python tools/compare.py --study <x>" in page.text
-    assert "higher with 1 of 1 seeds" in page.text
+def test_one_seed_without_predictions_has_no_interval(build, tmp_path):
+    study, outcomes = build(seeds=[1], detectors=["faster_rcnn"])
+    for outcome in outcomes:
+        for dataset in outcome.results["datasets"]:
+            dataset["predictions"] = None
+    page = Page(write_report(study, outcomes, tmp_path, COMMAND))
+    assert "no interval over the test images" in page.text
+    assert "cannot be told from chance" in page.text
+
+
+def test_unfinished_trials_are_named(build, tmp_path):
+    study, outcomes = build(detectors=["faster_rcnn"])
+    failed = replace(outcomes[-1], results=None, robustness=None, error="exit status 1: CUDA out of memory")
+    bare = [replace(outcome, robustness=None) for outcome in outcomes[:-1]]
+    page = Page(write_report(study, [*bare, failed], tmp_path, COMMAND))
+    assert failed.trial.name in page.text
+    assert "CUDA out of memory" in page.text
+    assert COMMAND in page.text
 
 
 def test_nothing_finished_still_gives_a_report(make_study, tmp_path):
-    broken = tmp_path / "broken.py"
-    broken.write_text("raise SystemExit(9)")
-    page, _ = report(make_study(), broken)
-    assert "Missing trials: 4 of 4" in page.text
-    assert "No arm can be compared with the baseline yet" in page.text
-
-
-def test_undefined_ap_is_named_and_enters_no_mean(make_study, tools):
     study = make_study()
-    outcomes = run_study(study, OUT, tools)
-    outcomes[1].results["metrics"]["bbox"]["AP"] = float("nan")
-    page = Page(write_report(study, outcomes, OUT, "command").read_text())
-    assert "undefined box AP" in page.text
-    assert "23.50 ± n/a (n = 1)" in page.text
-
-
-def test_many_learning_rates_warn_of_choosing(make_study, tools):
-    page, _ = report(make_study(learning_rates=[0.02, 0.01], seeds=[1]), tools)
-    assert "choosing the best one by these numbers would favour luck" in page.text
-
-
-def test_missing_pictures_are_named_not_fatal(make_study, tools, tiny_coco):
-    study = make_study(["TEST.COCO", str(tiny_coco)])
-    _, outcomes = report(study, tools)
-    shutil.rmtree(tiny_coco)
-    section = make_section(study, ("mask_rcnn", 0.02), outcomes)
-    assert section.examples == []
-    assert "No example pictures" in section.note
-    assert "val.json" in section.note
-
-
-def test_loss_curve_is_plotted_from_whole_lines_only(make_study, tools):
-    study = make_study(seeds=[1])
-    outcomes = run_study(study, OUT, tools)
-    assert len(make_section(study, ("mask_rcnn", 0.02), outcomes).curves) == 1
-    for outcome in outcomes:
-        (outcome.folder / "metrics.json").write_text('{"iteration": 1, "lr": 2}\n{"iteration": 2, "total_l')
-    assert make_section(study, ("mask_rcnn", 0.02), outcomes).curves == []
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "train_net.py").write_text("raise SystemExit(9)")
+    outcomes = run_study(study, Path("out"), broken)
+    page = Page(write_report(study, outcomes, Path("out"), COMMAND))
+    assert "No arm can be compared with its baseline yet" in page.text
+    assert "exit status 9" in page.text

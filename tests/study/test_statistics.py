@@ -1,44 +1,78 @@
+import math
+
+import numpy as np
 import pytest
+from scipy import stats
 
-from rt_detectron.study.statistics import Summary, aggregate, paired_differences, scores_of, summarize
+from rt_detectron.study.measurements import CLEAN, Quantity
+from rt_detectron.study.statistics import (
+    IMAGES,
+    SEEDS,
+    Change,
+    Interval,
+    changes,
+    paired_differences,
+    percentile_interval,
+    summaries,
+    summarize,
+    t_interval,
+)
 
-
-def test_summarize_by_hand():
-    # deviations from 4: -2, 0, 2; squares sum to 8; 8 / (3 - 1) = 4
-    assert summarize([2.0, 4.0, 6.0]) == Summary(n=3, mean=4.0, sd=2.0)
-
-
-def test_single_value_has_no_spread():
-    assert summarize([7.5]) == Summary(n=1, mean=7.5, sd=None)
-
-
-def test_differences_are_paired_by_seed_not_by_position():
-    arm = {2: {"box AP": 30.0}, 1: {"box AP": 11.0}, 5: {"box AP": 99.0}}
-    baseline = {1: {"box AP": 10.0}, 2: {"box AP": 27.0}, 3: {"box AP": 0.0}, 5: {"mask AP": 1.0}}
-    assert paired_differences(arm, baseline, "box AP") == [1.0, 3.0]
-
-
-def test_aggregate_pairs_within_one_setting():
-    scores = {
-        ("mask_rcnn", 0.02): {
-            "standard": {1: {"box AP": 20.0, "mask AP": 18.0}, 2: {"box AP": 24.0, "mask AP": 20.0}},
-            "robust": {1: {"box AP": 21.0, "mask AP": 17.0}, 2: {"box AP": 28.0, "mask AP": 19.0}},
-        },
-        ("mask_rcnn", 0.01): {"standard": {}, "robust": {1: {"box AP": 50.0}}},
-    }
-    baseline, robust, empty, alone = aggregate(scores, "standard")
-    assert baseline.score["box AP"].mean == 22.0
-    assert baseline.change == {}
-    assert robust.differences == {"box AP": [1.0, 4.0], "mask AP": [-1.0, -1.0]}
-    assert robust.change["box AP"].mean == 2.5
-    assert robust.change["box AP"].sd == pytest.approx(4.5**0.5)  # (1.5^2 + 1.5^2) / 1
-    assert robust.change["mask AP"] == Summary(2, -1.0, 0.0)
-    assert empty.seeds == ()
-    assert empty.score == {}
-    assert alone.score["box AP"].n == 1
-    assert alone.change == {}  # the other setting's baseline is not borrowed
+AP = Quantity(CLEAN)
 
 
-def test_undefined_ap_is_no_score():
-    metrics = {"bbox": {"AP": float("nan"), "AP50": 3, "APs": 9.0}, "segm": {"AP": None}}
-    assert scores_of(metrics) == {"box AP50": 3.0}
+def scores(**by_seed):
+    return {int(seed[1:]): {AP: value} for seed, value in by_seed.items()}
+
+
+def test_summary():
+    summary = summarize([1.0, 2.0, 6.0])
+    assert (summary.n, summary.mean) == (3, 3.0)
+    assert summary.sd == pytest.approx(math.sqrt(7))
+    assert summarize([4.0]).sd is None
+
+
+def test_differences_are_paired_by_seed():
+    assert paired_differences(scores(s3=9, s1=5, s2=7), scores(s1=4, s3=5, s4=0), AP) == [1, 4]
+
+
+def test_interval_is_that_of_a_paired_t_test():
+    ours, theirs = [31.0, 33.5, 30.2, 32.2], [30.1, 31.0, 30.5, 30.9]
+    interval = t_interval(summarize([a - b for a, b in zip(ours, theirs, strict=True)]))
+    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+    assert interval.over == SEEDS
+
+
+def test_no_interval_from_one_seed():
+    assert t_interval(summarize([2.0])) is None
+    (change,) = changes(scores(s1=5), scores(s1=3)).values()
+    assert change.interval is None
+    assert change.verdict == "undecided"
+
+
+def test_percentile_interval():
+    interval = percentile_interval(np.arange(1001.0))
+    assert (interval.low, interval.high) == pytest.approx((25, 975))
+    assert interval.over == IMAGES
+    assert percentile_interval(np.zeros(0)) is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.1, 2, "better"),
+        (-2, -0.1, "worse"),
+        (-1, 1, "undecided"),
+        (0, 1, "undecided"),
+        (-1, 0, "undecided"),
+    ],
+)
+def test_verdict_is_the_intervals(low, high, verdict):
+    assert Change(summarize([low, high]), Interval(low, high, SEEDS)).verdict == verdict
+
+
+def test_summaries_leave_out_what_a_seed_lacks():
+    other = Quantity(CLEAN, "segm")
+    found = summaries({1: {AP: 2.0, other: 1.0}, 2: {AP: 4.0}})
+    assert (found[AP].n, found[AP].mean, found[other].n) == (2, 3.0, 1)
