@@ -163,7 +163,7 @@ def restore_category_ids(results: list[dict], originals: dict[int, int]) -> None
 def write_results(results: list[dict], path: str) -> None:
     """Detections in COCO's results format, as JSON."""
     with replaced_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump(results, file)
+        file.write(json.dumps(results))  # several times as fast as json.dump()
 
 
 def _annotations(coco: COCO, params) -> Objects:
@@ -171,7 +171,7 @@ def _annotations(coco: COCO, params) -> Objects:
     shapes = [_annotated_shape(coco, annotation, params) for annotation in annotations]
     records = []
     for annotation in annotations:
-        crowd = bool(annotation["iscrowd"])
+        crowd = bool(annotation.get("iscrowd", 0))
         records.append(
             {
                 # pycocotools notes a match by this id, so that a match with id 0 passes for none.
@@ -229,6 +229,8 @@ def _detections(coco: COCO, results: list[dict[str, Any]], params) -> Objects:
 
 def _areas(results: list[dict[str, Any]], shapes: list, task: str) -> list[float]:
     """In pixels, as pycocotools' loadRes() finds them."""
+    if not results:
+        return []
     if task == "segm":
         return [int(rle_masks.area(shape)) for shape in shapes]  # lists beyond 255 fail in pycocotools 2.0.11
     if task == "keypoints" and not results[0].get("bbox"):

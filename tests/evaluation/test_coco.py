@@ -182,6 +182,16 @@ def test_what_the_caller_gave_is_left_alone(draw):
     assert drawn.results == before
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_no_detections_find_nothing(draw, task):
+    """pycocotools itself fails on an empty list."""
+    drawn = draw(7, task)
+    ours = evaluate_detections(coco_of(drawn.dataset), [], task)
+    assert ours.stats[0] == 0
+    expected = pycocotools_of(drawn.dataset, drawn.results, task).eval["precision"]
+    assert ((ours.eval["precision"] == -1) == (expected == -1)).all()
+
+
 class TestBadDetections:
     def test_unknown_task(self, draw):
         with pytest.raises(InputError, match="'boxes' is unknown; known are bbox, segm, keypoints"):
