@@ -46,7 +46,7 @@ setup(
     packages=find_packages(include=["rt_detectron", "rt_detectron.*"]),
     package_data={"rt_detectron.checkpoint": ["zoo.json"], "rt_detectron.study": ["report.html.j2"]},
     install_requires=[
-        "faster-coco-eval>=1.6",
+        "faster-coco-eval>=1.7",
         "filelock",
         "fvcore>=0.1.5",
         "huggingface_hub>=0.30",
