@@ -49,7 +49,7 @@ setup(
         "rt_detectron.study": ["report.css", "report.html.j2"],
     },
     install_requires=[
-        "faster-coco-eval>=1.6",
+        "faster-coco-eval>=1.7",
         "filelock",
         "fvcore>=0.1.5",
         "huggingface_hub>=0.30",
