@@ -4,8 +4,8 @@
 
 Detectron2's side is its DefaultTrainer, with the same backbone, seed and loader settings. The two train on
 the same batches, each with all of its hooks, loader's wait included; their iterations alternate, and the
-median over the rounds is printed, with the first and the last loss: sides that do the same work print the
-same losses (up to what float rounding grows to).
+median over the rounds is printed. Each round ours starts from Detectron2's weights, so that the losses of all
+rounds can be compared: sides that do the same work differ by float rounding.
 """
 
 import argparse
@@ -71,6 +71,7 @@ def measure(args: argparse.Namespace, folder: str) -> None:
     }
     for iteration in tqdm(range(args.rounds + args.warm_up), desc="rounds", disable=None):
         order = list(sides.values())
+        order[1].trainer.model.load_state_dict(order[0].trainer.model.state_dict())
         for side in order if iteration % 2 else reversed(order):
             side.step(iteration)
     medians = {name: statistics.median(side.times[args.warm_up :]) for name, side in sides.items()}
