@@ -118,14 +118,13 @@ def test_a_corrupt_image_in_a_loaders_worker_is_one_line(command, tmp_path):
     assert not (tmp_path / "out/classifier.pth").exists()
 
 
-# An attack follows signs, maxima and ReLUs, so rounding errors jump before long: two steps, in batches of 8.
+# Rounding errors grow before long: two steps, in batches of 8.
 BRIEFLY = [
     "train.epochs=2",
     "train.eval_epochs=2",
     "dataloader.train.total_batch_size=8",
     "optimizer.lr=0.002",
 ]
-BRIEFLY += ["threat_model.norm=linf", "threat_model.eps=4"]
 BRIEFLY += [
     f"dataloader.{key}={size}"
     for key, size in {
@@ -150,9 +149,14 @@ def farthest(one: dict, other: dict) -> float:
 
 
 def test_two_processes_of_torchrun_with_sync_bn_train_as_one(command, tmp_path):
-    alone = trained(command, tmp_path / "one", *BRIEFLY)
-    together = trained(command, tmp_path / "two", *BRIEFLY, "torchrun", "train.sync_bn=True")
+    # One step: in a second one an attack on weights that differ by rounding already goes elsewhere, how far
+    # depends on the machine.
+    once = [*BRIEFLY, "train.epochs=1", "optimizer.lr=0.2"]
+    alone = trained(command, tmp_path / "one", *once)
+    together = trained(command, tmp_path / "two", *once, "torchrun", "train.sync_bn=True")
     assert farthest(alone, together) < 1e-5
+    local = trained(command, tmp_path / "local", *once, "torchrun")
+    assert farthest(alone, local) > 1e-4  # what it would be without synchronising
 
 
 def test_accumulating_trains_as_more_processes_do(command, tmp_path):
