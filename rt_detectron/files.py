@@ -1,9 +1,13 @@
-"""Files that are whole or not there at all, and their SHA-256."""
+"""Files that are whole or not there at all, made by one process, and their SHA-256."""
 
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from filelock import AcquireReturnProxy, FileLock
+
+from rt_detectron.errors import InputError
 
 
 @contextmanager
@@ -22,6 +26,19 @@ def replaced_atomically(path: str | os.PathLike) -> Iterator[str]:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def locked(path: str, way_out: str) -> AcquireReturnProxy:
+    """A context in which no other process makes the file ``path``; its folder is made first.
+
+    Raises:
+        InputError: ending in ``way_out``, if the folder cannot be made or written.
+    """
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return FileLock(f"{path}.lock").acquire()
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): {way_out}") from None
 
 
 def file_sha256(path: str | os.PathLike) -> str:

@@ -3,7 +3,7 @@
 import platform
 from importlib import metadata
 
-PACKAGES = ("torch", "torchvision", "numpy", "pycocotools")
+PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "faster-coco-eval")
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,11 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.utils.env import seed_all_rng
 from sklearn.datasets import load_sample_image
 
 import rt_detectron  # noqa: F401  (registers the backbones)
@@ -142,3 +147,92 @@ def tiny_opts(backbone_file) -> list[str]:
         "SEED": 1,
     }
     return [str(part) for pair in keys.items() for part in pair]
+
+
+@BACKBONE_REGISTRY.register()
+class ThreeConvolutions(Backbone):
+    """The smallest backbone that learns the tiny pictures."""
+
+    def __init__(self, cfg, input_shape):
+        super().__init__()
+        layers = []
+        for channels, out_channels, stride in ((3, 16, 2), (16, 32, 2), (32, 32, 1)):
+            convolution = torch.nn.Conv2d(channels, out_channels, 3, stride, 1, bias=False)
+            layers += [convolution, torch.nn.BatchNorm2d(out_channels), torch.nn.ReLU()]
+        self.layers = torch.nn.Sequential(*layers)
+
+    def forward(self, x):
+        return {"p2": self.layers(x)}
+
+    def output_shape(self):
+        return {"p2": ShapeSpec(channels=32, stride=4)}
+
+
+@pytest.fixture(scope="session")
+def learned(tiny_datasets, tmp_path_factory):
+    """The config of a Mask R-CNN that knows the six pictures of the tiny training set by heart, of which they
+    are DATASETS.TEST, and that detector in eval mode."""
+    from rt_detectron.engine import Trainer, load_config  # here: most test files do without
+
+    name = "rt_test_learned"
+    folder = tiny_datasets / "demo" / "detection"
+    annotations = folder / "annotations" / "instances_train.json"
+    register_coco_instances(name, {}, str(annotations), str(folder / "train"))
+    keys = {
+        "MODEL.WEIGHTS": "",
+        "MODEL.BACKBONE.NAME": "ThreeConvolutions",
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.RPN.IN_FEATURES": "['p2']",
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 40,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": 30,
+        "MODEL.ANCHOR_GENERATOR.SIZES": "[[12, 20, 30]]",
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": "[[1.0]]",
+        "MODEL.ROI_HEADS.IN_FEATURES": "['p2']",
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
+        "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+        "INPUT.MIN_SIZE_TRAIN": "(96,)",
+        "INPUT.MIN_SIZE_TEST": 96,
+        "DATALOADER.NUM_WORKERS": 0,
+        "DATASETS.TRAIN": f"('{name}',)",
+        "DATASETS.TEST": f"('{name}',)",
+        "SOLVER.IMS_PER_BATCH": 3,
+        "SOLVER.BASE_LR": 0.1,
+        "SOLVER.WARMUP_ITERS": 10,
+        "SOLVER.STEPS": "()",
+        "SOLVER.MAX_ITER": 120,
+        "SEED": 1,
+        "OUTPUT_DIR": tmp_path_factory.mktemp("learned"),
+    }
+    opts = [str(part) for pair in keys.items() for part in pair]
+    cfg = load_config("configs/demo/mask_rcnn_r18_fpn.yaml", opts)
+    seed_all_rng(0)  # numpy's decides the order of the pictures
+    trainer = Trainer(cfg)
+    trainer.train()
+    yield cfg, trainer.model.eval()
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+@pytest.fixture(scope="session")
+def tiny_lazy_opts(backbone_file) -> list[str]:
+    """The same for configs/lazy/mask_rcnn_robust_r50_eps3.py."""
+    return [
+        f"model.backbone.name={backbone_file}",
+        "model.roi_heads.num_classes=10",
+        "model.roi_heads.box_head.fc_dims=[16]",
+        "model.roi_heads.box_predictor.input_shape.channels=16",
+        "model.roi_heads.box_predictor.test_score_thresh=0.0",
+        "+model.roi_heads.box_predictor.test_topk_per_image=10",
+        "model.roi_heads.mask_head.conv_dims=[16,16]",
+        "model.proposal_generator.post_nms_topk=[20,10]",
+        "+dataloader.train.mapper.instance_mask_format=bitmask",
+        "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
+        "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+        "dataloader.train.total_batch_size=2",
+        "dataloader.train.num_workers=0",
+        "dataloader.test.num_workers=0",
+        "optimizer.lr=0.001",
+        "train.max_iter=2",
+    ]

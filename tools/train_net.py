@@ -36,6 +36,8 @@ def main(args: argparse.Namespace) -> None:
         model = Trainer.build_model(cfg)
         RobustCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results, iterations = Trainer.test(cfg, model), 0
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_tta(cfg, model))
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)

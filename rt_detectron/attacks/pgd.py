@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +15,8 @@ from rt_detectron.errors import InputError
 from .threat_model import ThreatModel
 
 cross_entropy = functools.partial(F.cross_entropy, reduction="none")
+# See PGD.maximize.
+Objective = Callable[[list[Tensor]], list[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -83,54 +85,85 @@ class PGD:
         Returns:
             (N, C, H, W) images in [0, 1], detached.
         """
-        with eval_mode(model), torch.enable_grad():
-            if self.restarts == 1 and not self.best:
-                return self._climb(model, images, labels, loss)
-            strongest = _Strongest(labels)
-            for _ in range(self.restarts):
-                last = self._climb(model, images, labels, loss, strongest.offer if self.best else None)
-                with torch.no_grad():
-                    logits = model(last)
-                    strongest.offer(last, logits, loss(logits, labels))
-            return strongest.images
+        classes = labels if labels.dim() == 1 else labels.argmax(1)
 
-    def _climb(self, model, images, labels, loss, visit: Callable | None = None) -> Tensor:
-        """The last iterate; ``visit`` gets each one before it, with its logits and losses."""
-        adversarial = images.detach()
-        if self.random_start:
-            adversarial = (images + self.threat_model.random_start(images)).clamp_(0, 1)
+        def objective(batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+            logits = model(batches[0])
+            return [(loss(logits, labels), logits.argmax(1) != classes)]
+
+        with eval_mode(model):
+            return self.maximize(objective, [images])[0]
+
+    def maximize(self, objective: Objective, batches: Sequence[Tensor]) -> list[Tensor]:
+        """The attack on anything that has a loss for each image.
+
+        Args:
+            objective: of a list of tensors like ``batches`` in the ball around them. For each of them it
+                gives losses (N,), which shall grow, and whether that image is fooled (N,), bool: of several
+                restarts an image that is fooled counts as stronger than one that is not.
+            batches: (N, C, H, W) each, float, in [0, 1]; images of one size make a batch.
+
+        Returns:
+            Tensors like ``batches``, in [0, 1], detached.
+        """
+        batches = [images.detach() for images in batches]
+        with torch.enable_grad():
+            if self.restarts == 1 and not self.best:
+                return self._climb(objective, batches)
+            strongest = [_Strongest() for _ in batches]
+
+            def offer(adversarial: list[Tensor], found: list[tuple[Tensor, Tensor]]) -> None:
+                for best, images, (losses, fooled) in zip(strongest, adversarial, found, strict=True):
+                    best.offer(images, losses.detach(), fooled)
+
+            for _ in range(self.restarts):
+                last = self._climb(objective, batches, offer if self.best else None)
+                with torch.no_grad():
+                    offer(last, objective(last))
+            return [best.images for best in strongest]
+
+    def _climb(
+        self, objective: Objective, batches: list[Tensor], visit: Callable | None = None
+    ) -> list[Tensor]:
+        """The last iterate; ``visit`` gets each one before it, with what the objective says of it."""
+        adversarial = [self._start(images) for images in batches]
         for _ in range(self.steps):
-            adversarial.requires_grad_(True)
-            logits = model(adversarial)
-            losses = loss(logits, labels)
+            for images in adversarial:
+                images.requires_grad_(True)
+            found = objective(adversarial)
             # autograd.grad of the input alone: no weight gradient is computed, none is overwritten. The sum
             # and not the mean, whose gradients are so much smaller that half precision would lose them.
-            (grad,) = torch.autograd.grad(losses.sum(), adversarial)
-            adversarial = adversarial.detach()
+            grads = torch.autograd.grad(sum(losses.sum() for losses, _ in found), adversarial)
+            adversarial = [images.detach() for images in adversarial]
             if visit is not None:
-                visit(adversarial, logits.detach(), losses.detach())
-            moved = adversarial + self.threat_model.step(grad, self.step_size)
-            adversarial = self.threat_model.project(moved.sub_(images)).add_(images).clamp_(0, 1)
+                visit(adversarial, found)
+            adversarial = [self._move(*each) for each in zip(adversarial, grads, batches, strict=True)]
         return adversarial
+
+    def _start(self, images: Tensor) -> Tensor:
+        if not self.random_start:
+            return images.detach()
+        return (images + self.threat_model.random_start(images)).clamp_(0, 1)
+
+    def _move(self, adversarial: Tensor, grad: Tensor, images: Tensor) -> Tensor:
+        moved = adversarial + self.threat_model.step(grad, self.step_size)
+        return self.threat_model.project(moved.sub_(images)).add_(images).clamp_(0, 1)
 
 
 class _Strongest:
-    """Of what was offered, each image's strongest: a misclassified one before others, then by the loss."""
+    """Of what was offered, each image's strongest: one that is fooled before others, then by the loss."""
 
-    def __init__(self, labels: Tensor):
-        self.classes = labels if labels.dim() == 1 else labels.argmax(1)
-        self.images: Tensor | None = None
+    images: Tensor | None = None
 
-    def offer(self, images: Tensor, logits: Tensor, losses: Tensor) -> None:
-        """(N, C, H, W), (N, number of classes) and (N,)."""
-        wrong = logits.argmax(1) != self.classes
+    def offer(self, images: Tensor, losses: Tensor, fooled: Tensor) -> None:
+        """(N, C, H, W), (N,) and (N,) bool."""
         if self.images is None:
-            self.images, self.wrong, self.losses = images, wrong, losses
+            self.images, self.losses, self.fooled = images, losses, fooled
             return
-        better = (wrong & ~self.wrong) | ((wrong == self.wrong) & (losses > self.losses))
+        better = (fooled & ~self.fooled) | ((fooled == self.fooled) & (losses > self.losses))
         self.images = torch.where(better.view(-1, 1, 1, 1), images, self.images)
-        self.wrong = self.wrong | wrong
         self.losses = torch.where(better, losses, self.losses)
+        self.fooled = self.fooled | fooled
 
 
 @contextmanager

@@ -4,11 +4,11 @@ import os
 import re
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor, nn
 
 from rt_detectron.checkpoint.architectures import get_architecture
+from rt_detectron.checkpoint.atomic import AtomicCheckpointer
 from rt_detectron.checkpoint.formats import check_archive, check_file, read_pickle, unreadable
 from rt_detectron.checkpoint.preprocessing import check_preprocessing
 from rt_detectron.errors import InputError
@@ -20,7 +20,7 @@ TRUNK = re.compile(r"(?:^|\.)(stem|res[2-5]|trunk(?:\.\w+){1,2})(?=\.)")
 NOT_FROM_CLASSIFIER = re.compile(r"\.num_batches_tracked$|\.conv2_offset\.")
 
 
-class RobustCheckpointer(DetectionCheckpointer):
+class RobustCheckpointer(AtomicCheckpointer):
     """Loads like Detectron2's; a file with ``rt_detectron`` metadata must moreover fit exactly.
 
     Such a file is compared with the model's preprocessing; then each of its tensors must find its place

@@ -10,13 +10,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import AcquireReturnProxy, FileLock
 from iopath.common.file_io import PathHandler, get_cache_dir
 
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.checkpoint.formats import check_file
 from rt_detectron.errors import InputError, one_line
-from rt_detectron.files import file_sha256
+from rt_detectron.files import file_sha256, locked
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +138,7 @@ def backbone(name: str) -> str:
     output = os.path.join(get_cache_dir(), "rt_detectron", content, f"{name}.pkl")
     if os.path.isfile(output):
         return output
-    with _locked(output):
+    with locked(output, "set FVCORE_CACHE to a folder that can be written"):
         if not os.path.isfile(output):  # else another process converted it meanwhile
             source = source or checkpoint(entry.name)
             logger.info("converting %s to %s", source, output)
@@ -159,17 +158,6 @@ def _find_for(name: str) -> Entry:
     except InputError as error:
         folder = os.environ.get("RT_DETECTRON_ZOO") or "not set"
         raise InputError(f"no {name}.pkl in RT_DETECTRON_ZOO ({folder}), and {error}") from None
-
-
-def _locked(path: str) -> AcquireReturnProxy:
-    """A context in which no other process makes the file ``path``."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        return FileLock(f"{path}.lock").acquire()
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path} ({error.strerror}): set FVCORE_CACHE to a folder that can be written"
-        ) from None
 
 
 def _in_mirror(file: str) -> str | None:

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 
+from rt_detectron.data.derived import register_derived
 from rt_detectron.errors import InputError, one_line
 
 
@@ -25,21 +26,30 @@ _register_demo(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
 def check_datasets(names) -> None:
     """Stop with an :class:`InputError` unless every dataset is known and its files are there.
 
+    A derived dataset (:func:`rt_detectron.data.derived.register_derived`) is made and registered.
+
     Args:
-        names: names in Detectron2's DatasetCatalog.
+        names: names in Detectron2's DatasetCatalog, or such names followed by ``@MODIFIER``.
     """
     for name in names:
-        if name not in DatasetCatalog:
-            near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "register it, or use coco_2017_train"
-            raise InputError(f"dataset {name!r} is not registered; {hint}")
-        metadata = MetadataCatalog.get(name)
-        for path in (metadata.get("json_file"), metadata.get("image_root")):
-            if path is not None and not os.path.exists(path):
-                raise InputError(
-                    f"dataset {name} needs {path}, which does not exist; set DETECTRON2_DATASETS to the "
-                    "folder that holds it (datasets/README.md shows the tree)"
-                )
+        base = name if name in DatasetCatalog else name.partition("@")[0]
+        _check_dataset(base)
+        if base != name:
+            register_derived(name)
+
+
+def _check_dataset(name: str) -> None:
+    if name not in DatasetCatalog:
+        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "register it, or use coco_2017_train"
+        raise InputError(f"dataset {name!r} is not registered; {hint}")
+    metadata = MetadataCatalog.get(name)
+    for path in (metadata.get("json_file"), metadata.get("image_root")):
+        if path is not None and not os.path.exists(path):
+            raise InputError(
+                f"dataset {name} needs {path}, which does not exist; set DETECTRON2_DATASETS to the "
+                "folder that holds it (datasets/README.md shows the tree)"
+            )
 
 
 def load_training_set(cfg: CfgNode) -> list[dict]:

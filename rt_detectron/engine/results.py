@@ -23,20 +23,28 @@ def write_results(cfg: CfgNode, results: dict, wall_time_s: float, iterations: i
         wall_time_s: seconds this process took.
         iterations: training iterations behind the weights; 0 for a mere evaluation.
     """
-    content = {
-        "metrics": _finite(results),
+    content = {"metrics": finite(results), "iterations": iterations, **provenance(cfg, wall_time_s)}
+    path = os.path.join(cfg.OUTPUT_DIR, "results.json")
+    write_json(path, content)
+    return path
+
+
+def provenance(cfg: CfgNode, wall_time_s: float) -> dict:
+    """What every file of results says of its making; predictions are looked for in ``cfg.OUTPUT_DIR``."""
+    return {
         "seed": cfg.SEED,
-        "iterations": iterations,
         "wall_time_s": round(wall_time_s, 1),
         "config_sha256": config_sha256(cfg),
         "weights": cfg.MODEL.WEIGHTS,
         "versions": versions(),
-        "datasets": [_dataset(cfg, name) for name in cfg.DATASETS.TEST],
+        "datasets": [describe_dataset(name, inference_folder(cfg, name)) for name in cfg.DATASETS.TEST],
     }
-    path = os.path.join(cfg.OUTPUT_DIR, "results.json")
+
+
+def write_json(path: str, content: dict) -> None:
+    """Write ``content``, without NaN in it, atomically."""
     with replaced_atomically(path) as temporary, open(temporary, "w") as file:
         json.dump(content, file, indent=2, allow_nan=False)
-    return path
 
 
 def config_sha256(cfg: CfgNode) -> str:
@@ -47,17 +55,18 @@ def config_sha256(cfg: CfgNode) -> str:
     return hashlib.sha256(cfg.dump().encode()).hexdigest()
 
 
-def _finite(value):
-    """Detectron2 gives NaN for a class without ground truth; JSON has null."""
+def finite(value):
+    """Metrics for JSON. Detectron2 gives NaN for a class without ground truth; JSON has null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     value = float(value)
     return value if math.isfinite(value) else None
 
 
-def _dataset(cfg: CfgNode, name: str) -> dict[str, str]:
+def describe_dataset(name: str, folder: str) -> dict[str, str | None]:
+    """Where a test set lies, and its predictions, if they are in ``folder``."""
     found = MetadataCatalog.get(name)
-    predictions = os.path.join(inference_folder(cfg, name), "coco_instances_results.json")
+    predictions = os.path.join(folder, "coco_instances_results.json")
     return {
         "name": name,
         "json_file": found.get("json_file"),

@@ -1,14 +1,12 @@
 """What a finished training leaves: the classifier, the backbone for Detectron2, and a card about both."""
 
 import os
-import tempfile
-
-from detectron2.config import LazyConfig
 
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.checkpoint.writers import save_atomically
 from rt_detectron.errors import InputError
 from rt_detectron.files import file_sha256, replaced_atomically
+from rt_detectron.lazy_config import as_yaml
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.versions import versions
 
@@ -98,7 +96,7 @@ def model_card(cfg, model: Pretraining, results: dict, files: list[str]) -> str:
         seed=cfg.train.seed,
         averaged=f", weights averaged with decay {cfg.train.ema:g}" if cfg.train.ema else "",
         versions="\n".join(f"| {name} | {version} |" for name, version in versions().items()),
-        config=_yaml(cfg).strip(),
+        config=as_yaml(cfg).strip(),
     )
 
 
@@ -119,16 +117,6 @@ def _accuracies(cfg, accuracy: dict):
         images = accuracy["images" if is_clean else "attacked_images"]
         label = "clean" if is_clean else f"{name}, {threat_model.norm} eps {threat_model.eps:g}"
         yield f"| {label} | {value:.2f} | {images} |"
-
-
-def _yaml(cfg) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "config.yaml")
-        LazyConfig.save(cfg, path)
-        if not os.path.exists(path):
-            return "# This configuration is no YAML; config.yaml.pkl has it."
-        with open(path) as file:
-            return file.read()
 
 
 CARD = """# {name}

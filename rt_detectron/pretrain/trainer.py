@@ -17,14 +17,16 @@ from detectron2.utils import comm
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from rt_detectron.checkpoint.atomic import periodic_checkpoints
 from rt_detectron.checkpoint.formats import read_classifier
 from rt_detectron.errors import InputError, one_line
+from rt_detectron.hooks import ExponentialMovingAverage, SafeCheckpointing
 from rt_detectron.modeling.sync_bn import use_sync_bn
 
-from .checkpoint import SafeCheckpointing, TrainingCheckpointer, periodic_checkpoints
+from .checkpoint import TO_KEEP, TrainingCheckpointer
 from .data import TrainLoader, check_same_classes
 from .export import Metadata, export
-from .hooks import ExponentialMovingAverage, ProgressBar, StepState
+from .hooks import ProgressBar, StepState
 from .strategies import Pretraining
 
 logger = logging.getLogger(__name__)
@@ -94,7 +96,11 @@ def do_train(cfg, resume: bool = False) -> None:
     is_main = comm.is_main_process()
     eval_period = max(round(cfg.train.eval_epochs * epoch), 1)
     checkpoints = SafeCheckpointing(
-        checkpointer, [max(round(cfg.train.checkpoint_epochs * epoch), 1), eval_period]
+        checkpointer,
+        [max(round(cfg.train.checkpoint_epochs * epoch), 1), eval_period],
+        max_to_keep=TO_KEEP,
+        broken="the loss is not finite around iteration {}; log.txt names the images",
+        way_out="a smaller optimizer.lr, or without train.amp",
     )
     results = {}
 

@@ -80,7 +80,8 @@ def trial_task(ray: Any, resources: Resources, git: dict[str, Any] | None) -> Ca
     # Ray's own retries would be silent; the driver does them.
     task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0)(worker.run_steps)
     environment = {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
-    environment["OMP_NUM_THREADS"] = str(resources.cpus)
+    processes = max(1, int(resources.gpus))  # of one trial, which share its CPUs
+    environment["OMP_NUM_THREADS"] = str(max(1, resources.cpus // processes))
 
     def submit(steps: list[worker.Step], folder: str):
         return task.remote(steps, folder, os.getcwd(), environment, git)

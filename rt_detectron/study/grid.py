@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fvcore.common.config import CfgNode
@@ -140,13 +141,12 @@ class Study:
             for rate in self.learning_rates
         ]
 
-    def final_trials(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[Trial]:
+    def final_trials(self, rates: Mapping[tuple[str, str], float] = MappingProxyType({})) -> list[Trial]:
         """Those that are reported, for each (arm, detector) that has its learning rate chosen in ``rates``.
 
         Seed by seed and the arms next to each other: an unfinished study compares early. With a single
         learning rate nothing needs choosing.
         """
-        rates = {} if rates is None else rates
         if self.selection is None:
             pairs = [(arm.name, detector.name) for arm in self.arms for detector in self.detectors]
             rates = dict.fromkeys(pairs, self.learning_rates[0])

@@ -83,12 +83,8 @@ def _run(ray: Any, study: Study, output: Path, tools: Path, outcomes: dict[str, 
             if trial.name not in started:
                 start(trial)
 
-    with (
-        _interruptible(ray, running),
-        tqdm(
-            total=study.count_trials(), initial=len(outcomes), unit="trial", desc="trials", disable=None
-        ) as bar,
-    ):
+    counts = {"total": study.count_trials(), "initial": len(outcomes)}
+    with _interruptible(ray, running), tqdm(**counts, unit="trial", desc="trials", disable=None) as bar:
         start_known()
         while running:
             done, _ = ray.wait(list(running), timeout=1.0)

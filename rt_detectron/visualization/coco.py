@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocotools import mask as rle_masks
 from pycocotools.coco import COCO
 
 from rt_detectron.visualization.draw import Instance
+from rt_detectron.visualization.media import read_upright
 
 
 def load_coco(json_file: str | Path) -> COCO:
@@ -37,8 +38,7 @@ def load_predictions(json_file: str | Path, image_ids: Iterable[int]) -> dict[in
 
 def load_image(coco: COCO, image_root: str | Path, image_id: int) -> Image.Image:
     """The image as Detectron2 reads it: RGB, turned upright by its EXIF tag."""
-    with Image.open(Path(image_root) / coco.imgs[image_id]["file_name"]) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    return read_upright(Path(image_root) / coco.imgs[image_id]["file_name"])
 
 
 def spread_image_ids(coco: COCO, count: int) -> list[int]:

@@ -47,8 +47,9 @@ def draw_instances(image: Image.Image, instances: Sequence[Instance], long_side:
     draw = ImageDraw.Draw(picture)
     for instance in ordered:
         _draw_box(draw, instance, scale)
+    taken: list[tuple[float, float, float, float]] = []
     for instance in ordered:
-        _draw_label(draw, instance, scale, size)
+        taken.append(_draw_label(draw, instance, scale, size, taken))
     return picture
 
 
@@ -81,14 +82,31 @@ def _draw_box(draw: ImageDraw.ImageDraw, instance: Instance, scale: float) -> No
     draw.rectangle(corners, outline=color_of(instance.color_index), width=2)
 
 
-def _draw_label(draw: ImageDraw.ImageDraw, instance: Instance, scale: float, size: tuple[int, int]) -> None:
+def _draw_label(
+    draw: ImageDraw.ImageDraw,
+    instance: Instance,
+    scale: float,
+    size: tuple[int, int],
+    taken: Sequence[tuple[float, float, float, float]],
+) -> tuple[float, float, float, float]:
+    """Above the box, inside it at the top or the bottom, or below it: the first place that no label has."""
+    x, y, _, box_height = instance.box
     text = _fit(draw, instance.label, size[0] - 8)
     width, height = draw.textlength(text, font=_font()) + 6, _FONT_SIZE + 4
-    x, y = instance.box[0] * scale - 1, instance.box[1] * scale - height
-    x, y = min(max(x, 0), size[0] - width), min(max(y, 0), size[1] - height)  # inside the image
+    left, top, bottom = (value * scale for value in (x, y, y + box_height))
+    x = min(max(left - 1, 0), size[0] - width)  # inside the image, as y is
+    places = [min(max(y, 0), size[1] - height) for y in (top - height, top, bottom - height, bottom)]
+    labels = [(x, y, x + width, y + height) for y in places]
+    label = next((free for free in labels if not any(_overlap(free, other) for other in taken)), labels[0])
     color = color_of(instance.color_index)
-    draw.rectangle((x, y, x + width, y + height), fill=color)
-    draw.text((x + 3, y + height / 2), text, font=_font(), fill=readable_on(color), anchor="lm")
+    draw.rectangle(label, fill=color)
+    middle = (label[1] + label[3]) / 2
+    draw.text((x + 3, middle), text, font=_font(), fill=readable_on(color), anchor="lm")
+    return label
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:

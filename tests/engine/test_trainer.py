@@ -6,8 +6,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data import MetadataCatalog
 from detectron2.engine import SimpleTrainer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.modeling import build_model
@@ -19,32 +18,6 @@ from rt_detectron.errors import InputError
 
 CONFIG = "configs/demo/mask_rcnn_r18_fpn.yaml"
 SHIPPED = sorted(path for path in Path("configs").rglob("*.yaml") if "study" not in path.parts)
-
-
-@pytest.fixture(scope="module")
-def sets(tiny_datasets):
-    """Names of the tiny training and test set."""
-    names = {}
-    for split in ("train", "val"):
-        folder = tiny_datasets / "demo" / "detection"
-        names[split] = f"rt_test_trainer_{split}"
-        annotations = folder / "annotations" / f"instances_{split}.json"
-        register_coco_instances(names[split], {}, str(annotations), str(folder / split))
-    yield names
-    for name in names.values():
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-
-
-@pytest.fixture(scope="module")
-def tiny_cfg(sets, tiny_opts):
-    """``tiny_cfg(output folder, KEY=value pairs ...)``"""
-
-    def make(output, *opts):
-        names = ["DATASETS.TRAIN", f"('{sets['train']}',)", "DATASETS.TEST", f"('{sets['val']}',)"]
-        return load_config(CONFIG, [*tiny_opts, *names, "OUTPUT_DIR", str(output), *map(str, opts)])
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +252,57 @@ def test_an_unknown_dataset_stops_before_anything_is_built(tiny_cfg, tmp_path):
 def test_the_class_count_is_checked(tiny_cfg, tmp_path):
     with pytest.raises(InputError, match=r"set MODEL.ROI_HEADS.NUM_CLASSES 10"):
         Trainer(tiny_cfg(tmp_path, "MODEL.ROI_HEADS.NUM_CLASSES", 80))
+
+
+class TestOptions:
+    def test_test_time_augmentation_adds_metrics_of_its_own(self, run, tiny_cfg, tmp_path, monkeypatch):
+        cfg = tiny_cfg(
+            tmp_path, "MODEL.WEIGHTS", final(run), "TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(64, 96)"
+        )
+        results = Trainer.test_with_tta(cfg, loaded(cfg))
+        assert set(results) == {"bbox_TTA", "segm_TTA"}
+        assert Path(tmp_path, "inference_TTA/coco_instances_results.json").is_file()
+
+    def test_after_training_both_are_reported(self, tiny_cfg, tmp_path, monkeypatch):
+        monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, *args: {"bbox": {"AP": 1.0}}))
+        seen = []
+        original = Trainer._evaluate
+        monkeypatch.setattr(Trainer, "_evaluate", lambda self: seen.append(set(original(self))) or {})
+        opts = ["TEST.AUG.ENABLED", True, "TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER", 2]
+        Trainer(tiny_cfg(tmp_path, *opts)).train()
+        assert seen == [{"bbox"}, {"bbox", "bbox_TTA"}]
+
+    def test_test_time_augmentation_of_another_detector_is_refused(self, tiny_cfg, tmp_path):
+        cfg = tiny_cfg(tmp_path, "TEST.AUG.ENABLED", True, "MODEL.KEYPOINT_ON", True)
+        with pytest.raises(
+            InputError, match=r"set TEST.AUG.ENABLED False for GeneralizedRCNN with keypoints"
+        ):
+            Trainer(cfg)
+
+    def test_adversarial_replays_train_on_half_the_batches(self, tiny_cfg, tmp_path, monkeypatch):
+        monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, *args: {}))
+        opts = ["SOLVER.ADVERSARIAL.REPLAYS", 2, "SOLVER.ADVERSARIAL.NORM", "linf"]
+        trainer = Trainer(tiny_cfg(tmp_path, *opts, "SOLVER.ADVERSARIAL.EPS", 8.0, "SOLVER.MAX_ITER", 4))
+        seen = []
+        preprocess = trainer.model.preprocess_image
+
+        def preprocess_image(batch):
+            images = preprocess(batch)
+            seen.append(([x["image_id"] for x in batch], images.tensor.detach()))
+            return images
+
+        monkeypatch.setattr(trainer.model, "preprocess_image", preprocess_image)
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+        (first, clean), (again, moved), (second, _), _ = seen
+        assert first == again != second
+        difference = ((moved - clean) * trainer.model.pixel_std).abs()
+        assert 0 < difference.max() <= 8.001
+
+    def test_gradients_are_clipped(self, tiny_cfg, tmp_path, monkeypatch):
+        monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, *args: {}))
+        clip = ["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-6]
+        trainer = Trainer(tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 1, *clip))
+        trainer.train()
+        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        assert max(gradient.abs().max() for gradient in gradients) == pytest.approx(1e-6)

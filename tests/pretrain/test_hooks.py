@@ -2,8 +2,8 @@ import copy
 
 import torch
 
+from rt_detectron.hooks import ExponentialMovingAverage
 from rt_detectron.modeling.classifier import Classifier
-from rt_detectron.pretrain.hooks import ExponentialMovingAverage
 from rt_detectron.pretrain.trainer import do_train
 
 

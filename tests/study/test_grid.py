@@ -225,9 +225,10 @@ def test_the_published_grid_has_every_l2_eps_of_both_families():
 def test_the_shipped_subset_study_is_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
-    (tmp_path / "output/coco_subset").mkdir(parents=True)
     for name in ("eps0", "l2_eps0.1", "l2_eps0.25", "l2_eps0.5"):
-        (tmp_path / f"output/coco_subset/resnet18_{name}.pkl").touch()
+        folder = tmp_path / f"output/coco_subset/resnet18_{name}"
+        folder.mkdir(parents=True)
+        (folder / "backbone.pkl").touch()
     study = load_study("configs/study/coco_subset.yaml")
     assert len(study.selection_trials()) == 24
     assert study.count_trials() == 60

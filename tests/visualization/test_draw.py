@@ -47,6 +47,15 @@ def test_boxes_at_and_over_the_edge(box):
     assert draw_instances(grey(50, 50), [Instance(box, label, 9)], long_side=120).size == (120, 120)
 
 
+def test_labels_keep_clear_of_each_other():
+    same = [Instance((20, 60, 100, 80), "mm", index) for index in range(4)]
+    picture = draw_instances(grey(200, 200), same, long_side=200)
+    pixels = np.asarray(picture)
+    tops = (60 - 22, 60, 140 - 22, 140)  # above the box, inside it at its top and its bottom, below it
+    for index, top in enumerate(tops):
+        assert tuple(pixels[top + 3, 22]) == color_of(index)
+
+
 def test_image_of_another_mode_and_extreme_shape():
     assert draw_instances(Image.new("L", (400, 1)), [], long_side=200).size == (200, 1)
 

@@ -1,0 +1,134 @@
+"""Datasets derived from registered ones by name alone: ``coco_2017_train@person@fit``."""
+
+import difflib
+import hashlib
+import json
+import os
+from functools import partial
+
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from rt_detectron.errors import InputError, one_line
+from rt_detectron.files import locked, replaced_atomically
+
+_VERSION = 1  # of the derivations below: part of the cache's key
+_HELD_OUT = 0.2
+# What the derived set says for itself; the rest of the base's metadata (keypoint names, say) it shares.
+_OWN_METADATA = (
+    "name",
+    "json_file",
+    "image_root",
+    "evaluator_type",
+    "thing_classes",
+    "thing_colors",
+    "thing_dataset_id_to_contiguous_id",
+)
+
+
+def register_derived(name: str) -> None:
+    """Register ``BASE@MODIFIER[@MODIFIER ...]``, a COCO-format dataset made from the registered BASE.
+
+    The modifiers apply from left to right:
+
+    - ``@CATEGORY``: only the objects of a category (spaces as ``_``: ``@traffic_light``); all images stay,
+      those without it as negatives (from training, Detectron2 filters them out unless told otherwise).
+    - ``@any``: all categories merged into one, "object". A crowd of anything is a crowd of objects.
+    - ``@held_out``, ``@fit``: a fixed fifth of the images, chosen by a hash of the image id, and the rest.
+
+    The annotations are written once, to ``$RT_DETECTRON_CACHE/datasets`` (by default
+    ``~/.cache/rt_detectron/datasets``), under a key of the base's file: its path, size and time of change.
+
+    Raises:
+        InputError: for a base that is not in COCO's format, an unknown modifier, a split without an image.
+    """
+    base, *modifiers = name.split("@")
+    source = MetadataCatalog.get(base)
+    if source.get("evaluator_type") != "coco" or source.get("json_file") is None:
+        raise InputError(
+            f"{name}: {base} is not in COCO's format; derive from a set of register_coco_instances"
+        )
+    path = os.path.join(_cache_folder(name, source.json_file), "annotations.json")
+    categories_path = os.path.join(os.path.dirname(path), "categories.json")
+    if not os.path.isfile(path):
+        with locked(path, "set RT_DETECTRON_CACHE to a folder that can be written"):
+            if not os.path.isfile(path):  # else another process wrote it meanwhile
+                content = _derived(source.json_file, name, modifiers)
+                _write(categories_path, sorted(content["categories"], key=lambda category: category["id"]))
+                _write(path, content)  # last: where it is, the categories are
+    with open(categories_path) as file:
+        categories = json.load(file)  # here, so that nobody must read all annotations to know the classes
+    shared = {key: value for key, value in source.as_dict().items() if key not in _OWN_METADATA}
+    classes = {
+        "thing_classes": [category["name"] for category in categories],
+        "thing_dataset_id_to_contiguous_id": {category["id"]: i for i, category in enumerate(categories)},
+    }
+    register_coco_instances(name, {**shared, **classes}, path, source.image_root)
+
+
+def _cache_folder(name: str, json_file: str) -> str:
+    root = os.path.expanduser(os.environ.get("RT_DETECTRON_CACHE") or "~/.cache/rt_detectron")
+    path, found = os.path.realpath(json_file), os.stat(json_file)
+    key = json.dumps([_VERSION, name, path, found.st_size, found.st_mtime_ns])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return os.path.join(root, "datasets", f"{name.replace(os.sep, '_')}-{digest}")
+
+
+def _write(path: str, content) -> None:
+    with replaced_atomically(path) as temporary, open(temporary, "w") as file:
+        json.dump(content, file, separators=(",", ":"))
+
+
+def _derived(json_file: str, name: str, modifiers: list[str]) -> dict:
+    try:
+        with open(json_file, "rb") as file:
+            content = json.load(file)
+        for modifier in modifiers:
+            content = _SPLITS_AND_MERGES.get(modifier, partial(_only, modifier, name))(content)
+        if not content["images"]:
+            raise InputError(f"{name} has no image: {json_file} has too few to be split")
+        return content
+    except InputError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = one_line(error)[:200]
+        raise InputError(
+            f"{json_file}: not usable COCO annotations ({reason}); datasets/README.md names the format"
+        ) from None
+
+
+def _only(modifier: str, name: str, content: dict) -> dict:
+    by_name = {category["name"].replace(" ", "_"): category for category in content["categories"]}
+    if modifier not in by_name:
+        near = difflib.get_close_matches(modifier, [*_SPLITS_AND_MERGES, *by_name], n=3)
+        hint = f"did you mean {' or '.join('@' + word for word in near)}" if near else "use a category's name"
+        raise InputError(f"{name}: unknown modifier @{modifier}; {hint}, or @any, @fit, @held_out")
+    category = by_name[modifier]
+    kept = [found for found in content["annotations"] if found["category_id"] == category["id"]]
+    return {**content, "categories": [category], "annotations": kept}
+
+
+def _merged(content: dict) -> dict:
+    kept = [{**annotation, "category_id": 1} for annotation in content["annotations"]]
+    return {**content, "categories": [{"id": 1, "name": "object"}], "annotations": kept}
+
+
+def _split(content: dict, held_out: bool) -> dict:
+    """By rank of the hash, not by a bound on it, so that small sets have a held-out part, too."""
+
+    def rank(image_id) -> bytes:
+        return hashlib.sha256(str(image_id).encode()).digest()
+
+    ids = sorted((image["id"] for image in content["images"]), key=rank)
+    count = max(1, round(_HELD_OUT * len(ids)))
+    chosen = set(ids[:count] if held_out else ids[count:])
+    images = [image for image in content["images"] if image["id"] in chosen]
+    kept = [annotation for annotation in content["annotations"] if annotation["image_id"] in chosen]
+    return {**content, "images": images, "annotations": kept}
+
+
+_SPLITS_AND_MERGES = {
+    "any": _merged,
+    "fit": partial(_split, held_out=False),
+    "held_out": partial(_split, held_out=True),
+}

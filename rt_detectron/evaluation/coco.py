@@ -1,0 +1,248 @@
+"""COCO's AP at the speed of faster-coco-eval, equal to pycocotools'."""
+
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
+from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
+from pycocotools import mask as rle_masks
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from rt_detectron.errors import InputError, one_line
+from rt_detectron.evaluation.annotations import check_annotations, readable
+from rt_detectron.evaluation.matching import (
+    Objects,
+    box_iou,
+    column,
+    keypoint_similarity,
+    mask_iou,
+    precision_and_recall,
+)
+from rt_detectron.files import replaced_atomically
+
+SHAPES = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # the field of each task
+
+
+class COCOEvaluator(Detectron2COCOEvaluator):
+    """Detectron2's COCOEvaluator, whose AP is computed by :func:`evaluate_detections`.
+
+    Same arguments, files and results. ``use_fast_impl=False`` computes with pycocotools.
+
+    Raises:
+        InputError: for an annotation file that cannot be evaluated.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        tasks: Sequence[str] | None = None,
+        distributed: bool = True,
+        output_dir: str | None = None,
+        *,
+        use_fast_impl: bool = True,
+        **options,
+    ):
+        path = MetadataCatalog.get(dataset_name).get("json_file", dataset_name)
+        with readable(path):
+            # False, since what it means by fast is a part of Detectron2 that needs a compiler.
+            super().__init__(dataset_name, tasks, distributed, output_dir, use_fast_impl=False, **options)
+            if self._do_evaluation:
+                check_annotations(self._coco_api.dataset, path)
+        self._use_fast_impl = use_fast_impl
+
+    def _eval_predictions(self, predictions: list[dict], img_ids: Sequence[int] | None = None) -> None:
+        if not self._use_fast_impl:
+            super()._eval_predictions(predictions, img_ids)
+            return
+        results = list(itertools.chain.from_iterable(prediction["instances"] for prediction in predictions))
+        tasks = self._tasks or self._tasks_from_predictions(results)
+        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if mapping is not None:
+            restore_category_ids(results, {contiguous: original for original, contiguous in mapping.items()})
+        if self._output_dir:
+            write_results(results, os.path.join(self._output_dir, "coco_instances_results.json"))
+        if not self._do_evaluation:
+            self._logger.info("Annotations are not available for evaluation.")
+            return
+        for task in sorted(tasks):
+            evaluation = None
+            if results:
+                evaluation = evaluate_detections(
+                    self._coco_api,
+                    results,
+                    task,
+                    max_dets=self._max_dets_per_image,
+                    kpt_oks_sigmas=self._kpt_oks_sigmas,
+                    img_ids=img_ids,
+                )
+            self._results[task] = self._derive_coco_results(
+                evaluation, task, class_names=self._metadata.get("thing_classes")
+            )
+
+
+def evaluate_detections(
+    coco: COCO,
+    results: list[dict[str, Any]],
+    task: str,
+    *,
+    max_dets: Sequence[int] = (1, 10, 100),
+    kpt_oks_sigmas: Sequence[float] = (),
+    img_ids: Sequence[int] | None = None,
+) -> COCOeval:
+    """AP and AR of detections, as pycocotools' loadRes(), evaluate(), accumulate() and summarize() give them.
+
+    Overlaps are pycocotools' own, matching and precision are faster-coco-eval's. Masks are measured by their
+    own area, as Detectron2 does, not by that of a box given beside them.
+
+    Args:
+        coco: the annotations. Its segmentations are replaced by run-length encodings, as by pycocotools.
+        results: detections in COCO's results format; not changed.
+        task: "bbox", "segm" or "keypoints".
+        max_dets: three limits on the detections of a category in an image; not used for keypoints.
+        kpt_oks_sigmas: of each keypoint, COCO's if empty.
+        img_ids: the images to evaluate on, all if None.
+
+    Returns:
+        An evaluation that holds ``params``, ``eval`` ("precision", "recall", "scores") and ``stats``.
+
+    Raises:
+        InputError: for detections or annotations that lack what the task needs.
+    """
+    if task not in SHAPES:
+        raise InputError(f"evaluation task {task!r} is unknown; known are {', '.join(SHAPES)}")
+    evaluation = COCOevalMaxDets(coco, iouType=task)  # summarises what pycocotools does, for any max_dets
+    params = evaluation.params
+    params.imgIds = sorted(set(params.imgIds if img_ids is None else img_ids))
+    if task == "keypoints":
+        if len(kpt_oks_sigmas):
+            params.kpt_oks_sigmas = np.array(kpt_oks_sigmas)
+        overlap = partial(keypoint_similarity, sigmas=params.kpt_oks_sigmas)
+    else:
+        params.maxDets = sorted(max_dets)
+        overlap = {"bbox": box_iou, "segm": mask_iou}[task]
+    evaluation.eval = {
+        "params": params,
+        **precision_and_recall(
+            _annotations(coco, params),
+            _detections(coco, results, params),
+            overlap,
+            num_categories=len(params.catIds),
+            iou_thrs=params.iouThrs,
+            rec_thrs=params.recThrs,
+            area_rng=params.areaRng,
+            max_dets=params.maxDets,
+        ),
+    }
+    evaluation.eval["counts"] = list(evaluation.eval["precision"].shape)
+    evaluation.summarize()
+    return evaluation
+
+
+def restore_category_ids(results: list[dict], originals: dict[int, int]) -> None:
+    """Turn the model's class numbers into the annotation file's category ids, in place.
+
+    Raises:
+        InputError: for a class that the dataset does not have.
+    """
+    for result in results:
+        if result["category_id"] not in originals:
+            raise InputError(
+                f"the model predicts class {result['category_id']}, but the dataset has {len(originals)} "
+                "classes; give the model's NUM_CLASSES key that number"
+            )
+        result["category_id"] = originals[result["category_id"]]
+
+
+def write_results(results: list[dict], path: str) -> None:
+    """Detections in COCO's results format, as JSON."""
+    with replaced_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(results, file)
+
+
+def _annotations(coco: COCO, params) -> Objects:
+    annotations = coco.loadAnns(coco.getAnnIds(imgIds=params.imgIds, catIds=set(params.catIds)))
+    shapes = [_annotated_shape(coco, annotation, params) for annotation in annotations]
+    records = []
+    for annotation in annotations:
+        crowd = bool(annotation["iscrowd"])
+        records.append(
+            {
+                # pycocotools notes a match by this id, so that a match with id 0 passes for none.
+                "id": int(annotation["id"] != 0),
+                "area": annotation["area"],
+                "iscrowd": crowd,
+                "ignore": crowd or (params.iouType == "keypoints" and annotation["num_keypoints"] == 0),
+            }
+        )
+    return _objects(annotations, shapes, records, params)
+
+
+def _annotated_shape(coco: COCO, annotation: dict[str, Any], params) -> Any:
+    if params.iouType == "bbox":
+        return annotation["bbox"]
+    if params.iouType == "segm":
+        try:
+            annotation["segmentation"] = coco.annToRLE(annotation)
+        except Exception as error:  # pycocotools raises bare Exceptions, too
+            reason = one_line(error)
+            raise InputError(f"annotation {annotation['id']} has no usable segmentation: {reason}") from None
+        return annotation["segmentation"]
+    found, wanted = len(annotation.get("keypoints", ())) / 3, len(params.kpt_oks_sigmas)
+    if found != wanted or "num_keypoints" not in annotation:
+        raise InputError(
+            f"annotation {annotation['id']} needs {wanted} keypoints (x, y, visibility) and 'num_keypoints', "
+            f"as there are {wanted} OKS sigmas (TEST.KEYPOINT_OKS_SIGMAS); it has {found:g} keypoints"
+        )
+    return [*annotation["keypoints"], *annotation["bbox"], annotation["area"]]
+
+
+def _detections(coco: COCO, results: list[dict[str, Any]], params) -> Objects:
+    field = SHAPES[params.iouType]
+    try:
+        shapes = [result[field] for result in results]
+    except KeyError:
+        raise InputError(f"a detection has no '{field}', which {params.iouType} AP needs") from None
+    unknown = {result["image_id"] for result in results} - coco.imgs.keys()
+    if unknown:
+        raise InputError(
+            f"there are detections on {len(unknown)} images that the annotations do not have, as on "
+            f"{next(iter(unknown))}; evaluate them with the dataset they were made on"
+        )
+    if params.iouType == "keypoints" and {len(shape) for shape in shapes} - {3 * len(params.kpt_oks_sigmas)}:
+        raise InputError(
+            f"detections need {len(params.kpt_oks_sigmas)} keypoints (x, y, score), as there are so many "
+            "OKS sigmas (TEST.KEYPOINT_OKS_SIGMAS)"
+        )
+    areas = _areas(results, shapes, params.iouType)
+    records = [
+        {"id": 1, "score": result["score"], "area": area} for result, area in zip(results, areas, strict=True)
+    ]
+    return _objects(results, shapes, records, params)
+
+
+def _areas(results: list[dict[str, Any]], shapes: list, task: str) -> list[float]:
+    """In pixels, as pycocotools' loadRes() finds them."""
+    if task == "segm":
+        return rle_masks.area(shapes).tolist() if shapes else []
+    if task == "keypoints" and not results[0].get("bbox"):
+        points = np.array(shapes, float).reshape(len(shapes), -1, 3)[..., :2]
+        return np.ptp(points, axis=1).prod(axis=1).tolist()
+    return [result["bbox"][2] * result["bbox"][3] for result in results]
+
+
+def _objects(dicts: list[dict[str, Any]], shapes: list, records: list[dict], params) -> Objects:
+    images = {img_id: number for number, img_id in enumerate(params.imgIds)}
+    categories = {cat_id: number for number, cat_id in enumerate(params.catIds)}
+    return Objects(
+        np.array([images.get(one["image_id"], -1) for one in dicts], int),
+        np.array([categories.get(one["category_id"], -1) for one in dicts], int),
+        column(shapes) if params.iouType == "segm" else np.array(shapes, float),
+        column(records),
+    )

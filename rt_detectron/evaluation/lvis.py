@@ -1,0 +1,170 @@
+"""LVIS's AP at the speed of faster-coco-eval, equal to that of the lvis package."""
+
+import copy
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import LVISEvaluator as Detectron2LVISEvaluator
+from detectron2.utils.logger import create_small_table
+
+from rt_detectron.errors import InputError
+from rt_detectron.evaluation.annotations import check_annotations, readable
+from rt_detectron.evaluation.coco import SHAPES, restore_category_ids, write_results
+from rt_detectron.evaluation.matching import Objects, box_iou, column, mask_iou, precision_and_recall
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+MAX_DETS = 300  # of an image, over all categories
+
+logger = logging.getLogger(__name__)
+
+
+class LVISEvaluator(Detectron2LVISEvaluator):
+    """Detectron2's LVISEvaluator, whose AP is computed by :func:`evaluate_lvis_detections`.
+
+    Same arguments, files and results. (The lvis package's own code fails with NumPy from 1.24 on.)
+
+    Raises:
+        InputError: for an annotation file that cannot be evaluated, or without the lvis package.
+    """
+
+    def __init__(self, dataset_name: str, *args, **options):
+        try:
+            import lvis  # noqa: F401
+        except ImportError:
+            raise InputError('evaluating LVIS needs lvis: pip install "rt_detectron[lvis]"') from None
+        path = MetadataCatalog.get(dataset_name).get("json_file", dataset_name)
+        with readable(path):
+            super().__init__(dataset_name, *args, **options)
+            if self._do_evaluation:
+                check_annotations(self._lvis_api.dataset, path)
+                _check_federation(self._lvis_api.dataset, path)
+
+    def _eval_predictions(self, predictions: list[dict]) -> None:
+        results = list(itertools.chain.from_iterable(prediction["instances"] for prediction in predictions))
+        tasks = self._tasks or self._tasks_from_predictions(results)
+        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if mapping is None:  # LVIS counts from 1
+            mapping = {number: number - 1 for number in self._lvis_api.cats}
+        restore_category_ids(results, {contiguous: original for original, contiguous in mapping.items()})
+        if self._output_dir:
+            write_results(results, os.path.join(self._output_dir, "lvis_instances_results.json"))
+        if not self._do_evaluation:
+            self._logger.info("Annotations are not available for evaluation.")
+            return
+        for task in sorted(tasks):
+            self._results[task] = evaluate_lvis_detections(
+                self._lvis_api, results, task, max_dets=self._max_dets_per_image
+            )
+
+
+def evaluate_lvis_detections(
+    lvis, results: list[dict[str, Any]], task: str, *, max_dets: int | None = None
+) -> dict[str, float]:
+    """AP of detections on a federated dataset, in percent, as the lvis package's LVISEval gives it.
+
+    The package filters detections of categories that an image was not searched for and summarises;
+    overlaps are pycocotools', matching and precision faster-coco-eval's.
+
+    Args:
+        lvis: the annotations, an lvis.LVIS.
+        results: detections in COCO's results format; not changed.
+        task: "bbox" or "segm".
+        max_dets: of an image; LVIS's 300 if None, no limit if negative.
+
+    Returns:
+        The values of METRICS; NaN without detections, -100 where a category group or size has no object.
+
+    Raises:
+        InputError: for another task, or detections without what it needs.
+    """
+    from lvis import LVISEval, LVISResults
+
+    if task not in ("bbox", "segm"):
+        raise InputError(f"LVIS has no task {task!r}; known are bbox, segm")
+    if not results:
+        logger.warning("No predictions from the model!")
+        return dict.fromkeys(METRICS, float("nan"))
+    needed = ("image_id", "category_id", "score", SHAPES[task])
+    try:
+        # Only the fields of the task: beside a box, a mask would be measured by the box.
+        results = [{field: result[field] for field in needed} for result in results]
+    except KeyError as error:
+        raise InputError(f"a detection has no {error}, which {task} AP needs") from None
+    bare = copy.copy(lvis)  # LVISResults copies all of it, and then replaces the annotations
+    bare.dataset = {**lvis.dataset, "annotations": []}
+    evaluation = LVISEval(
+        lvis, LVISResults(bare, results, MAX_DETS if max_dets is None else max_dets), iou_type=task
+    )
+    evaluation._prepare()
+    evaluation.eval = _curves(evaluation, SHAPES[task])
+    evaluation.summarize()
+    evaluation.print_results()
+    metrics = {name: float(evaluation.get_results()[name] * 100) for name in METRICS}
+    logger.info(f"Evaluation results for {task}:\n{create_small_table(metrics)}")
+    return metrics
+
+
+def _curves(evaluation, field: str) -> dict[str, Any]:
+    """What LVISEval.evaluate() and accumulate() compute of its groups."""
+    params = evaluation.params
+
+    def objects(groups: dict[tuple, list[dict]], record: Callable[[dict], dict]) -> Objects:
+        dicts = list(itertools.chain.from_iterable(groups.values()))
+        return Objects(
+            np.searchsorted(params.img_ids, [one["image_id"] for one in dicts]),
+            np.searchsorted(params.cat_ids, [one["category_id"] for one in dicts]),
+            column([one[field] for one in dicts]) if field == "segmentation" else boxes(dicts),
+            column([record(one) for one in dicts]),
+        )
+
+    def boxes(dicts: list[dict]) -> np.ndarray:
+        return np.array([one["bbox"] for one in dicts], float).reshape(-1, 4)
+
+    curves = precision_and_recall(
+        objects(evaluation._gts, _annotation),
+        objects(evaluation._dts, partial(_detection, evaluation.img_nel)),
+        {"bbox": box_iou, "segmentation": mask_iou}[field],
+        num_categories=len(params.cat_ids),
+        iou_thrs=params.iou_thrs,
+        rec_thrs=params.rec_thrs,
+        area_rng=params.area_rng,
+        # LVISResults has limited them already, by image.
+        max_dets=[max(map(len, evaluation._dts.values()), default=1)],
+    )
+    return {"params": params, "precision": curves["precision"][..., 0], "recall": curves["recall"][..., 0]}
+
+
+def _annotation(annotation: dict) -> dict:
+    return {
+        "id": int(annotation["id"] != 0),  # as in coco.py
+        "area": annotation["area"],
+        "iscrowd": False,  # LVIS has no crowds
+        "ignore": bool(annotation["ignore"]),
+    }
+
+
+def _detection(not_exhaustive: dict[int, list[int]], detection: dict) -> dict:
+    return {
+        "id": 1,
+        "score": detection["score"],
+        "area": detection["area"],
+        "lvis_mark": detection["category_id"] in not_exhaustive[detection["image_id"]],
+    }
+
+
+def _check_federation(dataset: dict[str, Any], path: str) -> None:
+    fields = {"images": ("neg_category_ids", "not_exhaustive_category_ids"), "categories": ("frequency",)}
+    for kind, needed in fields.items():
+        for entry in dataset[kind]:
+            for field in needed:
+                if field not in entry:
+                    raise InputError(
+                        f"{path}: {kind} entry {entry.get('id')} has no '{field}', which LVIS's AP needs; "
+                        'set the dataset\'s evaluator_type to "coco" for plain COCO AP'
+                    )

@@ -1,0 +1,111 @@
+"""Pictures of what a detector sees and finds, before and after a change of its input."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.structures import Instances
+from PIL import Image
+from torch import Tensor, nn
+
+from rt_detectron.visualization.draw import Instance, draw_instances, panel
+
+SCORE_THRESHOLD = 0.5  # detections below it are not drawn
+_JPEG_QUALITY = 85
+
+
+class BeforeAfter:
+    """Watches an evaluation and saves, for some images, the original beside what the detector was given.
+
+    Args:
+        model: the detector that is evaluated.
+        originals: the datasets' dicts of the images to draw.
+        mapper: makes the unchanged input of such a dict.
+        image_format: of the detector's input, "RGB" or "BGR".
+        class_names: by class number.
+        stem: of the files, with their folder: ``STEM-imageID.jpg``.
+        change: what happened to the images, e.g. "L2 eps 0.5".
+        perturbation: whether to show the difference, too, amplified.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        originals: Sequence[dict],
+        mapper: Callable[[dict], dict],
+        image_format: str,
+        class_names: Sequence[str],
+        stem: str,
+        change: str,
+        perturbation: bool = False,
+    ):
+        self.model = model
+        self.originals = {original["image_id"]: original for original in originals}
+        self.mapper = mapper
+        self.image_format = image_format
+        self.class_names = class_names
+        self.stem = stem
+        self.change = change
+        self.perturbation = perturbation
+        self.saved: list[dict[str, str]] = []  # {"file": path, "caption": words}
+
+    def __call__(self, inputs: list[dict], outputs: list[dict]) -> None:
+        for given, output in zip(inputs, outputs, strict=True):
+            if given["image_id"] in self.originals:
+                self._save(given, output["instances"])
+
+    def _save(self, given: dict, found: Instances) -> None:
+        original = self.mapper(self.originals[given["image_id"]])
+        with torch.no_grad():
+            found_before = self.model([original])[0]["instances"]
+        views, captions = [], []
+        for title, image, instances in (
+            ("original", original, found_before),
+            (self.change, given, found),
+        ):
+            shown = detected_instances(instances, self.class_names)
+            views.append(draw_instances(self._picture(image["image"], image), shown))
+            captions.append(f"{title}: {len(shown)} detection{'s' * (len(shown) != 1)}")
+        if self.perturbation:
+            difference = given["image"].cpu() - original["image"].cpu()
+            factor = 127 / max(float(difference.abs().max()), 1e-3)
+            views.append(draw_instances(self._picture(128 + factor * difference, given), []))
+            captions.append(f"perturbation x {factor:.0f}")
+        image_id = re.sub(r"[^A-Za-z0-9_.-]", "_", str(given["image_id"]))
+        path = f"{self.stem}-image{image_id}.jpg"
+        panel(views, captions).save(path, quality=_JPEG_QUALITY)
+        caption = f"image {given['image_id']}; detections of score {SCORE_THRESHOLD:g} and more; "
+        self.saved.append({"file": path, "caption": caption + "; ".join(captions)})
+
+    def _picture(self, image: Tensor, source: dict) -> Image.Image:
+        """(C, H, W) in 0..255 in the detector's channel order, at the size that its output refers to."""
+        pixels = convert_image_to_rgb(image.detach().cpu().permute(1, 2, 0), self.image_format)
+        picture = Image.fromarray(np.asarray(pixels).round().clip(0, 255).astype(np.uint8))
+        return picture.resize((source["width"], source["height"]), Image.Resampling.BILINEAR)
+
+
+def detected_instances(
+    instances: Instances, class_names: Sequence[str], threshold: float = SCORE_THRESHOLD
+) -> list[Instance]:
+    """A detector's output for one image, as instances to draw: those with a score of at least ``threshold``.
+
+    Args:
+        instances: pred_boxes, scores, pred_classes and perhaps pred_masks (N, H, W), bool.
+        class_names: by class number.
+    """
+    instances = instances.to("cpu")
+    instances = instances[instances.scores >= threshold]
+    masks = instances.pred_masks.numpy() if instances.has("pred_masks") else [None] * len(instances)
+    found = zip(
+        instances.pred_boxes.tensor.tolist(),
+        instances.scores.tolist(),
+        instances.pred_classes.tolist(),
+        masks,
+        strict=True,
+    )
+    return [
+        Instance((x0, y0, x1 - x0, y1 - y0), f"{class_names[number]} {score:.0%}", number, mask)
+        for (x0, y0, x1, y1), score, number, mask in found
+    ]

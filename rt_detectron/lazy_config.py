@@ -1,0 +1,82 @@
+"""Reading and writing LazyConfig files, Detectron2's configuration in Python."""
+
+import logging
+import os
+import tempfile
+
+import torch
+from detectron2.config import LazyConfig
+from detectron2.utils import comm
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from rt_detectron.errors import InputError, one_line
+
+logger = logging.getLogger(__name__)
+
+
+def read_lazy_config(path: str, overrides: list[str], keys: tuple[str, ...], folder: str):
+    """The LazyConfig at ``path`` with ``key=value`` overrides.
+
+    Where there is no GPU, train.device becomes "cpu", with a warning.
+
+    Args:
+        path: of a ``.py`` or ``.yaml`` file.
+        overrides: in Hydra's grammar: of keys that the file has, or ``+key=value`` for new ones.
+        keys: what it must have, "train" among them.
+        folder: where such files are shipped, for messages.
+
+    Raises:
+        InputError: for a missing or broken file, an unknown key, or an override that cannot be parsed.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"--config-file {path or '(none)'}: no such file; {folder} holds the shipped ones")
+    try:
+        cfg = LazyConfig.load(path)
+    except (SyntaxError, ImportError, AssertionError, ValueError, YAMLError) as error:
+        raise InputError(f"--config-file {path}: not a LazyConfig file ({one_line(error)[:200]})") from None
+    missing = [key for key in keys if key not in cfg]
+    if missing:
+        raise InputError(
+            f"--config-file {path}: not for this tool, it lacks {', '.join(missing)}; "
+            f"{folder} holds the shipped ones"
+        )
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise InputError(f"{override!r} is not of the form key=value, e.g. train.output_dir=output")
+        if not key.startswith("+") and not _has_key(cfg, key):
+            raise InputError(f"unknown configuration key {key!r}; {path} shows the keys")
+    try:
+        cfg = LazyConfig.apply_overrides(cfg, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(f"{' '.join(overrides)}: {one_line(error)[:200]}") from None
+    if cfg.train.device == "cuda" and not torch.cuda.is_available():
+        if comm.is_main_process():
+            logger.warning("No GPU found: running on the CPU (train.device=cpu)")
+        cfg.train.device = "cpu"
+    return cfg
+
+
+def _has_key(cfg, key: str) -> bool:
+    for part in key.split("."):
+        if OmegaConf.is_list(cfg) and part.isdigit() and int(part) < len(cfg):
+            cfg = cfg[int(part)]
+        elif OmegaConf.is_dict(cfg) and part in cfg:
+            cfg = cfg[part]
+        else:
+            return False
+    return True
+
+
+def as_yaml(cfg) -> str:
+    """``cfg`` as Detectron2 writes it to config.yaml."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "config.yaml")
+        LazyConfig.save(cfg, path)
+        if not os.path.exists(path):
+            return "# This configuration is no YAML; config.yaml.pkl has it."
+        with open(path) as file:
+            return file.read()

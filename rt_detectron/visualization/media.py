@@ -1,0 +1,170 @@
+"""Pictures and videos in files: found, drawn on, written."""
+
+import glob
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from rt_detectron.errors import InputError, one_line
+from rt_detectron.files import replaced_atomically
+
+IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+_WRITTEN_IMAGES = (".jpeg", ".jpg", ".png")  # other formats become JPEG
+_DEFAULT_FPS = 25.0  # for a video that does not say
+
+
+def find_media(inputs: Iterable[str]) -> tuple[list[Path], list[str]]:
+    """The pictures and videos that files, folders (not those below them) and glob patterns name.
+
+    Returns:
+        each file once, in the order of the inputs, a folder's by name; and a line for each input without any.
+    """
+    found: dict[Path, None] = {}
+    problems = []
+    for name in inputs:
+        if os.path.isdir(name):
+            endings = IMAGE_ENDINGS + VIDEO_ENDINGS
+            paths = [path for path in sorted(Path(name).iterdir()) if path.suffix.lower() in endings]
+            reason = f"the folder holds no picture or video ({' '.join(endings)})"
+        else:
+            names = [name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True))
+            paths = [path for path in map(Path, names) if path.is_file()]
+            reason = "there is no such file or folder, and no file matches it as a pattern"
+        if not paths:
+            problems.append(f"{name}: {reason}")
+        found.update(dict.fromkeys(path.absolute() for path in paths))
+    return list(found), problems
+
+
+def output_paths(sources: Sequence[Path], folder: str | Path) -> list[Path]:
+    """Where each source's annotated copy goes: below ``folder``, as it lies below the sources' common folder.
+
+    So no two are the same. A file whose format is not written gets the new ending after its own.
+
+    Raises:
+        InputError: if a source would be overwritten.
+    """
+    if not sources:
+        return []
+    common = os.path.commonpath([source.parent for source in sources])
+    paths = []
+    for source in sources:
+        ending, written = source.suffix.lower(), ".mp4" if _is_video(source) else ".jpg"
+        keeps = ending == ".mp4" or ending in _WRITTEN_IMAGES
+        below = source.relative_to(common)
+        paths.append(Path(folder) / (below if keeps else below.with_name(below.name + written)))
+    overwritten = {path.resolve() for path in paths} & {source.resolve() for source in sources}
+    if overwritten:
+        raise InputError(f"--output {folder} would overwrite {min(overwritten)}: give another folder")
+    return paths
+
+
+def annotate_files(
+    jobs: Iterable[tuple[Path, Path]], annotate: Callable[[Image.Image], Image.Image]
+) -> list[str]:
+    """Write ``annotate`` of each picture, or of each frame of a video (MP4, with a progress bar), atomically.
+
+    Args:
+        jobs: (source, output) of each file. An output is printed when it is there.
+
+    Returns:
+        a line for each source that could not be read; the others go on.
+    """
+    problems = []
+    for source, output in jobs:
+        try:
+            _make_folder(output.parent)
+            (_annotate_video if _is_video(source) else _annotate_picture)(source, output, annotate)
+            print(output, flush=True)
+        except InputError as error:
+            problems.append(str(error))
+    return problems
+
+
+def read_upright(path: str | Path) -> Image.Image:
+    """A picture as Detectron2 reads it: RGB, turned upright by its EXIF tag.
+
+    Raises:
+        InputError: naming the file, if it is no readable picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's decoders fail in every way there is
+        raise InputError(f"{path}: cannot be read as a picture ({one_line(error)[:200]})") from None
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_ENDINGS
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be made a folder ({error.strerror}): choose another output"
+        ) from None
+
+
+def _annotate_picture(source: Path, output: Path, annotate: Callable[[Image.Image], Image.Image]) -> None:
+    picture = annotate(read_upright(source))
+    with replaced_atomically(output) as temporary:
+        picture.save(temporary, "PNG" if output.suffix.lower() == ".png" else "JPEG", quality=95)
+
+
+def _annotate_video(source: Path, output: Path, annotate: Callable[[Image.Image], Image.Image]) -> None:
+    with _opened(source) as capture, tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        fps = capture.get(cv2.CAP_PROP_FPS)
+        fps = fps if np.isfinite(fps) and fps > 0 else _DEFAULT_FPS
+        count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT))) or None  # unknown to some containers
+        part = os.path.join(folder, output.name)  # cv2 goes by the ending
+        writer = None
+        try:
+            for frame in tqdm(_frames(capture), desc=source.name, total=count, unit="frame"):
+                picture = _even(np.asarray(annotate(frame)))
+                if writer is None:
+                    size = picture.shape[1::-1]
+                    writer = cv2.VideoWriter(part, cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
+                writer.write(picture[:, :, ::-1])
+        finally:
+            if writer is not None:
+                writer.release()
+        if writer is None:
+            raise InputError(f"{source}: the video has no readable frame")
+        if not os.path.isfile(part):
+            raise InputError(f"{output}: OpenCV cannot write MP4 here; its build needs FFmpeg")
+        os.replace(part, output)
+
+
+@contextmanager
+def _opened(source: Path) -> Iterator[cv2.VideoCapture]:
+    capture = cv2.VideoCapture(str(source))
+    try:
+        if not capture.isOpened():
+            raise InputError(f"{source}: cannot be read as a video")
+        yield capture
+    finally:
+        capture.release()
+
+
+def _frames(capture: cv2.VideoCapture) -> Iterator[Image.Image]:
+    while True:
+        is_there, frame = capture.read()
+        if not is_there:
+            return
+        yield Image.fromarray(np.ascontiguousarray(frame[:, :, ::-1]))
+
+
+def _even(picture: np.ndarray) -> np.ndarray:
+    """Without the last row or column of an odd number, since players want colours in blocks of two by two."""
+    height, width = picture.shape[:2]
+    return picture[: height - height % 2, : width - width % 2]

@@ -1,0 +1,52 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+
+from rt_detectron.modeling.frozen_norm import FrozenNormConv2d, fold_frozen_norms
+
+
+@pytest.fixture
+def plain():
+    """Detectron2's convolution with a frozen norm that does something, a bias and an activation."""
+    torch.manual_seed(0)
+    norm = FrozenBatchNorm2d(6)
+    for name, low in (("weight", 0.5), ("bias", -1), ("running_mean", -1), ("running_var", 0.5)):
+        getattr(norm, name).uniform_(low, 1.5)
+    return Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=True, norm=norm, activation=F.relu)
+
+
+def test_outputs_and_gradients_are_those_of_the_norm_behind(plain):
+    folded = fold_frozen_norms(torch.nn.Sequential(copy.deepcopy(plain)))
+    assert type(folded[0]) is FrozenNormConv2d
+    found = []
+    for module in (plain, folded):
+        x = torch.randn(2, 4, 9, 7, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+        output = module(x)
+        output.square().sum().backward()
+        found.append([output, x.grad, *(parameter.grad for parameter in module.parameters())])
+    for ours, reference in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+    assert (found[0][0] > 0).any()
+
+
+def test_state_dict_and_representation_stay(plain):
+    folded = fold_frozen_norms(torch.nn.Sequential(copy.deepcopy(plain)))[0]
+    assert folded.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_norm_that_is_replaced_later_is_heeded(plain):
+    folded = fold_frozen_norms(torch.nn.Sequential(copy.deepcopy(plain)))[0]
+    plain.norm = folded.norm = torch.nn.BatchNorm2d(6)
+    x = torch.randn(2, 4, 9, 7)
+    assert torch.equal(folded(x), plain(x))
+
+
+def test_other_convolutions_stay():
+    network = torch.nn.Sequential(
+        Conv2d(3, 4, 1, norm=torch.nn.BatchNorm2d(4)), Conv2d(4, 4, 1), torch.nn.Conv2d(4, 4, 1)
+    )
+    types = [type(module) for module in network]
+    assert [type(module) for module in fold_frozen_norms(network)] == types

@@ -1,0 +1,81 @@
+"""The tool as a user runs it, in two processes at once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+TOOL = str(REPOSITORY / "tools" / "evaluate_robustness.py")
+CONFIG = str(REPOSITORY / "configs" / "demo" / "mask_rcnn_r18_fpn.yaml")
+
+
+@pytest.fixture
+def run(tiny_datasets, tmp_path):
+    """``run(arguments ...)`` in a process of its own, on CPUs."""
+
+    def run(*arguments):
+        environment = {"DETECTRON2_DATASETS": str(tiny_datasets), "PYTHONPATH": str(REPOSITORY)}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            [sys.executable, TOOL, "--config-file", CONFIG, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+        )
+
+    return run
+
+
+def test_two_processes_measure_then_one_resumes(run, tiny_opts, tmp_path):
+    opts = [*tiny_opts, "OUTPUT_DIR", "out", "TEST.ATTACK.L2_EPS", "[0.5]", "TEST.ATTACK.STEPS", 1]
+    opts += ["TEST.ATTACK.MAX_IMAGES", 3, "TEST.CORRUPTION.NAMES", "['fog']", "TEST.PICTURES", 3]
+    opts += ["TEST.CORRUPTION.SEVERITIES", "[3]"]
+    first = run("--num-gpus", 2, "--dist-url", "auto", *opts)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.rstrip().endswith("Wrote out/robustness.json")
+    assert "L2 eps 0.5, random noise" in first.stdout
+    content = json.loads((tmp_path / "out" / "robustness.json").read_text())
+    assert (content["clean"]["images"], content["attack"][0]["images"]) == (4, 3)
+    assert content["corruption"]["results"][0]["corruption"] == "fog"
+    # Both processes' pictures, once each.
+    files = {picture["file"] for picture in content["pictures"]}
+    assert len(files) == len(content["pictures"]) == 6
+    assert all((tmp_path / "out" / file).is_file() for file in files)
+    assert "building resnet18" in (tmp_path / "out" / "robustness" / "log.txt").read_text()
+
+    again = run("--resume", *opts)
+    assert again.returncode == 0, again.stderr
+    assert "Inference done" not in again.stdout
+    resumed = json.loads((tmp_path / "out" / "robustness.json").read_text())
+    assert resumed["attack"] == content["attack"]
+    assert resumed["wall_time_s"] > content["wall_time_s"]
+
+
+def test_help_teaches(run_here):
+    status, out, _ = run_here("--help")
+    assert status == 0
+    assert "TEST.ATTACK.LINF_EPS" in out
+    assert "tools/evaluate_robustness.py --config-file configs/robust_r50_eps3.yaml --resume" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "nothing to evaluate: set TEST.ATTACK.LINF_EPS"),
+        (["TEST.ATTACK.LINF_EPS", "[0.03]"], "a linf eps is written in units of 1/255"),
+        (["TEST.ATTACK.LINF_EPS", "4"], "TEST.ATTACK.LINF_EPS"),
+        (["TEST.CORRUPTION.NAMES", "['smog']"], "unknown corruption 'smog'"),
+        (["TEST.ATTACK.L2_EPS", "[1]", "DATASETS.TEST", "('zzz',)"], "'zzz' is not registered"),
+    ],
+)
+def test_mistakes_are_one_line(run_here, arguments, words):
+    status, out, err = run_here("--config-file", CONFIG, *arguments)
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].startswith("error: ")
+    assert words in err.splitlines()[-1]
+    assert "Traceback" not in err

@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""Train and evaluate a detector from a LazyConfig, as Detectron2's own lazyconfig_train_net.py.
+
+Takes ours (configs/lazy) and Detectron2's. Writes to train.output_dir what tools/train_net.py writes:
+checkpoints, log.txt, metrics.json, TensorBoard events, predictions under inference/ and, last, results.json.
+
+examples:
+  tools/lazyconfig_train_net.py --config-file configs/lazy/mask_rcnn_robust_r50_eps3.py --num-gpus 8
+  tools/lazyconfig_train_net.py --config-file ... model.backbone.name=mine.pkl train.ema=0.999
+  tools/lazyconfig_train_net.py --config-file ... --resume
+  tools/lazyconfig_train_net.py --config-file ... --eval-only train.init_checkpoint=output/model_final.pth
+"""
+
+import argparse
+import time
+
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
+from rt_detectron.engine import build_lazy_model, do_test, do_train, load_lazy_config, write_lazy_results
+from rt_detectron.errors import one_line_errors
+from rt_detectron.launch import launch
+
+
+def main(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    cfg = load_lazy_config(args.config_file, args.opts)
+    default_setup(cfg, args)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")
+    if args.eval_only:
+        model = build_lazy_model(cfg)
+        RobustCheckpointer(model).load(cfg.train.init_checkpoint)
+        results, iterations = do_test(cfg, model), 0
+    else:
+        results, iterations = do_train(cfg, args.resume), cfg.train.max_iter
+    if comm.is_main_process():
+        print("Wrote", write_lazy_results(cfg, results, time.perf_counter() - start, iterations))
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser(epilog=__doc__)
+    args = parser.parse_args()
+    with one_line_errors():
+        launch(main, args)
