@@ -2,175 +2,239 @@ import csv
 import html.parser
 import json
 import re
-import shutil
-from pathlib import Path
+from dataclasses import replace
+from statistics import fmean
 
-import numpy as np
 import pytest
-from PIL import Image
-from pycocotools import mask as rle_masks
 
-from rt_detectron.study.figures import make_section
-from rt_detectron.study.report import study_table, terminal_table, write_report
-from rt_detectron.study.run import run_study
+from rt_detectron.study.report import write_report
 
-OUT = Path("out")
+COMMAND = "python tools/compare.py --study <x>"
+SMALL = {"detectors": ("faster_rcnn",), "arms": ("standard", "robust"), "rates": (0.02,)}
 
 
-@pytest.fixture
-def tiny_coco(tmp_path):
-    """Six real image files with one annotated disc each; gives the folder of val.json."""
-    root = tmp_path / "coco"
-    root.mkdir()
-    images, annotations = [], []
-    for image_id in range(1, 7):
-        pixels = np.random.default_rng(image_id).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / f"{image_id}.jpg")
-        images.append({"id": image_id, "file_name": f"{image_id}.jpg", "width": 60, "height": 40})
-        y, x = np.mgrid[:40, :60]
-        rle = rle_masks.encode(np.asfortranarray(((x - 30) ** 2 + (y - 20) ** 2 < 100).astype(np.uint8)))
-        annotations.append(
-            {
-                "id": image_id,
-                "image_id": image_id,
-                "category_id": 7,
-                "bbox": [20, 10, 20, 20],
-                "area": 314,
-                "iscrowd": 0,
-                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-            }
-        )
-    categories = [{"id": 7, "name": "<b>disc</b>"}]
-    (root / "val.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
-    return root
+def plain(text):
+    return text.replace("\N{MINUS SIGN}", "-").replace("\N{NO-BREAK SPACE}", " ")
 
 
 class Page(html.parser.HTMLParser):
-    """Collects the tags and the text of a page."""
+    """Collects the tags and the text of a page, and the figures with what is in each."""
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.text = [], ""
-        self.feed(text)
+        self.tags, self.text, self.figures = [], "", []
+        self.feed(plain(text))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
+        if tag == "figure":
+            self.figures.append({"text": "", "images": []})
+        if tag == "img":
+            self.figures[-1]["images"].append(dict(attrs))
 
     def handle_data(self, data):
         self.text += data
+        if self.figures:
+            self.figures[-1]["text"] += data
 
 
-def report(study, tools):
-    outcomes = run_study(study, OUT, tools)
-    page = write_report(study, outcomes, OUT, "python tools/compare.py --study <x>")
-    return Page(page.read_text()), outcomes
+@pytest.fixture
+def report(tmp_path, build_study):
+    """``report(change, seeds=...)``: the page of a small study whose outcomes ``change`` has gone over."""
+
+    def report(change=list, **options):
+        study, outcomes = build_study(tmp_path, **SMALL | options)
+        page = write_report(study, change(outcomes), tmp_path / "out", COMMAND)
+        return Page(page.read_text())
+
+    return report
 
 
-def test_report_is_complete_and_self_contained(make_study, tools, tiny_coco):
-    page, _ = report(
-        make_study(["TEST.COCO", str(tiny_coco)], name="A <script>alert(1)</script> study"), tools
-    )
+@pytest.fixture(scope="module")
+def page(whole_report):
+    return Page(whole_report.page.read_text())
+
+
+def test_page_is_self_contained(page):
     assert "A <script>alert(1)</script> study" in page.text  # as text,
-    assert not [
-        tag for tag, _ in page.tags if tag in ("script", "b", "link", "iframe", "object", "x")
-    ]  # not as tags
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"}  # not as tags
     links = [attrs[key] for _, attrs in page.tags for key in ("src", "srcset", "href") if key in attrs]
     assert links
     assert all(link.startswith("data:image/") for link in links)
-    # two score plots and one of the loss, light and dark; four examples
-    assert len([link for link in links if link.startswith("data:image/svg")]) == 6
-    assert len([link for link in links if link.startswith("data:image/jpeg")]) == 4
-    assert "21.25 ± 1.06" in page.text  # standard, box AP 20.5 and 22
-    assert "Δ +1.50 ± 0.00" in page.text
-    assert "box AP +1.50 (higher with 2 of 2 seeds, standard deviation 0.00)" in page.text
-    assert "2 seeds are few" in page.text
-    assert "score of at least 0.3" in page.text
-    assert "images 1, 3, 4, 6 of tiny_val" in page.text
-    assert "Missing" not in page.text
 
 
-def test_json_is_strict_and_csv_tidy(make_study, tools):
-    report(make_study(seeds=[3]), tools)
+def test_answers_come_first_with_their_verdicts(page):
+    top = page.text[: page.text.index("Clean images")]
+    for question in ("On clean images", "Under attack", "Under corruption"):
+        assert re.search(question + r"\s+(Better|Worse|Undecided|Mixed)\s", top), question
+    assert re.search(r"robust \(mask_rcnn\) -\d+\.\d\d \[-\d+\.\d\d, [+-]\d+\.\d\d\]", top)
+    assert "paired by seed" in top
+    assert "not the choice of test images" in top
+    assert "From 2 seeds they are wide" in top
+    assert "rest on 12 intervals" in top
+
+
+def test_every_figure_has_words_and_its_command_and_is_a_file(page, whole_report):
+    kinds = ("answer", "clean", "sizes", "categories", "attack", "attacked", "loses", "training")
+    files = {path.name for path in (whole_report.folder / "figures").iterdir()}
+    for kind in kinds:
+        assert any(name.startswith(f"{kind}-") for name in files), kind
+    assert len(page.figures) == len(files)
+    for figure in page.figures:
+        (image,) = figure["images"]
+        assert image["alt"]
+        assert COMMAND in figure["text"]
+        assert re.search(r"figures/(\S+)", figure["text"])[1] in files
+
+
+def test_plots_come_light_and_dark(page):
+    sources = [attrs for tag, attrs in page.tags if tag == "source"]
+    plots = [f for f in page.figures if f["images"][0]["src"].startswith("data:image/svg")]
+    assert len(sources) == len(plots) > 15
+    assert all("dark" in source["media"] for source in sources)
+    assert not {source["srcset"] for source in sources} & {f["images"][0]["src"] for f in plots}
+
+
+def test_numbers_are_the_same_in_all_files(page, whole_report):
+    outcomes = [o for o in whole_report.outcomes if o.trial.stage == "final"]
+    values = {
+        (arm, seed): outcome.results["metrics"]["segm"]["AP"]
+        for arm in ("standard", "robust")
+        for seed in (1, 2)
+        for outcome in outcomes
+        if (outcome.trial.arm, outcome.trial.detector, outcome.trial.seed) == (arm, "mask_rcnn", seed)
+    }
+    mean = fmean(values["robust", seed] for seed in (1, 2))
+    change = fmean(values["robust", seed] - values["standard", seed] for seed in (1, 2))
+    shown = f"{change:+.2f} ["
+    markdown, latex = (plain((whole_report.folder / f"tables.{kind}").read_text()) for kind in ("md", "tex"))
+    for text in (page.text, markdown):
+        assert f"{mean:.2f} ± " in text
+        assert shown in text
+    assert f"{mean:.2f} $\\pm$ " in latex
+    assert r"mask\_rcnn" in latex
+    assert latex.count(r"\begin{tabular}") == markdown.count("**Box AP") + markdown.count("**Mask AP")
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
 
-    content = json.loads((OUT / "results.json").read_text(), parse_constant=refuse)
-    assert content["study"]["baseline"] == "standard"
-    assert content["trials"][0]["results"]["metrics"]["bbox"]["AP-person"] is None
-    assert content["table"][1]["change"]["mask AP"] == {"n": 1, "mean": 1.5, "sd": None}
-    with (OUT / "results.csv").open(newline="") as stream:
+    content = json.loads((whole_report.folder / "results.json").read_text(), parse_constant=refuse)
+    (entry,) = [
+        entry
+        for entry in content["table"]
+        if (entry["kind"], entry["task"], entry["metric"]) == ("clean", "segm", "AP")
+        and entry["arm"] == "robust"
+    ]
+    assert entry["mean"] == pytest.approx(mean)
+    assert entry["change"]["differences"]["mean"] == pytest.approx(change)
+    assert entry["change"]["interval"]["over"] == "seeds"
+    assert entry["learning_rate"] == 0.01
+
+
+def test_csv_has_a_line_per_trial_and_number(whole_report):
+    with (whole_report.folder / "results.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert len(rows) == 2 * 6
-    assert rows[0] == {
-        "arm": "standard",
-        "detector": "mask_rcnn",
-        "learning_rate": "0.02",
-        "seed": "3",
-        "task": "bbox",
-        "metric": "AP",
-        "value": "24.5",
-    }
-    assert rows[3]["metric"] == "AP-person"
-    assert rows[3]["value"] == ""
+    assert {row["stage"] for row in rows} == {"selection", "final"}
+    outcome = next(o for o in whole_report.outcomes if o.trial.name == "robust/faster_rcnn/lr0.01/seed2")
+    attack = outcome.robustness["attack"][1]
+    (row,) = [
+        row
+        for row in rows
+        if (row["arm"], row["detector"], row["seed"]) == ("robust", "faster_rcnn", "2")
+        and (row["kind"], row["metric"], row["condition"], row["level"])
+        == ("attack", "AP50", "l2, all", "1.0")
+    ]
+    assert float(row["value"]) == attack["metrics"]["bbox"]["AP50"]
+    assert (row["stage"], row["task"], row["learning_rate"]) == ("final", "bbox", "0.01")
 
 
-def test_one_seed_has_no_spread_and_no_verdict(make_study, tools):
-    page, outcomes = report(make_study(seeds=[1]), tools)
-    assert "20.50 ± n/a" in page.text
+def test_chosen_learning_rates_and_borders_are_shown(page):
+    assert "The best learning rate lies at the border of the grid" in page.text
+    assert "for robust (mask_rcnn), robust (faster_rcnn)." in page.text
+    assert re.search(r"robust\s*mask_rcnn\s*20.00\s*15.00\s*15.00\s*0.01\s*border of the grid", page.text)
+
+
+def test_single_seed_takes_its_interval_from_the_images(report):
+    page = report(seeds=[3])
+    assert re.search(r"robust is worse than standard: box AP -\d+\.\d\d \[", page.text)
+    assert "resampling the test images" in page.text
+    assert "another seed may change AP by more" in page.text
+    assert "paired by seed. They" not in page.text
+
+
+def test_single_seed_without_predictions_is_undecided(report):
+    def lose(outcomes):
+        (outcomes[1].folder / "predictions.json").unlink()
+        return outcomes
+
+    page = report(lose, seeds=[3])
+    assert "Whether robust differs from standard is undecided: box AP -" in page.text
+    assert "no interval over the test images (FileNotFoundError" in page.text
     assert "A single seed shows no spread" in page.text
-    study = make_study(seeds=[1])
-    line = terminal_table(study_table(study, outcomes)).splitlines()[3]
-    assert re.split(r"\s{2,}", line)[:6] == ["robust", "mask_rcnn", "0.02", "1", "22.00 ± n/a", "+1.50 ± n/a"]
+    assert "robust, faster_rcnn: no pictures (FileNotFoundError" in page.text
 
 
-def test_missing_trials_are_named(make_study, tools):
-    page, _ = report(make_study(robust_opts=["TEST.CRASH_ONCE", "crashed"]), tools)
+def test_predictions_of_another_evaluation_are_noticed(report):
+    def swap(outcomes):
+        (outcomes[1].folder / "predictions.json").write_text("[]")
+        return outcomes
+
+    assert re.search(r"has a box AP of 0.00, not \d+\.\d\d", report(swap, seeds=[3]).text)
+
+
+def test_missing_trials_are_named(report):
+    def crash(outcomes):
+        lost = replace(outcomes[1], results=None, robustness=None, error="RuntimeError: CUDA out of memory")
+        return [outcomes[0], lost, *outcomes[2:]]
+
+    page = report(crash)
     assert "Missing trials: 1 of 4" in page.text
-    assert "robust/mask_rcnn/lr0.02/seed1" in page.text
+    assert "robust/faster_rcnn/lr0.02/seed1" in page.text
     assert "RuntimeError: CUDA out of memory" in page.text
-    assert "python tools/compare.py --study <x>" in page.text
-    assert "higher with 1 of 1 seeds" in page.text
+    assert "resampling the test images" in page.text  # a single common seed is left
 
 
-def test_nothing_finished_still_gives_a_report(make_study, tmp_path):
-    broken = tmp_path / "broken.py"
-    broken.write_text("raise SystemExit(9)")
-    page, _ = report(make_study(), broken)
+def test_a_failed_evaluation_leaves_the_clean_numbers(report):
+    def crash(outcomes):
+        return [replace(outcome, robustness=None, error="no attack today") for outcome in outcomes]
+
+    page = report(crash)
     assert "Missing trials: 4 of 4" in page.text
-    assert "No arm can be compared with the baseline yet" in page.text
+    assert "On clean images" in page.text
+    assert "Under attack" not in page.text
 
 
-def test_undefined_ap_is_named_and_enters_no_mean(make_study, tools):
-    study = make_study()
-    outcomes = run_study(study, OUT, tools)
-    outcomes[1].results["metrics"]["bbox"]["AP"] = float("nan")
-    page = Page(write_report(study, outcomes, OUT, "command").read_text())
-    assert "undefined box AP" in page.text
-    assert "23.50 ± n/a (n = 1)" in page.text
+def test_nothing_finished_still_gives_a_report(report):
+    page = report(lambda outcomes: [replace(o, results=None, robustness=None, error="x") for o in outcomes])
+    assert "Missing trials: 4 of 4" in page.text
+    assert "No arm can be compared with its baseline yet" in page.text
 
 
-def test_many_learning_rates_warn_of_choosing(make_study, tools):
-    page, _ = report(make_study(learning_rates=[0.02, 0.01], seeds=[1]), tools)
-    assert "choosing the best one by these numbers would favour luck" in page.text
+def test_final_trials_may_wait_for_the_selection(report):
+    page = report(lambda outcomes: [o for o in outcomes if o.trial.stage == "selection"], rates=(0.01, 0.02))
+    assert "Missing trials: 4 of 8" in page.text
+    assert "4 trials have not been run; final trials wait for the learning rate" in page.text
+    assert "Learning rates" in page.text
 
 
-def test_missing_pictures_are_named_not_fatal(make_study, tools, tiny_coco):
-    study = make_study(["TEST.COCO", str(tiny_coco)])
-    _, outcomes = report(study, tools)
-    shutil.rmtree(tiny_coco)
-    section = make_section(study, ("mask_rcnn", 0.02), outcomes)
-    assert section.examples == []
-    assert "No example pictures" in section.note
-    assert "val.json" in section.note
+def test_undefined_ap_is_named_and_enters_no_mean(report, tmp_path):
+    def undefine(outcomes):
+        outcomes[1].results["metrics"]["bbox"]["AP"] = None
+        return outcomes
+
+    page = report(undefine)
+    assert "undefined AP" in page.text
+    assert "robust/faster_rcnn/lr0.02/seed1" in page.text
+    assert re.search(r"\d\d\.\d\d \(n = 1\)", page.text)
+    assert "nan" not in (tmp_path / "out" / "results.csv").read_text()
 
 
-def test_loss_curve_is_plotted_from_whole_lines_only(make_study, tools):
-    study = make_study(seeds=[1])
-    outcomes = run_study(study, OUT, tools)
-    assert len(make_section(study, ("mask_rcnn", 0.02), outcomes).curves) == 1
-    for outcome in outcomes:
-        (outcome.folder / "metrics.json").write_text('{"iteration": 1, "lr": 2}\n{"iteration": 2, "total_l')
-    assert make_section(study, ("mask_rcnn", 0.02), outcomes).curves == []
+def test_loss_curve_is_plotted_from_whole_lines_only(report):
+    def shorten(outcomes):
+        for outcome in outcomes:
+            (outcome.folder / "metrics.json").write_text(
+                '{"iteration": 1, "lr": 2}\n{"iteration": 2, "total_l'
+            )
+        return outcomes
+
+    assert "total training loss" not in report(shorten).text
