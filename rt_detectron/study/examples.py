@@ -22,7 +22,7 @@ from rt_detectron.visualization.coco import (
 from rt_detectron.visualization.draw import draw_instances, panel
 
 SCORE_THRESHOLD = 0.3  # of the predictions shown, and of those that the F1 of an image counts
-_EACH = 2  # best and worst images of a comparison
+_EACH = 2  # best and worst images of a comparison, and attacked ones of an arm
 _MANY = 6  # comparisons, from which on it is one each
 _WIDTH = 1200  # pixels of a picture on the page
 
@@ -92,7 +92,7 @@ def _comparison(row: Row, outcome: Outcome, baseline: Outcome, each: int) -> lis
 
 
 def attacked(outcomes: Sequence[Outcome]) -> tuple[list[Figure], list[str]]:
-    """The before and after pictures that the robustness evaluation left, of the first seed of each arm."""
+    """Some of the before and after pictures that the robustness evaluation left, of each arm's first seed."""
     figures, notes, seen = [], [], set()
     for outcome in outcomes:
         pair = (outcome.trial.arm, outcome.trial.detector)
@@ -100,7 +100,7 @@ def attacked(outcomes: Sequence[Outcome]) -> tuple[list[Figure], list[str]]:
         if pair in seen or not pictures:
             continue
         seen.add(pair)
-        for number, picture in enumerate(pictures):
+        for number, picture in enumerate(pictures[:_EACH]):
             try:
                 with Image.open(outcome.folder / picture["file"]) as image:
                     content = image.convert("RGB")

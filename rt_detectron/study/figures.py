@@ -1,7 +1,7 @@
 """The plots of a report, each for a light and a dark page."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,9 +14,9 @@ from rt_detectron.study.measurements import (
     TASKS,
     UNATTACKED,
     Quantity,
-    defined,
     is_number,
     measurements,
+    reported,
 )
 from rt_detectron.study.record import Outcome
 from rt_detectron.study.statistics import Change, Row
@@ -58,7 +58,7 @@ class Figures:
             for baseline in dict.fromkeys(study.baseline_of(arm.name) for arm in study.arms)
         }
         self.finals = [o for o in outcomes if o.trial.stage == FINAL]
-        self.scores = [(o.trial, defined(measurements(o))) for o in self.finals if o.results]
+        self.scores = [(o.trial, reported(measurements(o))) for o in self.finals if o.results]
         self.detectors = [d.name for d in study.detectors if any(row.detector == d.name for row in rows)]
 
     def answer(self, answer: Answer) -> Figure:
@@ -73,11 +73,11 @@ class Figures:
         }
         groups = {detector: lines for detector, lines in groups.items() if lines}
         label = f"difference to the baseline, {TASKS[answer.quantity.task]} AP"
-        return _themed(
+        return _plot(
             f"answer-{answer.quantity.kind.replace(': ', '-')}",
             f"{answer.question}: difference to the baseline and its 95 % interval.",
             "; ".join(f"{line.name} {line.value:+.1f}" for lines in groups.values() for line in lines),
-            lambda dark: plots.difference_plot(groups, label, dark),
+            plots.difference_plot(groups, label),
         )
 
     def clean(self) -> list[Figure]:
@@ -107,11 +107,11 @@ class Figures:
         quantity = Quantity(CLEAN, task)
         values = [self._values(detector, arm.name, quantity) for arm in self.study.arms]
         limits = _limits([value for numbers in values for value in numbers])
-        return _themed(
+        return _plot(
             f"clean-{detector}-{task}",
             f"{detector}: {TASKS[task]} AP of each arm; a dot per seed, a bar at the mean.",
             _spoken(self.series, values),
-            lambda dark: plots.dot_plot(self.series, values, f"{TASKS[task]} AP (%)", limits, dark),
+            plots.dot_plot(self.series, values, f"{TASKS[task]} AP (%)", limits),
         )
 
     def _radii(self, detector: str, task: str) -> Figure:
@@ -128,12 +128,12 @@ class Figures:
         }
         every = [member for members in families.values() for member in members]
         labels = ("eps that the backbone was trained with", f"{TASKS[task]} AP (%)")
-        return _themed(
+        return _plot(
             f"clean-{detector}-{task}",
             f"{detector}: {TASKS[task]} AP against the backbone's training eps; a dot per seed, the line "
             "joins the means.",
             _spoken([series for series, _, _ in every], [values for _, _, values in every]),
-            lambda dark: plots.radius_plot(families, labels, dark),
+            plots.radius_plot(families, labels),
         )
 
     def _sizes(self, detector: str, task: str) -> list[Figure]:
@@ -146,13 +146,11 @@ class Figures:
             if any(numbers for of_arm in values for numbers in of_arm):
                 spoken = [_spoken(series, column) for column in zip(*values, strict=True)]
                 found.append(
-                    _themed(
+                    _plot(
                         f"sizes-{detector}-{task}{self._suffix(baseline)}",
                         f"{detector}: {TASKS[task]} AP by object size; a dot per seed, a bar at the mean.",
                         "; ".join(f"{size}: {text}" for size, text in zip(SIZES, spoken, strict=True)),
-                        lambda dark, series=series, values=values: plots.group_plot(
-                            series, list(SIZES), values, f"{TASKS[task]} AP (%)", dark
-                        ),
+                        plots.group_plot(series, list(SIZES), values, f"{TASKS[task]} AP (%)"),
                     )
                 )
         return found
@@ -175,13 +173,11 @@ class Figures:
                 which = f"the {CATEGORIES} categories of {len(ordered)} that gain and that lose most"
             lines = [self._difference(name, row.arm, changes[name]) for name in shown]
             found.append(
-                _themed(
+                _plot(
                     f"categories-{detector}-{task}-{row.arm}",
                     f"{detector}: {TASKS[task]} AP of {row.arm} minus {row.baseline}, {which}.",
                     ", ".join(f"{line.name} {line.value:+.1f}" for line in lines),
-                    lambda dark, lines=lines: plots.difference_plot(
-                        {"": lines}, f"difference in {TASKS[task]} AP", dark
-                    ),
+                    plots.difference_plot({"": lines}, f"difference in {TASKS[task]} AP"),
                 )
             )
         return found
@@ -222,14 +218,14 @@ class Figures:
         unit = ", in 1/255" if norm == "linf" else ""
         labels = (f"eps of the attack{unit}", f"{TASKS[task]} AP (%)")
         dotted = " Dotted: random noise of the same size." if any(noises) else ""
-        return _themed(
+        return _plot(
             f"attack-{detector}-{task}-{norm}-{loss}{self._suffix(baseline)}",
             f"{detector}: {TASKS[task]} AP under {condition_name(condition)}; lines at the mean over seeds, "
             f"bands from the least to the greatest.{dotted}",
             "; ".join(
                 f"eps {eps:g}: {_spoken(series, [at.get(eps, []) for at in points])}" for eps in [0, *levels]
             ),
-            lambda dark: plots.line_plot(series, points, noises, labels, dark),
+            plots.line_plot(series, points, noises, labels),
         )
 
     def curves(self) -> list[Figure]:
@@ -244,11 +240,11 @@ class Figures:
                 ]
                 if any(curves):
                     found.append(
-                        _themed(
+                        _plot(
                             f"training-{detector.name}{self._suffix(baseline)}",
                             f"{detector.name}: total training loss; a line per seed.",
                             f"total training loss of {detector.name} against the iteration",
-                            lambda dark, series=series, curves=curves: plots.curve_plot(series, curves, dark),
+                            plots.curve_plot(series, curves),
                         )
                     )
         return found
@@ -299,5 +295,5 @@ def _loss_curve(folder: Path) -> tuple[list[int], list[float]]:
     return sorted(losses), [losses[iteration] for iteration in sorted(losses)]
 
 
-def _themed(name: str, caption: str, alt: str, plot: Callable[[bool], bytes]) -> Figure:
-    return Figure(name, caption, alt, "image/svg+xml", plot(False), plot(True))
+def _plot(name: str, caption: str, alt: str, svg: bytes) -> Figure:
+    return Figure(name, caption, alt, "image/svg+xml", svg, plots.for_dark_page(svg))

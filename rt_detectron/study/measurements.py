@@ -63,8 +63,13 @@ def measurements(outcome: Outcome) -> dict[Quantity, float | None]:
     return found
 
 
-def defined(values: Mapping[Quantity, float | None]) -> dict[Quantity, float]:
-    return {quantity: value for quantity, value in values.items() if value is not None}
+def reported(values: Mapping[Quantity, float | None]) -> dict[Quantity, float]:
+    """Those that are defined; of single categories only AP on clean images."""
+    return {
+        quantity: value
+        for quantity, value in values.items()
+        if value is not None and (quantity.kind == CLEAN or not quantity.metric.startswith("AP-"))
+    }
 
 
 def _of(

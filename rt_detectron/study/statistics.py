@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 
 import numpy as np
 from scipy.special import stdtrit
@@ -76,7 +76,10 @@ class Row:
 
 def summarize(values: Sequence[float]) -> Summary:
     """Mean and sample standard deviation of at least one value."""
-    return Summary(len(values), fmean(values), stdev(values) if len(values) > 1 else None)
+    mean, n = fmean(values), len(values)
+    # statistics.stdev works with fractions: exact, and 50 times slower.
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1)) if n > 1 else None
+    return Summary(n, mean, sd)
 
 
 def t_interval(differences: Summary) -> Interval | None:

@@ -10,7 +10,7 @@ import numpy as np
 from rt_detectron.study.bootstrap import average_precision, resampled_differences
 from rt_detectron.study.grid import FINAL, Study
 from rt_detectron.study.matching import Matches, match
-from rt_detectron.study.measurements import CLEAN, TASKS, Quantity, defined, measurements
+from rt_detectron.study.measurements import CLEAN, TASKS, Quantity, measurements, reported
 from rt_detectron.study.record import Outcome
 from rt_detectron.study.statistics import Interval, Row, changes, percentile_interval, summaries
 from rt_detectron.visualization.coco import load_coco, load_detections
@@ -40,7 +40,7 @@ def _row(
     group = groups[detector, arm]
     others = {} if arm == baseline else groups.get((detector, baseline), {})
     scores, reference = (
-        {seed: defined(measurements(outcome)) for seed, outcome in outcomes.items()}
+        {seed: reported(measurements(outcome)) for seed, outcome in outcomes.items()}
         for outcomes in (group, others)
     )
     row = Row(

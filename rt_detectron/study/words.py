@@ -66,7 +66,8 @@ def _answer(question: str, rows: Sequence[Row], quantity: Quantity, name: str) -
     counts = counts.replace(" ", f" of {len(rows)} comparisons ", 1)
     listed = {
         verdict: [
-            f"{row.arm}{f' ({row.detector})' if several else ''} {format_change(row.changes[quantity])}"
+            f"{row.arm}{f' ({row.detector})' if several else ''} "
+            + format_change(row.changes[quantity]).replace(" ", "\N{NO-BREAK SPACE}")
             for row in those
         ]
         for verdict, those in by_verdict.items()

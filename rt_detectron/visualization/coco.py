@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from pycocotools import mask as rle_masks
 from pycocotools.coco import COCO
@@ -39,16 +38,6 @@ def load_predictions(json_file: str | Path, image_ids: Iterable[int]) -> dict[in
 def load_image(coco: COCO, image_root: str | Path, image_id: int) -> Image.Image:
     """The image as Detectron2 reads it: RGB, turned upright by its EXIF tag."""
     return read_upright(Path(image_root) / coco.imgs[image_id]["file_name"])
-
-
-def spread_image_ids(coco: COCO, count: int) -> list[int]:
-    """Up to ``count`` image ids, evenly spaced over the sorted ids of the images that show an object."""
-    ids = sorted(
-        {annotation["image_id"] for annotation in coco.anns.values() if not annotation.get("iscrowd")}
-    )
-    if len(ids) <= count:
-        return ids
-    return [ids[position] for position in np.linspace(0, len(ids) - 1, count).round().astype(int)]
 
 
 def ground_truth_instances(coco: COCO, image_id: int) -> list[Instance]:

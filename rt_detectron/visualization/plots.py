@@ -1,4 +1,4 @@
-"""Small plots: SVG, drawn for a light or a dark page, and PNG for a light one."""
+"""Small plots: SVG, for a light page or turned into one for a dark page, and PNG for a light one."""
 
 import io
 import itertools
@@ -22,7 +22,7 @@ _RC = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-_INK = {False: "#3a3f47", True: "#c9ced6"}
+_INK, _INK_ON_DARK = "#3a3f47", "#c9ced6"
 _LEGEND_LETTERS = 52  # that fit beside each other, with the handles counted as five
 _MARKERS, _LINES = ("o", "s", "D", "^"), ("-", "--", "-.", (0, (5, 1, 1, 1)))
 
@@ -56,7 +56,7 @@ class Difference:
     high: float | None = None
 
 
-def difference_plot(groups: Mapping[str, Sequence[Difference]], label: str, dark: bool) -> bytes:
+def difference_plot(groups: Mapping[str, Sequence[Difference]], label: str) -> bytes:
     """Differences with their intervals around a line at 0, group by group, the first on top. Gives an SVG.
 
     Args:
@@ -66,8 +66,8 @@ def difference_plot(groups: Mapping[str, Sequence[Difference]], label: str, dark
     lines: list[str | Difference] = []
     for heading, differences in groups.items():
         lines += [heading] * (len(groups) > 1) + list(differences)
-    with _axes(dark, height=0.75 + 0.3 * len(lines)) as axes:
-        axes.axvline(0, color=_INK[dark], linewidth=1)
+    with _axes(height=0.75 + 0.3 * len(lines)) as axes:
+        axes.axvline(0, color=_INK, linewidth=1)
         for row, line in enumerate(lines):
             if isinstance(line, str):
                 continue
@@ -90,10 +90,9 @@ def dot_plot(
     values: Sequence[Sequence[float]],
     label: str,
     limits: tuple[float, float],
-    dark: bool,
 ) -> bytes:
     """One line per series, the first on top: a dot for each value, a bar at their mean. Gives an SVG."""
-    with _axes(dark, height=0.75 + 0.36 * len(series)) as axes:
+    with _axes(height=0.75 + 0.36 * len(series)) as axes:
         for row, (arm, numbers) in enumerate(zip(series, values, strict=True)):
             axes.plot(numbers, [row] * len(numbers), **arm.dots)
             if numbers:
@@ -109,14 +108,13 @@ def group_plot(
     groups: Sequence[str],
     values: Sequence[Sequence[Sequence[float]]],
     label: str,
-    dark: bool,
 ) -> bytes:
     """Groups side by side, in each a column of dots per series with a bar at their mean. Gives an SVG.
 
     Args:
         values: by series, then group, the numbers to show; there may be none.
     """
-    with _axes(dark, height=2.7) as axes:
+    with _axes(height=2.7) as axes:
         width = 0.8 / len(series)
         for number, (arm, of_arm) in enumerate(zip(series, values, strict=True)):
             name = arm.name
@@ -141,7 +139,6 @@ def line_plot(
     points: Sequence[Mapping[float, Sequence[float]]],
     dotted: Sequence[Mapping[float, float]],
     labels: tuple[str, str],
-    dark: bool,
 ) -> bytes:
     """A line per series through the means at each x, in a band from the least to the greatest. Gives an SVG.
 
@@ -150,7 +147,7 @@ def line_plot(
         dotted: by series, x -> one value: a second, thin line.
         labels: of the axes.
     """
-    with _axes(dark, height=2.7) as axes:
+    with _axes(height=2.7) as axes:
         for arm, at, thin in zip(series, points, dotted, strict=True):
             x = sorted(at)
             axes.plot(x, [fmean(at[v]) for v in x], **arm.style, markersize=5, label=arm.name if x else None)
@@ -170,7 +167,6 @@ def line_plot(
 def radius_plot(
     families: Mapping[str, Sequence[tuple[Series, float, Sequence[float]]]],
     labels: tuple[str, str],
-    dark: bool,
 ) -> bytes:
     """Dots above the eps that a series was trained with, joined by a line per family. Gives an SVG.
 
@@ -180,11 +176,11 @@ def radius_plot(
         families: name -> (series, eps, values); the only name is not written.
         labels: of the axes.
     """
-    with _axes(dark, height=2.7) as axes:
+    with _axes(height=2.7) as axes:
         every = sorted({eps for members in families.values() for _, eps, _ in members})
         for (name, members), line in zip(families.items(), itertools.cycle(_LINES), strict=False):
             means = sorted((eps, fmean(values)) for _, eps, values in members if values)
-            axes.plot(*zip(*means, strict=True), color=_INK[dark], ls=line, lw=1.2, alpha=0.6, label=name)
+            axes.plot(*zip(*means, strict=True), color=_INK, ls=line, lw=1.2, alpha=0.6, label=name)
             for series, eps, values in members:
                 axes.plot([eps] * len(values), values, **series.dots, zorder=3)
         if positive := [eps for eps in every if eps > 0]:
@@ -201,10 +197,10 @@ def radius_plot(
 
 
 def curve_plot(
-    series: Sequence[Series], curves: Sequence[Sequence[tuple[Sequence[float], Sequence[float]]]], dark: bool
+    series: Sequence[Series], curves: Sequence[Sequence[tuple[Sequence[float], Sequence[float]]]]
 ) -> bytes:
     """Training loss against iterations, one line per run (x values, y values) of a series. Gives an SVG."""
-    with _axes(dark, height=2.7) as axes:
+    with _axes(height=2.7) as axes:
         for arm, runs in zip(series, curves, strict=True):
             for number, (x, y) in enumerate(runs):
                 style = {**arm.style, "marker": "", "label": arm.name if number == 0 else None}
@@ -219,9 +215,9 @@ def curve_plot(
 
 def accuracy_plot(eps: Sequence[float], accuracy: Sequence[float], trained_eps: float, label: str) -> bytes:
     """Accuracy in percent over ``eps`` on a logarithmic axis with 0, ``trained_eps`` marked. Gives a PNG."""
-    with _axes(dark=False, height=3.4, width=5.2) as axes:
+    with _axes(height=3.4, width=5.2) as axes:
         axes.plot(eps, accuracy, "o-", color=_hex(0), linewidth=1.8, markersize=5)
-        axes.axvline(trained_eps, color=_INK[False], linewidth=1, linestyle=":")
+        axes.axvline(trained_eps, color=_INK, linewidth=1, linestyle=":")
         axes.annotate(f" eps {trained_eps:g}", (trained_eps, 97))
         axes.set_xscale("symlog", base=2, linthresh=min(e for e in eps if e))
         axes.set_xticks(eps, [f"{e:.3g}" for e in eps])
@@ -235,11 +231,16 @@ def accuracy_plot(eps: Sequence[float], accuracy: Sequence[float], trained_eps: 
         return stream.getvalue()
 
 
+def for_dark_page(svg: bytes) -> bytes:
+    """A plot of this module with light text and axes; its colours stay."""
+    return svg.replace(_INK.encode(), _INK_ON_DARK.encode())
+
+
 @contextmanager
-def _axes(dark: bool, height: float, width: float = 4.6) -> Iterator[Axes]:
+def _axes(height: float, width: float = 4.6) -> Iterator[Axes]:
     """The axes of a figure, by default as wide as a phone shows it readably; sizes in inches."""
     keys = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-    with matplotlib.rc_context({**_RC, **dict.fromkeys(keys, _INK[dark])}):
+    with matplotlib.rc_context({**_RC, **dict.fromkeys(keys, _INK)}):
         yield Figure(figsize=(width, height), layout="constrained").subplots()
 
 

@@ -1,9 +1,16 @@
+import importlib.util
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
+from pycocotools import mask as rle_masks
 
 from rt_detectron.study.grid import load_study
+from rt_detectron.study.report import write_report
 
 
 @pytest.fixture
@@ -40,3 +47,57 @@ opts: {list(opts)}
         return load_study("study.yaml")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_coco(tmp_path_factory):
+    """Six image files with three annotated discs each, of two categories; gives the folder of val.json."""
+    root = tmp_path_factory.mktemp("coco")
+    images, annotations = [], []
+    y, x = np.mgrid[:80, :120]
+    for image_id in range(1, 7):
+        pixels = np.stack([x * 2, y * 3, np.full_like(x, 40 * image_id)], axis=2).astype(np.uint8)
+        images.append({"id": image_id, "file_name": f"{image_id}.jpg", "width": 120, "height": 80})
+        for number, radius in enumerate((8, 12, 18)):
+            left = 5 + 38 * number
+            disc = (x - left - radius) ** 2 + (y - 20 - radius) ** 2 < radius**2
+            pixels[disc] = (200, 60 * number, 30)
+            rle = rle_masks.encode(np.asfortranarray(disc.astype(np.uint8)))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": 7 + number % 2,
+                    "bbox": [left, 20, 2 * radius, 2 * radius],
+                    "area": int(disc.sum()),
+                    "iscrowd": 0,
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                }
+            )
+        Image.fromarray(pixels).save(root / f"{image_id}.jpg")
+    categories = [{"id": 7, "name": "<b>disc</b>"}, {"id": 8, "name": "ball"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "val.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope="session")
+def build_study(tiny_coco):
+    """``build_study(folder, seeds=..., ...)``: a finished study on the tiny set, see fake_study.py."""
+    spec = importlib.util.spec_from_file_location("fake_study", Path(__file__).with_name("fake_study.py"))
+    fake_study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fake_study)
+
+    def build(folder, **options):
+        return fake_study.build(folder, tiny_coco / "val.json", tiny_coco, **options)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def whole_report(tmp_path_factory, build_study):
+    """The report of a study of three arms, two detectors, two seeds and all evaluations."""
+    folder = tmp_path_factory.mktemp("study")
+    study, outcomes = build_study(folder, name="A <script>alert(1)</script> study")
+    page = write_report(study, outcomes, folder / "out", "python tools/compare.py --study <x>")
+    return SimpleNamespace(study=study, outcomes=outcomes, page=page, folder=page.parent)

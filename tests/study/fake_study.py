@@ -28,29 +28,31 @@ def build(
     seeds=(1, 2),
     detectors=("mask_rcnn", "faster_rcnn"),
     rates=(0.01, 0.02, 0.04),
-    more="",
+    arms=tuple(QUALITY),
+    name="Robust against standard backbones on a made-up set",
 ):
-    """Write a study and its trials' files into ``folder``, the current one; gives (study, outcomes)."""
-    for arm in QUALITY:
+    """Write a study and its trials' files into ``folder``; gives (study, outcomes).
+
+    Detectors called mask_rcnn have masks; without several rates there is no selection.
+    """
+    for arm in arms:
         (folder / f"{arm}.pkl").write_text(arm)
     (folder / "base.yaml").write_text("DATASETS:\n  TRAIN: ('tiny_train',)\n")
     content = {
-        "name": "Robust against standard backbones on a made-up set",
+        "name": name,
         "baseline": "standard",
-        "arms": {arm: {"weights": f"{arm}.pkl", "eps": EPS[arm]} for arm in QUALITY},
-        "detectors": {name: {"config": "base.yaml"} for name in detectors},
+        "arms": {arm: {"weights": str(folder / f"{arm}.pkl"), "eps": EPS[arm]} for arm in arms},
+        "detectors": {detector: {"config": str(folder / "base.yaml")} for detector in detectors},
         "learning_rates": list(rates),
         "seeds": list(seeds),
         "evaluations": {"attack": ["TEST.ATTACK.L2_EPS", [0.5, 1.0]]},
     }
-    (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False) + more)
+    (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     study = load_study(folder / "study.yaml")
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(json_file))
     pairs = [(arm.name, detector.name) for arm in study.arms for detector in study.detectors]
-    chosen = {
-        (arm, detector): rates[0] if arm == "robust" else rates[len(rates) // 2] for arm, detector in pairs
-    }
+    chosen = {pair: rates[0] if pair[0] == "robust" else rates[len(rates) // 2] for pair in pairs}
     trials = study.selection_trials() + study.final_trials(chosen)
     return study, [_outcome(trial, folder, coco, json_file, image_root, chosen) for trial in trials]
 
@@ -95,12 +97,8 @@ def _predictions(coco: COCO, quality: float, generator, masks: bool) -> list[dic
         x, y, width, height = annotation["bbox"]
         moved = np.subtract(shift, 0.5) * (1.2 - quality) * 0.5
         box = [x + moved[0] * width, y + moved[1] * height, width * (1 + moved[2]), height * (1 + moved[3])]
-        detection = {
-            "image_id": annotation["image_id"],
-            "category_id": annotation["category_id"],
-            "bbox": box,
-        }
-        detection["score"] = score if luck < quality else 0.2 * score
+        detection = {key: annotation[key] for key in ("image_id", "category_id")}
+        detection |= {"bbox": box, "score": score if luck < quality else 0.2 * score}
         if masks:
             rle = coco.annToRLE({**annotation, "segmentation": [_polygon(box)]})
             detection["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}

@@ -1,155 +1,240 @@
 import csv
 import html.parser
-import importlib.util
 import json
+import re
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 
 import pytest
 
-from rt_detectron.study.measurements import ATTACK, CLEAN, Quantity
-from rt_detectron.study.report import study_table, terminal_table, write_report
-from rt_detectron.study.run import run_study
+from rt_detectron.study.report import write_report
 
 COMMAND = "python tools/compare.py --study <x>"
+SMALL = {"detectors": ("faster_rcnn",), "arms": ("standard", "robust"), "rates": (0.02,)}
 
 
-@pytest.fixture(scope="module")
-def fake_study():
-    path = Path(__file__).with_name("fake_study.py")
-    spec = importlib.util.spec_from_file_location("fake_study_for_tests", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def build(fake_study, tiny_datasets, tmp_path, monkeypatch):
-    """``build(...)``: a study of three arms and its outcomes, made from the demo set's annotations."""
-    monkeypatch.chdir(tmp_path)
-    root = tiny_datasets / "demo" / "detection"
-
-    def make(**kwargs):
-        return fake_study.build(tmp_path, root / "annotations" / "instances_val.json", root / "val", **kwargs)
-
-    return make
+def plain(text):
+    return text.replace("\N{MINUS SIGN}", "-").replace("\N{NO-BREAK SPACE}", " ")
 
 
 class Page(html.parser.HTMLParser):
-    """Collects the tags and the text of a page."""
+    """Collects the tags and the text of a page, and the figures with what is in each."""
 
-    def __init__(self, path):
+    def __init__(self, text):
         super().__init__()
-        self.tags, self.text = [], ""
-        self.feed(path.read_text())
+        self.tags, self.text, self.figures = [], "", []
+        self.feed(plain(text))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
+        if tag == "figure":
+            self.figures.append({"text": "", "images": []})
+        if tag == "img":
+            self.figures[-1]["images"].append(dict(attrs))
 
     def handle_data(self, data):
         self.text += data
+        if self.figures:
+            self.figures[-1]["text"] += data
 
 
-def refuse(constant):
-    raise AssertionError(f"{constant} is no JSON")
+@pytest.fixture
+def report(tmp_path, build_study):
+    """``report(change, seeds=...)``: the page of a small study whose outcomes ``change`` has gone over."""
+
+    def report(change=list, **options):
+        study, outcomes = build_study(tmp_path, **SMALL | options)
+        page = write_report(study, change(outcomes), tmp_path / "out", COMMAND)
+        return Page(page.read_text())
+
+    return report
 
 
-def test_report_is_complete_and_self_contained(build, tmp_path):
-    study, outcomes = build()
-    study = replace(study, name="A <script>alert(1)</script> study")
-    page = Page(write_report(study, outcomes, tmp_path, COMMAND))
-    assert study.name in page.text  # as text,
-    assert not [
-        tag for tag, _ in page.tags if tag in ("script", "link", "iframe", "object", "x")
-    ]  # not as tags
+@pytest.fixture(scope="module")
+def page(whole_report):
+    return Page(whole_report.page.read_text())
+
+
+def test_page_is_self_contained(page):
+    assert "A <script>alert(1)</script> study" in page.text  # as text,
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"}  # not as tags
     links = [attrs[key] for _, attrs in page.tags for key in ("src", "srcset", "href") if key in attrs]
-    assert len(links) > 10
+    assert links
     assert all(link.startswith("data:image/") for link in links)
-    assert all(attrs.get("alt") for tag, attrs in page.tags if tag == "img")
-    for words in (
-        "On clean images",
-        "Under attack",
-        "Under corruption",
-        "learning rate",
-        "Student's t",
-        COMMAND,
-    ):
-        assert words in page.text
-    assert "missing" not in page.text.lower()
 
-    row = next(r for r in study_table(study, outcomes) if (r.arm, r.detector) == ("robust", "mask_rcnn"))
-    ours = [
-        o.results["metrics"]["bbox"]["AP"]
-        for o in outcomes
-        if (o.trial.arm, o.trial.detector, o.trial.stage) == ("robust", "mask_rcnn", "final")
+
+def test_answers_come_first_with_their_verdicts(page):
+    top = page.text[: page.text.index("Clean images")]
+    for question in ("On clean images", "Under attack", "Under corruption"):
+        assert re.search(question + r"\s+(Better|Worse|Undecided|Mixed)\s", top), question
+    assert re.search(r"robust \(mask_rcnn\) -\d+\.\d\d \[-\d+\.\d\d, [+-]\d+\.\d\d\]", top)
+    assert "paired by seed" in top
+    assert "not the choice of test images" in top
+    assert "From 2 seeds they are wide" in top
+    assert "rest on 12 intervals" in top
+
+
+def test_every_figure_has_words_and_its_command_and_is_a_file(page, whole_report):
+    kinds = ("answer", "clean", "sizes", "categories", "attack", "attacked", "loses", "training")
+    files = {path.name for path in (whole_report.folder / "figures").iterdir()}
+    for kind in kinds:
+        assert any(name.startswith(f"{kind}-") for name in files), kind
+    assert len(page.figures) == len(files)
+    for figure in page.figures:
+        (image,) = figure["images"]
+        assert image["alt"]
+        assert COMMAND in figure["text"]
+        assert re.search(r"figures/(\S+)", figure["text"])[1] in files
+
+
+def test_plots_come_light_and_dark(page):
+    sources = [attrs for tag, attrs in page.tags if tag == "source"]
+    plots = [f for f in page.figures if f["images"][0]["src"].startswith("data:image/svg")]
+    assert len(sources) == len(plots) > 15
+    assert all("dark" in source["media"] for source in sources)
+    assert not {source["srcset"] for source in sources} & {f["images"][0]["src"] for f in plots}
+
+
+def test_numbers_are_the_same_in_all_files(page, whole_report):
+    outcomes = [o for o in whole_report.outcomes if o.trial.stage == "final"]
+    values = {
+        (arm, seed): outcome.results["metrics"]["segm"]["AP"]
+        for arm in ("standard", "robust")
+        for seed in (1, 2)
+        for outcome in outcomes
+        if (outcome.trial.arm, outcome.trial.detector, outcome.trial.seed) == (arm, "mask_rcnn", seed)
+    }
+    mean = fmean(values["robust", seed] for seed in (1, 2))
+    change = fmean(values["robust", seed] - values["standard", seed] for seed in (1, 2))
+    shown = f"{change:+.2f} ["
+    markdown, latex = (plain((whole_report.folder / f"tables.{kind}").read_text()) for kind in ("md", "tex"))
+    for text in (page.text, markdown):
+        assert f"{mean:.2f} ± " in text
+        assert shown in text
+    assert f"{mean:.2f} $\\pm$ " in latex
+    assert r"mask\_rcnn" in latex
+    assert latex.count(r"\begin{tabular}") == markdown.count("**Box AP") + markdown.count("**Mask AP")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    content = json.loads((whole_report.folder / "results.json").read_text(), parse_constant=refuse)
+    (entry,) = [
+        entry
+        for entry in content["table"]
+        if (entry["kind"], entry["task"], entry["metric"]) == ("clean", "segm", "AP")
+        and entry["arm"] == "robust"
     ]
-    assert row.scores[Quantity(CLEAN)].mean == pytest.approx(fmean(ours))
-    assert f"{fmean(ours):.2f}" in page.text
-    assert f"{fmean(ours):.2f}" in (tmp_path / "tables.md").read_text()
-    assert f"{fmean(ours):.2f}" in (tmp_path / "tables.tex").read_text()
-    assert row.learning_rate == 0.01  # chosen by the selection
-    assert Quantity(ATTACK, condition="l2, all", level=0.5) in row.changes
+    assert entry["mean"] == pytest.approx(mean)
+    assert entry["change"]["differences"]["mean"] == pytest.approx(change)
+    assert entry["change"]["interval"]["over"] == "seeds"
+    assert entry["learning_rate"] == 0.01
 
 
-def test_json_is_strict_and_csv_has_every_number(build, tmp_path):
-    study, outcomes = build(seeds=[1, 2], detectors=["mask_rcnn"])
-    outcomes[-1].results["metrics"]["bbox"]["AP"] = float("nan")
-    write_report(study, outcomes, tmp_path, COMMAND)
-    content = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
-    assert content["study"]["baseline"] == "standard"
-    assert {entry["arm"] for entry in content["table"]} == {"standard", "robust", "robust_small"}
-    with (tmp_path / "results.csv").open(newline="") as stream:
+def test_csv_has_a_line_per_trial_and_number(whole_report):
+    with (whole_report.folder / "results.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    final = [
-        row for row in rows if row["stage"] == "final" and row["kind"] == "clean" and row["metric"] == "AP"
+    assert {row["stage"] for row in rows} == {"selection", "final"}
+    outcome = next(o for o in whole_report.outcomes if o.trial.name == "robust/faster_rcnn/lr0.01/seed2")
+    attack = outcome.robustness["attack"][1]
+    (row,) = [
+        row
+        for row in rows
+        if (row["arm"], row["detector"], row["seed"]) == ("robust", "faster_rcnn", "2")
+        and (row["kind"], row["metric"], row["condition"], row["level"])
+        == ("attack", "AP50", "l2, all", "1.0")
     ]
-    found = {(row["arm"], row["seed"], row["task"]): row["value"] for row in final}
-    first = next(outcome for outcome in outcomes if outcome.trial.stage == "final")
-    assert float(found[first.trial.arm, str(first.trial.seed), "bbox"]) == pytest.approx(
-        first.results["metrics"]["bbox"]["AP"]
-    )
-    last = outcomes[-1].trial
-    assert found[last.arm, str(last.seed), "bbox"] == ""
-    assert {row["kind"] for row in rows} >= {"clean", "attack", "noise", "corruption", "mPC", "rPC"}
+    assert float(row["value"]) == attack["metrics"]["bbox"]["AP50"]
+    assert (row["stage"], row["task"], row["learning_rate"]) == ("final", "bbox", "0.01")
 
 
-def test_one_seed_is_judged_by_its_images(build, tmp_path):
-    study, outcomes = build(seeds=[1], detectors=["faster_rcnn"])
-    page = Page(write_report(study, outcomes, tmp_path, COMMAND))
+def test_chosen_learning_rates_and_borders_are_shown(page):
+    assert "The best learning rate lies at the border of the grid" in page.text
+    assert "for robust (mask_rcnn), robust (faster_rcnn)." in page.text
+    assert re.search(r"robust\s*mask_rcnn\s*20.00\s*15.00\s*15.00\s*0.01\s*border of the grid", page.text)
+
+
+def test_single_seed_takes_its_interval_from_the_images(report):
+    page = report(seeds=[3])
+    assert re.search(r"robust is worse than standard: box AP -\d+\.\d\d \[", page.text)
     assert "resampling the test images" in page.text
-    row = next(row for row in study_table(study, outcomes) if row.arm == "robust")
-    change = row.changes[Quantity(CLEAN)]
-    assert change.interval.low <= change.differences.mean <= change.interval.high
-    assert "robust" in terminal_table(study_table(study, outcomes))
+    assert "another seed may change AP by more" in page.text
+    assert "paired by seed. They" not in page.text
 
 
-def test_one_seed_without_predictions_has_no_interval(build, tmp_path):
-    study, outcomes = build(seeds=[1], detectors=["faster_rcnn"])
-    for outcome in outcomes:
-        for dataset in outcome.results["datasets"]:
-            dataset["predictions"] = None
-    page = Page(write_report(study, outcomes, tmp_path, COMMAND))
-    assert "no interval over the test images" in page.text
-    assert "cannot be told from chance" in page.text
+def test_single_seed_without_predictions_is_undecided(report):
+    def lose(outcomes):
+        (outcomes[1].folder / "predictions.json").unlink()
+        return outcomes
+
+    page = report(lose, seeds=[3])
+    assert "Whether robust differs from standard is undecided: box AP -" in page.text
+    assert "no interval over the test images (FileNotFoundError" in page.text
+    assert "A single seed shows no spread" in page.text
+    assert "robust, faster_rcnn: no pictures (FileNotFoundError" in page.text
 
 
-def test_unfinished_trials_are_named(build, tmp_path):
-    study, outcomes = build(detectors=["faster_rcnn"])
-    failed = replace(outcomes[-1], results=None, robustness=None, error="exit status 1: CUDA out of memory")
-    bare = [replace(outcome, robustness=None) for outcome in outcomes[:-1]]
-    page = Page(write_report(study, [*bare, failed], tmp_path, COMMAND))
-    assert failed.trial.name in page.text
-    assert "CUDA out of memory" in page.text
-    assert COMMAND in page.text
+def test_predictions_of_another_evaluation_are_noticed(report):
+    def swap(outcomes):
+        (outcomes[1].folder / "predictions.json").write_text("[]")
+        return outcomes
+
+    assert re.search(r"has a box AP of 0.00, not \d+\.\d\d", report(swap, seeds=[3]).text)
 
 
-def test_nothing_finished_still_gives_a_report(make_study, tmp_path):
-    study = make_study()
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "train_net.py").write_text("raise SystemExit(9)")
-    outcomes = run_study(study, Path("out"), broken)
-    page = Page(write_report(study, outcomes, Path("out"), COMMAND))
+def test_missing_trials_are_named(report):
+    def crash(outcomes):
+        lost = replace(outcomes[1], results=None, robustness=None, error="RuntimeError: CUDA out of memory")
+        return [outcomes[0], lost, *outcomes[2:]]
+
+    page = report(crash)
+    assert "Missing trials: 1 of 4" in page.text
+    assert "robust/faster_rcnn/lr0.02/seed1" in page.text
+    assert "RuntimeError: CUDA out of memory" in page.text
+    assert "resampling the test images" in page.text  # a single common seed is left
+
+
+def test_a_failed_evaluation_leaves_the_clean_numbers(report):
+    def crash(outcomes):
+        return [replace(outcome, robustness=None, error="no attack today") for outcome in outcomes]
+
+    page = report(crash)
+    assert "Missing trials: 4 of 4" in page.text
+    assert "On clean images" in page.text
+    assert "Under attack" not in page.text
+
+
+def test_nothing_finished_still_gives_a_report(report):
+    page = report(lambda outcomes: [replace(o, results=None, robustness=None, error="x") for o in outcomes])
+    assert "Missing trials: 4 of 4" in page.text
     assert "No arm can be compared with its baseline yet" in page.text
-    assert "exit status 9" in page.text
+
+
+def test_final_trials_may_wait_for_the_selection(report):
+    page = report(lambda outcomes: [o for o in outcomes if o.trial.stage == "selection"], rates=(0.01, 0.02))
+    assert "Missing trials: 4 of 8" in page.text
+    assert "4 trials have not been run; final trials wait for the learning rate" in page.text
+    assert "Learning rates" in page.text
+
+
+def test_undefined_ap_is_named_and_enters_no_mean(report, tmp_path):
+    def undefine(outcomes):
+        outcomes[1].results["metrics"]["bbox"]["AP"] = None
+        return outcomes
+
+    page = report(undefine)
+    assert "undefined AP" in page.text
+    assert "robust/faster_rcnn/lr0.02/seed1" in page.text
+    assert re.search(r"\d\d\.\d\d \(n = 1\)", page.text)
+    assert "nan" not in (tmp_path / "out" / "results.csv").read_text()
+
+
+def test_loss_curve_is_plotted_from_whole_lines_only(report):
+    def shorten(outcomes):
+        for outcome in outcomes:
+            (outcome.folder / "metrics.json").write_text(
+                '{"iteration": 1, "lr": 2}\n{"iteration": 2, "total_l'
+            )
+        return outcomes
+
+    assert "total training loss" not in report(shorten).text

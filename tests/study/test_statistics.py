@@ -1,15 +1,12 @@
-import math
-
 import numpy as np
 import pytest
-from scipy import stats
+from scipy.stats import ttest_1samp
 
-from rt_detectron.study.measurements import CLEAN, Quantity
+from rt_detectron.study.measurements import Quantity
 from rt_detectron.study.statistics import (
-    IMAGES,
-    SEEDS,
     Change,
     Interval,
+    Summary,
     changes,
     paired_differences,
     percentile_interval,
@@ -18,61 +15,57 @@ from rt_detectron.study.statistics import (
     t_interval,
 )
 
-AP = Quantity(CLEAN)
+BOX, MASK = Quantity("clean", "bbox"), Quantity("clean", "segm")
 
 
-def scores(**by_seed):
-    return {int(seed[1:]): {AP: value} for seed, value in by_seed.items()}
+def test_summarize_by_hand():
+    # deviations from 4: -2, 0, 2; squares sum to 8; 8 / (3 - 1) = 4
+    assert summarize([2.0, 4.0, 6.0]) == Summary(n=3, mean=4.0, sd=2.0)
 
 
-def test_summary():
-    summary = summarize([1.0, 2.0, 6.0])
-    assert (summary.n, summary.mean) == (3, 3.0)
-    assert summary.sd == pytest.approx(math.sqrt(7))
-    assert summarize([4.0]).sd is None
+def test_single_value_has_no_spread_and_no_interval():
+    assert summarize([7.5]) == Summary(n=1, mean=7.5, sd=None)
+    assert t_interval(summarize([7.5])) is None
 
 
-def test_differences_are_paired_by_seed():
-    assert paired_differences(scores(s3=9, s1=5, s2=7), scores(s1=4, s3=5, s4=0), AP) == [1, 4]
+@pytest.mark.parametrize("values", [[1.0, 2.5], [0.3, -0.2, 0.4], [3.0, 2.0, 2.5, 4.0, 1.0]])
+def test_t_interval_is_scipys(values):
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
+    interval = t_interval(summarize(values))
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
+    assert interval.over == "seeds"
 
 
-def test_interval_is_that_of_a_paired_t_test():
-    ours, theirs = [31.0, 33.5, 30.2, 32.2], [30.1, 31.0, 30.5, 30.9]
-    interval = t_interval(summarize([a - b for a, b in zip(ours, theirs, strict=True)]))
-    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
-    assert interval.over == SEEDS
-
-
-def test_no_interval_from_one_seed():
-    assert t_interval(summarize([2.0])) is None
-    (change,) = changes(scores(s1=5), scores(s1=3)).values()
-    assert change.interval is None
-    assert change.verdict == "undecided"
-
-
-def test_percentile_interval():
+def test_percentile_interval_leaves_out_a_fortieth_on_each_side():
     interval = percentile_interval(np.arange(1001.0))
     assert (interval.low, interval.high) == pytest.approx((25, 975))
-    assert interval.over == IMAGES
+    assert interval.over == "images"
     assert percentile_interval(np.zeros(0)) is None
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [
-        (0.1, 2, "better"),
-        (-2, -0.1, "worse"),
-        (-1, 1, "undecided"),
-        (0, 1, "undecided"),
-        (-1, 0, "undecided"),
-    ],
+    ("ends", "verdict"),
+    [((0.1, 2), "better"), ((-2, -0.1), "worse"), ((-1, 1), "undecided"), ((0, 0), "undecided")],
 )
-def test_verdict_is_the_intervals(low, high, verdict):
-    assert Change(summarize([low, high]), Interval(low, high, SEEDS)).verdict == verdict
+def test_verdict_is_the_intervals(ends, verdict):
+    assert Change(Summary(2, 0.5, 1.0), Interval(*ends, "seeds")).verdict == verdict
 
 
-def test_summaries_leave_out_what_a_seed_lacks():
-    other = Quantity(CLEAN, "segm")
-    found = summaries({1: {AP: 2.0, other: 1.0}, 2: {AP: 4.0}})
-    assert (found[AP].n, found[AP].mean, found[other].n) == (2, 3.0, 1)
+def test_without_interval_it_is_undecided():
+    assert Change(Summary(1, 30.0, None), None).verdict == "undecided"
+
+
+def test_differences_are_paired_by_seed_not_by_position():
+    arm = {2: {BOX: 30.0}, 1: {BOX: 11.0}, 5: {BOX: 99.0}}
+    baseline = {1: {BOX: 10.0}, 2: {BOX: 27.0}, 3: {BOX: 0.0}, 5: {MASK: 1.0}}
+    assert paired_differences(arm, baseline, BOX) == [1.0, 3.0]
+
+
+def test_summaries_and_changes_of_what_was_measured():
+    arm = {1: {BOX: 21.0, MASK: 17.0}, 2: {BOX: 28.0}}
+    baseline = {1: {BOX: 20.0}, 2: {BOX: 24.0}}
+    assert summaries(arm)[MASK] == Summary(1, 17.0, None)
+    assert summaries(arm)[BOX].mean == 24.5
+    assert list(changes(arm, baseline)) == [BOX]
+    assert changes(arm, baseline)[BOX].differences == summarize([1.0, 4.0])
+    assert changes(arm, {}) == {}

@@ -66,6 +66,7 @@ def test_crash_then_resume(project, run):
     status, out, _ = run(folder, "--resume")
     assert status == 0
     assert "+1.50" in out
+    assert "undecided" in out  # by a single seed without predictions
     assert out.splitlines()[-1] == "out/report.html"
     assert (folder / "out/report.html").is_file()
 

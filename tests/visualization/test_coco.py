@@ -11,7 +11,6 @@ from rt_detectron.visualization.coco import (
     load_image,
     load_predictions,
     predicted_instances,
-    spread_image_ids,
 )
 
 
@@ -43,13 +42,6 @@ def val_json(tmp_path):
 def test_loading_is_silent(val_json, capsys):
     load_coco(val_json)
     assert capsys.readouterr().out == ""
-
-
-def test_images_with_objects_are_picked_evenly(val_json):
-    coco = load_coco(val_json)
-    assert spread_image_ids(coco, 3) == [1, 5, 11]
-    assert spread_image_ids(coco, 1) == [1]
-    assert spread_image_ids(coco, 50) == [1, 2, 3, 5, 8, 9, 11]  # 10 holds a crowd only, the rest nothing
 
 
 def test_ground_truth(val_json):

@@ -1,0 +1,95 @@
+"""The report in a real browser, on a phone's screen and on a desktop's."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)"
+)
+
+# A page around the report, as the report's own policy forbids scripts in it.
+WRAPPER = """<!doctype html><iframe src="{page}" style="border:0;width:{width}px;height:844px"></iframe>
+<script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {{
+  const page = frame.contentDocument, view = frame.contentWindow;
+  page.querySelectorAll("details").forEach(details => details.open = true);
+  document.title = JSON.stringify({{
+    screen: view.innerWidth,
+    width: page.documentElement.scrollWidth,
+    images: page.images.length,
+    broken: [...page.images].filter(image => !image.naturalWidth).map(image => image.alt),
+    requests: view.performance.getEntriesByType("resource").map(entry => entry.name),
+    background: view.getComputedStyle(page.body).backgroundColor,
+    plot: page.images[0].currentSrc,
+  }});
+}};
+</script>
+"""
+
+
+@pytest.fixture
+def look(tmp_path):
+    """``look(page, width, dark)``: what the browser finds on the page, and what its console says."""
+
+    def look(page, width=390, dark=False):
+        wrapper = tmp_path / "wrapper.html"
+        wrapper.write_text(WRAPPER.format(page=page.as_uri(), width=width))
+        finished = subprocess.run(
+            [
+                CHROMIUM,
+                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+                *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+                *("--disable-dev-shm-usage", "--enable-logging=stderr", "--allow-file-access-from-files"),
+                *("--virtual-time-budget=20000", f"--user-data-dir={tmp_path / 'profile'}"),
+                f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+                "--dump-dom",
+                wrapper.as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        title = re.search("<title>(.*?)</title>", finished.stdout, re.DOTALL)
+        assert title, finished.stderr
+        console = [line for line in finished.stderr.splitlines() if ":CONSOLE" in line]
+        return json.loads(html.unescape(title[1])), console
+
+    return look
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_fits_the_screen_and_asks_the_network_for_nothing(look, whole_report, width):
+    found, console = look(whole_report.page, width)
+    assert found["screen"] == width
+    assert found["width"] <= width
+    assert found["images"] > 15
+    assert found["broken"] == []
+    assert found["requests"] == []
+    assert console == []
+
+
+def test_dark_mode_changes_page_and_plots(look, whole_report):
+    light, dark = (look(whole_report.page, dark=dark)[0] for dark in (False, True))
+    assert light["background"] == "rgb(255, 255, 255)"
+    assert dark["background"] == "rgb(20, 23, 27)"
+    assert dark["broken"] == []
+    assert light["plot"] != dark["plot"]
+
+
+def test_this_test_would_notice(look, whole_report, tmp_path):
+    """A page with what the others must not have."""
+    spoilt = tmp_path / "spoilt.html"
+    extra = '<img alt="x" src="http://127.0.0.1:9/x.png"><p style="width:999px">wide</p><script>1</script>'
+    spoilt.write_text(whole_report.page.read_text().replace("</body>", f"{extra}</body>"))
+    found, console = look(spoilt)
+    assert found["width"] > 390
+    assert found["broken"] == ["x"]
+    assert len(console) == 2
+    assert all("Content Security Policy" in line for line in console)
