@@ -230,7 +230,7 @@ def test_the_shipped_subset_study_is_whole(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "backbone.pkl").touch()
     study = load_study("configs/study/coco_subset.yaml")
-    assert len(study.selection_trials()) == 24
-    assert study.count_trials() == 60
-    variants = {trial.opts[trial.opts.index("DATASETS.TEST") + 1] for trial in study.possible_trials()[24:]}
+    assert len(study.selection_trials()) == 36
+    assert study.count_trials() == 72
+    variants = {trial.opts[trial.opts.index("DATASETS.TEST") + 1] for trial in study.possible_trials()[36:]}
     assert variants == {"('coco_2017_val@person',)", "('coco_2017_val@any',)", "('coco_2017_val',)"}
