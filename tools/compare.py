@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compare backbones: run a study's grid of trainings, then write results.json, results.csv and report.html.
+"""Compare backbones: run a study's grid of trainings, then write report.html, and its numbers as files.
 
 Trials run side by side through Ray, on this machine or on a cluster; each has processes and a folder of its
 own under OUTPUT/trials. What is finished never runs again, so the same command goes on where it stopped, and

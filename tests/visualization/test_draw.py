@@ -1,13 +1,9 @@
-import io
-import xml.etree.ElementTree as ElementTree
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from rt_detectron.visualization.colors import PALETTE, color_of, readable_on
 from rt_detectron.visualization.draw import Instance, draw_instances, panel
-from rt_detectron.visualization.plots import Series, curve_plot, dot_plot
 
 GREY = (128, 128, 128)
 
@@ -84,24 +80,3 @@ def test_colours_repeat_and_text_on_them_has_contrast():
     assert readable_on((255, 255, 255)) == (0, 0, 0)
     assert readable_on((0, 0, 0)) == (255, 255, 255)
     assert readable_on((0, 0, 139)) == (255, 255, 255)
-
-
-def svg_text(svg):
-    return "".join(ElementTree.parse(io.BytesIO(svg)).getroot().itertext())
-
-
-def test_dot_plot_has_a_dot_per_value():
-    series = [Series("standard", 0), Series("robust", 1), Series("not_run", 2)]
-    one = dot_plot(series, [[20.0], [21.0], []], "box AP", (15.0, 25.0), dark=False)
-    three = dot_plot(series, [[20.0, 22.0], [21.0, 23.0], []], "box AP", (15.0, 25.0), dark=False)
-    assert three.count(b"<use ") == one.count(b"<use ") + 2
-    assert one.count(b"#0072b2") > 0
-    for text in ("standard", "robust", "not_run", "box AP"):
-        assert text in svg_text(one)
-
-
-def test_plots_are_reproducible_and_differ_by_theme():
-    curves = [[([1, 2], [3.0, 2.0])], []]
-    series = [Series("a", 0), Series("b", 1)]
-    assert curve_plot(series, curves, dark=False) == curve_plot(series, curves, dark=False)
-    assert curve_plot(series, curves, dark=False) != curve_plot(series, curves, dark=True)

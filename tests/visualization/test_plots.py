@@ -1,0 +1,98 @@
+import io
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from rt_detectron.visualization import plots
+from rt_detectron.visualization.colors import PALETTE
+from rt_detectron.visualization.plots import Difference, Series
+
+A, B = Series("standard", 0), Series("robust", 1)
+LABELS = ("eps", "box AP (%)")
+
+
+def svg_text(svg):
+    return "".join(ElementTree.parse(io.BytesIO(svg)).getroot().itertext())
+
+
+def dots(svg):
+    return svg.count(b"<use ")
+
+
+def lines_of(svg, color):
+    """The x coordinates of each drawn path of a colour."""
+    paths = re.findall(rb'<path d="([^"]*)"[^>]*style="[^"]*stroke: ' + color.encode(), svg)
+    return [[float(x) for x in re.findall(rb"[ML] ([\d.]+)", path)] for path in paths]
+
+
+PLOTS = {
+    "difference": lambda: plots.difference_plot({"mask": [Difference("robust", 1, 1.0, 0.0, 2.0)]}, "AP"),
+    "dot": lambda: plots.dot_plot([A, B], [[20.0], [21.0]], "box AP", (15.0, 25.0)),
+    "group": lambda: plots.group_plot([A, B], ["small", "large"], [[[1.0], [2.0]], [[3.0], []]], "AP"),
+    "line": lambda: plots.line_plot([A], [{0: [3.0], 1: [1.0, 2.0]}], [{0: 3.0, 1: 2.5}], LABELS),
+    "radius": lambda: plots.radius_plot({"family": [(A, 0, [3.0]), (B, 3, [1.0])]}, LABELS),
+    "curve": lambda: plots.curve_plot([A, B], [[([1, 2], [3.0, 2.0])], []]),
+}
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_plots_are_reproducible_and_readable_on_a_dark_page(name):
+    svg = PLOTS[name]()
+    assert svg == PLOTS[name]()
+    dark = plots.for_dark_page(svg)
+    assert svg_text(dark) == svg_text(svg)
+    assert b"#3a3f47" in svg
+    assert b"#3a3f47" not in dark
+
+
+def test_dot_plot_has_a_dot_per_value():
+    series = [A, B, Series("not_run", 2)]
+    one = plots.dot_plot(series, [[20.0], [21.0], []], "box AP", (15.0, 25.0))
+    three = plots.dot_plot(series, [[20.0, 22.0], [21.0, 23.0], []], "box AP", (15.0, 25.0))
+    assert dots(three) == dots(one) + 2
+    assert b"#0072b2" in one
+    for text in ("standard", "robust", "not_run", "box AP"):
+        assert text in svg_text(one)
+
+
+def test_difference_plot_draws_the_interval_and_zero():
+    svg = plots.difference_plot({"": [Difference("robust", 1, 1.0, -1.0, 2.0)]}, "AP")
+    (low, high), *_ = lines_of(svg, "#e69f00")
+    ((zero, _),) = lines_of(svg, "#3a3f47; stroke-linecap")  # not a line of the grid, which is transparent
+    assert (zero - low) / (high - low) == pytest.approx(1 / 3, abs=1e-3)  # from -1 to 2
+
+
+def test_headings_are_written_where_there_are_several():
+    groups = {"mask": [Difference("a", 0, 1.0)], "retina": [Difference("a", 0, 1.0)]}
+    assert "retina" in svg_text(plots.difference_plot(groups, "AP"))
+    assert "mask" not in svg_text(plots.difference_plot({"mask": groups["mask"]}, "AP"))
+
+
+def test_radius_plot_joins_means_within_a_family_only():
+    families = {
+        "narrow": [(A, 0, [10.0, 12.0]), (B, 3, [8.0])],
+        "wide": [(Series("c", 2), 0, [20.0]), (Series("d", 3), 0.5, [19.0]), (Series("e", 4), 3, [17.0])],
+    }
+    svg = plots.radius_plot(families, LABELS)
+    joined = [len(xs) for xs in lines_of(svg, "#3a3f47") if len(xs) > 1 and xs[0] != xs[-1]]
+    assert {2, 3} <= set(joined)
+    assert 5 not in joined
+    assert {"narrow", "wide"} <= set(svg_text(svg).split())
+    assert "0.5" in svg_text(svg)
+
+
+def test_arms_beyond_the_palette_look_different():
+    first, again = Series("a", 0), Series("b", len(PALETTE))
+    assert first.style["color"] == again.style["color"]
+    assert first.style["marker"] != again.style["marker"]
+    assert first.style["linestyle"] != again.style["linestyle"]
+
+
+def test_a_long_legend_makes_the_figure_higher():
+    def height(count):
+        series = [Series(f"wide_resnet50_2_l2_eps{index}", index) for index in range(count)]
+        svg = plots.curve_plot(series, [[([1, 2], [3.0, 2.0])]] * count)
+        return float(re.search(rb'height="([\d.]+)pt"', svg)[1])
+
+    assert height(10) > height(2) + 50
