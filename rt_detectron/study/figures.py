@@ -72,7 +72,7 @@ class Figures:
             for detector in self.detectors
         }
         groups = {detector: lines for detector, lines in groups.items() if lines}
-        label = f"difference to the baseline, {TASKS[answer.quantity.task]} AP"
+        label = f"difference in {TASKS[answer.quantity.task]} AP"
         return _plot(
             f"answer-{answer.quantity.kind.replace(': ', '-')}",
             f"{answer.question}: difference to the baseline and its 95 % interval.",
@@ -106,22 +106,26 @@ class Figures:
     def _dots(self, detector: str, task: str) -> Figure:
         quantity = Quantity(CLEAN, task)
         values = [self._values(detector, arm.name, quantity) for arm in self.study.arms]
-        limits = _limits([value for numbers in values for value in numbers])
         return _plot(
             f"clean-{detector}-{task}",
             f"{detector}: {TASKS[task]} AP of each arm; a dot per seed, a bar at the mean.",
             _spoken(self.series, values),
-            plots.dot_plot(self.series, values, f"{TASKS[task]} AP (%)", limits),
+            plots.dot_plot(self.series, values, f"{TASKS[task]} AP (%)"),
         )
 
     def _radii(self, detector: str, task: str) -> Figure:
         eps = {arm.name: arm.eps for arm in self.study.arms}
         families = {
             f"compared with {baseline}": [
-                (series, eps[series.name], self._values(detector, series.name, Quantity(CLEAN, task)))
+                (
+                    # With two families the colour tells these apart; the arms are told apart by their eps.
+                    series if len(self.families) == 1 else plots.Series(series.name, number),
+                    eps[series.name],
+                    self._values(detector, series.name, Quantity(CLEAN, task)),
+                )
                 for series in members
             ]
-            for baseline, members in self.families.items()
+            for number, (baseline, members) in enumerate(self.families.items())
         }
         families = {
             name: members for name, members in families.items() if any(values for _, _, values in members)
@@ -269,13 +273,6 @@ def _spoken(series: Sequence[plots.Series], values: Sequence[Sequence[float]]) -
     """The mean of each arm, for those who do not see the plot."""
     pairs = zip(series, values, strict=True)
     return ", ".join(f"{arm.name} {fmean(numbers):.1f}" for arm, numbers in pairs if numbers)
-
-
-def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """An axis that holds all values with some room, at least two points of AP wide."""
-    low, high = min(values), max(values)
-    margin = max(0.12 * (high - low), 1.0)
-    return max(low - margin, 0.0) - 0.02 * margin, high + margin
 
 
 def _loss_curve(folder: Path) -> tuple[list[int], list[float]]:

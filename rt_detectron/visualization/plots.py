@@ -24,6 +24,7 @@ _RC = {
 }
 _INK, _INK_ON_DARK = "#3a3f47", "#c9ced6"
 _LEGEND_LETTERS = 52  # that fit beside each other, with the handles counted as five
+_UPRIGHT_TICKS = 7  # so many fit beside each other on a logarithmic axis
 _MARKERS, _LINES = ("o", "s", "D", "^"), ("-", "--", "-.", (0, (5, 1, 1, 1)))
 
 
@@ -89,7 +90,6 @@ def dot_plot(
     series: Sequence[Series],
     values: Sequence[Sequence[float]],
     label: str,
-    limits: tuple[float, float],
 ) -> bytes:
     """One line per series, the first on top: a dot for each value, a bar at their mean. Gives an SVG."""
     with _axes(height=0.75 + 0.36 * len(series)) as axes:
@@ -98,7 +98,7 @@ def dot_plot(
             if numbers:
                 axes.plot([fmean(numbers)] * 2, [row - 0.28, row + 0.28], color=_hex(arm.color_index), lw=2.5)
         _rows_on(axes, [arm.name for arm in series])
-        axes.set_xlim(*limits)
+        axes.set_xlim(*_limits([value for numbers in values for value in numbers]))
         axes.set_xlabel(label)
         return _svg(axes.figure)
 
@@ -170,7 +170,7 @@ def radius_plot(
 ) -> bytes:
     """Dots above the eps that a series was trained with, joined by a line per family. Gives an SVG.
 
-    Above 0 the axis of eps is logarithmic.
+    Above 0 the axis of eps is logarithmic. Of several families the line has the colour of the first series.
 
     Args:
         families: name -> (series, eps, values); the only name is not written.
@@ -180,12 +180,14 @@ def radius_plot(
         every = sorted({eps for members in families.values() for _, eps, _ in members})
         for (name, members), line in zip(families.items(), itertools.cycle(_LINES), strict=False):
             means = sorted((eps, fmean(values)) for _, eps, values in members if values)
-            axes.plot(*zip(*means, strict=True), color=_INK, ls=line, lw=1.2, alpha=0.6, label=name)
+            color = _INK if len(families) == 1 else members[0][0].style["color"]
+            axes.plot(*zip(*means, strict=True), color=color, ls=line, lw=1.2, alpha=0.6, label=name)
             for series, eps, values in members:
                 axes.plot([eps] * len(values), values, **series.dots, zorder=3)
         if positive := [eps for eps in every if eps > 0]:
             axes.set_xscale("symlog", base=2, linthresh=min(positive))
-            axes.set_xticks(every, [f"{eps:g}" for eps in every])
+            rotation = 0 if len(every) <= _UPRIGHT_TICKS else 90
+            axes.set_xticks(every, [f"{eps:g}" for eps in every], rotation=rotation)
             axes.minorticks_off()
         axes.grid(alpha=0.2)
         axes.margins(x=0.06, y=0.12)
@@ -251,6 +253,13 @@ def _rows_on(axes: Axes, names: Sequence[str]) -> None:
     axes.spines["left"].set_visible(False)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.2)
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """An axis that holds all values with some room, at least two points of AP wide."""
+    low, high = min(values), max(values)
+    margin = max(0.12 * (high - low), 1.0)
+    return max(low - margin, 0.0) - 0.02 * margin, high + margin
 
 
 def _legend(axes: Axes) -> None:

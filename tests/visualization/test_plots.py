@@ -16,8 +16,8 @@ def svg_text(svg):
     return "".join(ElementTree.parse(io.BytesIO(svg)).getroot().itertext())
 
 
-def dots(svg):
-    return svg.count(b"<use ")
+def dots(svg, color):
+    return len(re.findall(rb"<use [^>]*fill: " + color.encode(), svg))
 
 
 def lines_of(svg, color):
@@ -28,7 +28,7 @@ def lines_of(svg, color):
 
 PLOTS = {
     "difference": lambda: plots.difference_plot({"mask": [Difference("robust", 1, 1.0, 0.0, 2.0)]}, "AP"),
-    "dot": lambda: plots.dot_plot([A, B], [[20.0], [21.0]], "box AP", (15.0, 25.0)),
+    "dot": lambda: plots.dot_plot([A, B], [[20.0], [21.0]], "box AP"),
     "group": lambda: plots.group_plot([A, B], ["small", "large"], [[[1.0], [2.0]], [[3.0], []]], "AP"),
     "line": lambda: plots.line_plot([A], [{0: [3.0], 1: [1.0, 2.0]}], [{0: 3.0, 1: 2.5}], LABELS),
     "radius": lambda: plots.radius_plot({"family": [(A, 0, [3.0]), (B, 3, [1.0])]}, LABELS),
@@ -48,10 +48,10 @@ def test_plots_are_reproducible_and_readable_on_a_dark_page(name):
 
 def test_dot_plot_has_a_dot_per_value():
     series = [A, B, Series("not_run", 2)]
-    one = plots.dot_plot(series, [[20.0], [21.0], []], "box AP", (15.0, 25.0))
-    three = plots.dot_plot(series, [[20.0, 22.0], [21.0, 23.0], []], "box AP", (15.0, 25.0))
-    assert dots(three) == dots(one) + 2
-    assert b"#0072b2" in one
+    one = plots.dot_plot(series, [[20.0], [21.0], []], "box AP")
+    three = plots.dot_plot(series, [[20.0, 22.0], [21.0, 23.0], []], "box AP")
+    assert [dots(one, color) for color in ("#0072b2", "#e69f00", "#009e73")] == [1, 1, 0]
+    assert [dots(three, color) for color in ("#0072b2", "#e69f00", "#009e73")] == [2, 2, 0]
     for text in ("standard", "robust", "not_run", "box AP"):
         assert text in svg_text(one)
 
@@ -75,9 +75,9 @@ def test_radius_plot_joins_means_within_a_family_only():
         "wide": [(Series("c", 2), 0, [20.0]), (Series("d", 3), 0.5, [19.0]), (Series("e", 4), 3, [17.0])],
     }
     svg = plots.radius_plot(families, LABELS)
-    joined = [len(xs) for xs in lines_of(svg, "#3a3f47") if len(xs) > 1 and xs[0] != xs[-1]]
-    assert {2, 3} <= set(joined)
-    assert 5 not in joined
+    narrow, wide = (lines_of(svg, color)[0] for color in ("#0072b2", "#009e73"))  # the legend comes after
+    assert (len(narrow), len(wide)) == (2, 3)
+    assert (narrow[0], narrow[-1]) == (wide[0], wide[-1])  # eps 0 and 3
     assert {"narrow", "wide"} <= set(svg_text(svg).split())
     assert "0.5" in svg_text(svg)
 
