@@ -1,9 +1,6 @@
 """The tool as a user runs it, in two processes at once."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,24 +8,6 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 TOOL = str(REPOSITORY / "tools" / "evaluate_robustness.py")
 CONFIG = str(REPOSITORY / "configs" / "demo" / "mask_rcnn_r18_fpn.yaml")
-
-
-@pytest.fixture
-def run(tiny_datasets, tmp_path):
-    """``run(arguments ...)`` in a process of its own, on CPUs."""
-
-    def run(*arguments):
-        environment = {"DETECTRON2_DATASETS": str(tiny_datasets), "PYTHONPATH": str(REPOSITORY)}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(
-            [sys.executable, TOOL, "--config-file", CONFIG, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, **environment},
-        )
-
-    return run
 
 
 def test_two_processes_measure_then_one_resumes(run, tiny_opts, tmp_path):

@@ -1,9 +1,6 @@
 """The tool as a user runs it; what it does with a config: tests/engine/test_lazy.py."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,22 +11,10 @@ CONFIG = str(REPOSITORY / "configs" / "lazy" / "mask_rcnn_robust_r50_eps3.py")
 
 
 @pytest.fixture
-def run(tiny_datasets, tiny_lazy_opts, tmp_path):
-    """``run(arguments ...)`` on the demo set, in a process of its own, on CPUs."""
+def run(run, tiny_lazy_opts):
+    """``run(arguments ...)`` as of all tools' tests, with what makes the training tiny."""
     sets = ["dataloader.train.dataset.names=rt_demo_train", "dataloader.test.dataset.names=rt_demo_val"]
-
-    def run(*arguments):
-        environment = {"DETECTRON2_DATASETS": str(tiny_datasets), "PYTHONPATH": str(REPOSITORY)}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(
-            [sys.executable, TOOL, "--config-file", CONFIG, *arguments, *sets, *tiny_lazy_opts],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, **environment},
-        )
-
-    return run
+    return lambda *arguments: run(*arguments, *sets, *tiny_lazy_opts)
 
 
 def test_two_processes_train_then_one_evaluates_the_same(run, tmp_path):

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,24 +11,6 @@ REPOSITORY = Path(__file__).parents[2]
 TOOL = str(REPOSITORY / "tools" / "train_net.py")
 CONFIG = str(REPOSITORY / "configs" / "demo" / "mask_rcnn_r18_fpn.yaml")
 TWO_PROCESSES = ["--num-gpus", "2", "--dist-url", "auto"]
-
-
-@pytest.fixture
-def run(tiny_datasets, tmp_path):
-    """``run(arguments ...)`` in a process of its own, on CPUs."""
-
-    def run(*arguments):
-        environment = {"DETECTRON2_DATASETS": str(tiny_datasets), "PYTHONPATH": str(REPOSITORY)}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(
-            [sys.executable, TOOL, "--config-file", CONFIG, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, **environment},
-        )
-
-    return run
 
 
 def test_two_processes_train_then_one_evaluates_the_same(run, tiny_opts, tmp_path):
