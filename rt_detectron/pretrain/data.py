@@ -152,6 +152,8 @@ class ShardDataset(IterableDataset):
         transform: of a uint8 RGB tensor (3, H, W) to a uint8 one or a float one in [0, 1].
         on_corrupt: "stop" or "skip".
         shuffle_buffer: training draws from so many samples at a time.
+        classes: keep only samples of these class indices, and number them from 0 in this order; None keeps
+            all. ``num_samples`` and ``num_classes`` count what is kept.
     """
 
     def __init__(
@@ -162,12 +164,16 @@ class ShardDataset(IterableDataset):
         transform: Callable,
         on_corrupt: str = "stop",
         shuffle_buffer: int = 5000,
+        classes: list[int] | None = None,
     ):
         self.urls = _expand([urls] if isinstance(urls, str) else list(urls))
         if num_samples < 1:
             raise InputError(f"num_samples is {num_samples}; give the number of samples in the shards")
+        if classes is not None and not len(set(classes)) == len(classes) == num_classes:
+            raise InputError(f"classes {list(classes)}: give {num_classes} (num_classes) different ones")
         self.num_samples = num_samples
         self.num_classes = num_classes
+        self.classes = None if classes is None else list(classes)
         self.transform = transform
         self.shuffle_buffer = shuffle_buffer
         self.corrupt = CorruptImages(on_corrupt)
@@ -193,7 +199,8 @@ class ShardDataset(IterableDataset):
             try:
                 for sample in wds.tarfile_to_samples()([{"url": url}]):
                     count += 1
-                    yield sample
+                    if self.classes is None or _class(sample) in self.classes:
+                        yield sample
                 if not count:
                     raise EOFError("no samples, KEY.jpg with KEY.cls, inside")
             except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError) as error:
@@ -205,10 +212,12 @@ class ShardDataset(IterableDataset):
         encoded = next((sample[ending] for ending in ("jpg", "jpeg", "png") if ending in sample), None)
         if encoded is None or "cls" not in sample:
             raise InputError(f"{name} lacks an image (.jpg, .jpeg, .png) or its .cls")
-        label = sample["cls"].decode(errors="replace").strip()
-        if not (label.isdecimal() and int(label) < self.num_classes):
+        label = _class(sample)
+        if self.classes is not None:
+            label = self.classes.index(label)
+        if not (isinstance(label, int) and label < self.num_classes):
             raise InputError(
-                f"{name} has the class {label!r}; "
+                f"{name} has the class '{label}'; "
                 f"num_classes={self.num_classes} allows 0..{self.num_classes - 1}"
             )
         try:
@@ -216,7 +225,13 @@ class ShardDataset(IterableDataset):
         except (OSError, SyntaxError) as error:
             self.corrupt.report(name, error)
             return None
-        return self.transform(image), int(label), name
+        return self.transform(image), label, name
+
+
+def _class(sample: dict) -> int | str:
+    """What a sample's .cls says: a class index, or whatever else stands there."""
+    text = sample.get("cls", b"").decode(errors="replace").strip()
+    return int(text) if text.isdecimal() else text
 
 
 def _expand(patterns: list[str]) -> list[str]:

@@ -191,6 +191,19 @@ class TestShardDataset:
     def test_brace_ranges_are_expanded(self, shards):
         assert len(shard_dataset(shards / "train-{000000..000003}.tar.gz").urls) == 4
 
+    def test_chosen_classes_are_renumbered_in_their_order(self, shards):
+        dataset = shard_dataset(shards / "train-*.tar.gz", classes=[7, 2], num_classes=2, num_samples=4)
+        assert [(grey, label) for (image, label, _) in dataset for grey in greys([image])] == [
+            (20, 1), (70, 0), (120, 1), (170, 0),
+        ]  # fmt: skip
+        images = [image for batch in take(TrainLoader(dataset, 2, num_workers=0), 2) for image in batch]
+        assert sorted(images) == [20, 70, 120, 170]
+
+    @pytest.mark.parametrize("classes", [[1], [1, 1], [1, 2, 3]])
+    def test_chosen_classes_must_be_as_many_as_the_classifier_has(self, shards, classes):
+        with pytest.raises(InputError, match=r"give 2 \(num_classes\) different ones"):
+            shard_dataset(shards / "train-*.tar.gz", classes=classes, num_classes=2)
+
     def test_a_corrupt_jpeg_stops_or_is_skipped_and_counted_across_workers(self, shards):
         write_shard(
             shards / "train-000004.tar.gz", [("bad", b"\xff\xd8\xff no image", "3"), ("good", jpeg(200), "3")]

@@ -20,6 +20,7 @@ dataloader.train.dataset = L(ShardDataset)(
     num_classes="${model.classifier.num_classes}",
     transform=L(T.Compose)(transforms=[L(T.RandomCrop)(size=32, padding=4), L(T.RandomHorizontalFlip)()]),
     on_corrupt="stop",
+    classes=None,  # or only these, renumbered, e.g. [0, 1, 2] with num_classes 3 and 15,000 samples
 )
 dataloader.train.total_batch_size = 128
 dataloader.train.num_workers = 2
@@ -29,6 +30,7 @@ dataloader.test.dataset = L(ShardDataset)(
     num_classes="${model.classifier.num_classes}",
     transform=L(T.Identity)(),
     on_corrupt="stop",
+    classes="${dataloader.train.dataset.classes}",
 )
 dataloader.test.batch_size = 250
 dataloader.test.num_workers = 1
