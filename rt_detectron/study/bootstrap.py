@@ -1,4 +1,4 @@
-"""COCO AP on resampled test images, and the interval that it gives for two detectors of one seed each.
+"""COCO AP and accuracy on resampled test images, for the interval of a difference between one seed each.
 
 AP is no mean over images, so its interval comes from resampling them: every resample draws as many images
 as the set has, with replacement, and AP is computed anew; both detectors see the same images (Efron and
@@ -6,7 +6,10 @@ Tibshirani, "An Introduction to the Bootstrap", 1993). An image drawn m times co
 if it were in the data set m times. Objects and detections are matched within an image, hence only once.
 """
 
+from collections.abc import Callable
+
 import numpy as np
+from scipy.sparse import csr_array
 from tqdm import tqdm
 
 from rt_detectron.study.matching import RECALL_THRESHOLDS, CategoryMatches, Matches
@@ -74,9 +77,51 @@ def resampled_differences(
     """
     if not np.array_equal(matches.image_ids, baseline.image_ids):
         raise ValueError("the two detectors were evaluated on different images")
-    images = len(matches.image_ids)
-    generator = np.random.default_rng(seed)
     largest = max((len(c.image) for c in matches.categories + baseline.categories), default=0)
+    return _resampled(
+        lambda counts: average_precision(matches, counts) - average_precision(baseline, counts),
+        len(matches.image_ids),
+        largest,
+        resamples,
+        seed,
+    )
+
+
+def resampled_accuracy_differences(
+    correct: np.ndarray,
+    baseline: np.ndarray,
+    labels: np.ndarray,
+    per_class: bool,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> np.ndarray:
+    """Accuracy of one classifier minus that of a baseline, both on the same resampled images.
+
+    Args:
+        correct: (I,) whether each image's class was found; ``baseline`` the same.
+        labels: (I,) class indices.
+        per_class: the mean of the classes' accuracies, of those in the resample, instead of top-1.
+
+    Returns:
+        (resamples,) differences in percent points.
+    """
+    gain = correct.astype(np.int32) - baseline.astype(np.int32)
+    groups = np.unique(labels, return_inverse=True)[1] if per_class else np.zeros(len(labels), dtype=int)
+    of_group = csr_array((np.ones(len(groups), np.int32), (groups, np.arange(len(groups)))))
+
+    def difference(counts: np.ndarray) -> np.ndarray:
+        images, gained = of_group @ counts, of_group @ (counts * gain[:, None])
+        with np.errstate(invalid="ignore"):
+            return 100 * np.nanmean(gained / images, axis=0)
+
+    return _resampled(difference, len(labels), 0, resamples, seed)
+
+
+def _resampled(
+    difference: Callable[[np.ndarray], np.ndarray], images: int, largest: int, resamples: int, seed: int
+) -> np.ndarray:
+    """The defined ones of ``difference`` over resamples, whose (images, B) counts it is given in batches."""
+    generator = np.random.default_rng(seed)
     batch = max(1, _BATCH_CELLS // max(largest, images))
     differences = []
     with tqdm(total=resamples, desc="bootstrap over images", unit="resample", disable=None) as bar:
@@ -84,7 +129,7 @@ def resampled_differences(
             size = min(batch, resamples - start)
             counts = generator.multinomial(images, np.full(images, 1 / images), size=size).T
             counts = np.ascontiguousarray(counts, dtype=np.int32)
-            differences.append(average_precision(matches, counts) - average_precision(baseline, counts))
+            differences.append(difference(counts))
             bar.update(size)
     found = np.concatenate(differences)
     return found[np.isfinite(found)]

@@ -40,23 +40,23 @@ def best_and_worst(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> tuple[li
     each = _EACH if len(compared) < _MANY else 1
     finished = {_key(o): o for o in outcomes if o.trial.stage == FINAL and o.results}
     for row in compared:
-        seeds = [seed for seed in row.seeds if (row.baseline, row.detector, seed) in finished]
+        seeds = [seed for seed in row.seeds if (row.baseline, row.target, seed) in finished]
         if not seeds:
             continue  # that is said of the numbers already
-        pair = [finished[arm, row.detector, seeds[0]] for arm in (row.arm, row.baseline)]
+        pair = [finished[arm, row.target, seeds[0]] for arm in (row.arm, row.baseline)]
         try:
             found = _comparison(row, *pair, each)
         except UNREADABLE as error:
-            notes.append(f"{row.arm}, {row.detector}: no pictures ({one_reason(error)}).")
+            notes.append(f"{row.arm}, {row.target}: no pictures ({one_reason(error)}).")
             continue
         figures += found
         if not found:
-            notes.append(f"{row.arm}, {row.detector}: F1 differs on no image, so no pictures.")
+            notes.append(f"{row.arm}, {row.target}: F1 differs on no image, so no pictures.")
     return figures, notes
 
 
 def _key(outcome: Outcome) -> tuple[str, str, int]:
-    return outcome.trial.arm, outcome.trial.detector, outcome.trial.seed
+    return outcome.trial.arm, outcome.trial.target, outcome.trial.seed
 
 
 def _comparison(row: Row, outcome: Outcome, baseline: Outcome, each: int) -> list[Figure]:
@@ -82,8 +82,8 @@ def _comparison(row: Row, outcome: Outcome, baseline: Outcome, each: int) -> lis
         which = "gains" if change[position] > 0 else "loses"
         figures.append(
             _jpeg(
-                f"{which}-{row.detector}-{row.arm}-{image_id}",
-                f"{row.detector}: {row.arm} {which} most, image {image_id}, seed {outcome.trial.seed}.",
+                f"{which}-{row.target}-{row.arm}-{image_id}",
+                f"{row.target}: {row.arm} {which} most, image {image_id}, seed {outcome.trial.seed}.",
                 "; ".join(captions),
                 panel(pictures, captions),
             )
@@ -95,7 +95,7 @@ def attacked(outcomes: Sequence[Outcome]) -> tuple[list[Figure], list[str]]:
     """Some of the before and after pictures that the robustness evaluation left, of each arm's first seed."""
     figures, notes, seen = [], [], set()
     for outcome in outcomes:
-        pair = (outcome.trial.arm, outcome.trial.detector)
+        pair = (outcome.trial.arm, outcome.trial.target)
         pictures = (outcome.robustness or {}).get("pictures") or []
         if pair in seen or not pictures:
             continue
@@ -104,8 +104,8 @@ def attacked(outcomes: Sequence[Outcome]) -> tuple[list[Figure], list[str]]:
             try:
                 with Image.open(outcome.folder / picture["file"]) as image:
                     content = image.convert("RGB")
-                name = f"attacked-{outcome.trial.detector}-{outcome.trial.arm}-{number}"
-                caption = f"{outcome.trial.detector}, {outcome.trial.arm}: {picture['caption']}"
+                name = f"attacked-{outcome.trial.target}-{outcome.trial.arm}-{number}"
+                caption = f"{outcome.trial.target}, {outcome.trial.arm}: {picture['caption']}"
                 figures.append(_jpeg(name, caption, picture["caption"], content))
             except UNREADABLE as error:
                 notes.append(f"{outcome.trial.name}: a picture cannot be read ({one_reason(error)}).")

@@ -59,20 +59,20 @@ class Figures:
         }
         self.finals = [o for o in outcomes if o.trial.stage == FINAL]
         self.scores = [(o.trial, reported(measurements(o))) for o in self.finals if o.results]
-        self.detectors = [d.name for d in study.detectors if any(row.detector == d.name for row in rows)]
+        self.targets = [d.name for d in study.targets if any(row.target == d.name for row in rows)]
 
     def answer(self, answer: Answer) -> Figure:
         """Every arm's difference to its baseline, with its interval."""
         groups = {
-            detector: [
+            target: [
                 self._difference(row.arm, row.arm, row.changes[answer.quantity])
                 for row in self.rows
-                if row.detector == detector and answer.quantity in row.changes
+                if row.target == target and answer.quantity in row.changes
             ]
-            for detector in self.detectors
+            for target in self.targets
         }
-        groups = {detector: lines for detector, lines in groups.items() if lines}
-        label = f"difference in {TASKS[answer.quantity.task]} AP"
+        groups = {target: lines for target, lines in groups.items() if lines}
+        label = f"difference in {TASKS[answer.quantity.task]}"
         return _plot(
             f"answer-{answer.quantity.kind.replace(': ', '-')}",
             f"{answer.question}: difference to the baseline and its 95 % interval.",
@@ -81,39 +81,39 @@ class Figures:
         )
 
     def clean(self) -> list[Figure]:
-        """AP per arm; against the arms' eps, where all have one."""
+        """The main number per arm; against the arms' eps, where all have one."""
         by_eps = all(arm.eps is not None for arm in self.study.arms)
         draw = self._radii if by_eps else self._dots
-        return [draw(detector, task) for detector, task in self._measured()]
+        return [draw(target, task) for target, task in self._measured()]
 
     def details(self) -> list[Figure]:
         """AP by object size, and the categories that differ most."""
         measured = self._measured()
         return [
-            *(figure for detector, task in measured for figure in self._sizes(detector, task)),
-            *(figure for detector, task in measured for figure in self._categories(detector, task)),
+            *(figure for target, task in measured for figure in self._sizes(target, task)),
+            *(figure for target, task in measured for figure in self._categories(target, task)),
         ]
 
     def _measured(self) -> list[tuple[str, str]]:
-        """The pairs of detector and task that have an AP."""
+        """The pairs of target and task that were measured."""
         return [
-            (detector, task)
-            for detector in self.detectors
+            (target, task)
+            for target in self.targets
             for task in TASKS
-            if any(Quantity(CLEAN, task) in row.scores for row in self.rows if row.detector == detector)
+            if any(Quantity(CLEAN, task) in row.scores for row in self.rows if row.target == target)
         ]
 
-    def _dots(self, detector: str, task: str) -> Figure:
+    def _dots(self, target: str, task: str) -> Figure:
         quantity = Quantity(CLEAN, task)
-        values = [self._values(detector, arm.name, quantity) for arm in self.study.arms]
+        values = [self._values(target, arm.name, quantity) for arm in self.study.arms]
         return _plot(
-            f"clean-{detector}-{task}",
-            f"{detector}: {TASKS[task]} AP of each arm; a dot per seed, a bar at the mean.",
+            f"clean-{target}-{task}",
+            f"{target}: {TASKS[task]} of each arm; a dot per seed, a bar at the mean.",
             _spoken(self.series, values),
-            plots.dot_plot(self.series, values, f"{TASKS[task]} AP (%)"),
+            plots.dot_plot(self.series, values, f"{TASKS[task]} (%)"),
         )
 
-    def _radii(self, detector: str, task: str) -> Figure:
+    def _radii(self, target: str, task: str) -> Figure:
         eps = {arm.name: arm.eps for arm in self.study.arms}
         families = {
             f"compared with {baseline}": [
@@ -121,7 +121,7 @@ class Figures:
                     # With two families the colour tells these apart; the arms are told apart by their eps.
                     series if len(self.families) == 1 else plots.Series(series.name, number),
                     eps[series.name],
-                    self._values(detector, series.name, Quantity(CLEAN, task)),
+                    self._values(target, series.name, Quantity(CLEAN, task)),
                 )
                 for series in members
             ]
@@ -131,44 +131,44 @@ class Figures:
             name: members for name, members in families.items() if any(values for _, _, values in members)
         }
         every = [member for members in families.values() for member in members]
-        labels = ("eps that the backbone was trained with", f"{TASKS[task]} AP (%)")
+        labels = ("eps that the backbone was trained with", f"{TASKS[task]} (%)")
         return _plot(
-            f"clean-{detector}-{task}",
-            f"{detector}: {TASKS[task]} AP against the backbone's training eps; a dot per seed, the line "
+            f"clean-{target}-{task}",
+            f"{target}: {TASKS[task]} against the backbone's training eps; a dot per seed, the line "
             "joins the means.",
             _spoken([series for series, _, _ in every], [values for _, _, values in every]),
             plots.radius_plot(families, labels),
         )
 
-    def _sizes(self, detector: str, task: str) -> list[Figure]:
+    def _sizes(self, target: str, task: str) -> list[Figure]:
         found = []
         for baseline, series in self.families.items():
             values = [
-                [self._values(detector, arm.name, Quantity(CLEAN, task, metric)) for metric in SIZES.values()]
+                [self._values(target, arm.name, Quantity(CLEAN, task, metric)) for metric in SIZES.values()]
                 for arm in series
             ]
             if any(numbers for of_arm in values for numbers in of_arm):
                 spoken = [_spoken(series, column) for column in zip(*values, strict=True)]
                 found.append(
                     _plot(
-                        f"sizes-{detector}-{task}{self._suffix(baseline)}",
-                        f"{detector}: {TASKS[task]} AP by object size; a dot per seed, a bar at the mean.",
+                        f"sizes-{target}-{task}{self._suffix(baseline)}",
+                        f"{target}: {TASKS[task]} by object size; a dot per seed, a bar at the mean.",
                         "; ".join(f"{size}: {text}" for size, text in zip(SIZES, spoken, strict=True)),
-                        plots.group_plot(series, list(SIZES), values, f"{TASKS[task]} AP (%)"),
+                        plots.group_plot(series, list(SIZES), values, f"{TASKS[task]} (%)"),
                     )
                 )
         return found
 
-    def _categories(self, detector: str, task: str) -> list[Figure]:
+    def _categories(self, target: str, task: str) -> list[Figure]:
         """Per arm the categories that gain and lose most against the baseline."""
         found = []
         for row in self.rows:
             changes = {
-                quantity.metric.removeprefix("AP-"): change
+                quantity.category: change
                 for quantity, change in row.changes.items()
-                if (quantity.kind, quantity.task) == (CLEAN, task) and quantity.metric.startswith("AP-")
+                if (quantity.kind, quantity.task) == (CLEAN, task) and quantity.category is not None
             }
-            if row.detector != detector or len(changes) < 2:
+            if row.target != target or len(changes) < 2:
                 continue
             ordered = sorted(changes, key=lambda name: -changes[name].differences.mean)
             shown, which = ordered, "all categories"
@@ -178,10 +178,10 @@ class Figures:
             lines = [self._difference(name, row.arm, changes[name]) for name in shown]
             found.append(
                 _plot(
-                    f"categories-{detector}-{task}-{row.arm}",
-                    f"{detector}: {TASKS[task]} AP of {row.arm} minus {row.baseline}, {which}.",
+                    f"categories-{target}-{task}-{row.arm}",
+                    f"{target}: {TASKS[task]} of {row.arm} minus {row.baseline}, {which}.",
                     ", ".join(f"{line.name} {line.value:+.1f}" for line in lines),
-                    plots.difference_plot({"": lines}, f"difference in {TASKS[task]} AP"),
+                    plots.difference_plot({"": lines}, f"difference in {TASKS[task]}"),
                 )
             )
         return found
@@ -189,28 +189,28 @@ class Figures:
     def attack(self) -> list[Figure]:
         """AP against the attack's eps, with random noise of the same size."""
         return [
-            self._attack(detector, task, condition, levels, baseline)
-            for detector in self.detectors
+            self._attack(target, task, condition, levels, baseline)
+            for target in self.targets
             for task in TASKS
             for condition, levels in attack_conditions(
-                [row for row in self.rows if row.detector == detector], task
+                [row for row in self.rows if row.target == target], task
             ).items()
             for baseline in self.families
         ]
 
     def _attack(
-        self, detector: str, task: str, condition: str, levels: Sequence[float], baseline: str
+        self, target: str, task: str, condition: str, levels: Sequence[float], baseline: str
     ) -> Figure:
         series = self.families[baseline]
         points, noises = [], []
         for arm in series:
             unattacked = self._values(
-                detector, arm.name, Quantity(UNATTACKED, task, "AP", condition, levels[0])
+                target, arm.name, Quantity(UNATTACKED, task, "AP", condition, levels[0])
             )
             attacked, noise = (
                 {0.0: unattacked}
                 | {
-                    eps: self._values(detector, arm.name, Quantity(kind, task, "AP", condition, eps))
+                    eps: self._values(target, arm.name, Quantity(kind, task, "AP", condition, eps))
                     for eps in levels
                 }
                 for kind in (ATTACK, NOISE)
@@ -220,11 +220,11 @@ class Figures:
             noises.append(means if len(means) > 1 else {})
         norm, _, loss = condition.partition(", ")
         unit = ", in 1/255" if norm == "linf" else ""
-        labels = (f"eps of the attack{unit}", f"{TASKS[task]} AP (%)")
+        labels = (f"eps of the attack{unit}", f"{TASKS[task]} (%)")
         dotted = " Dotted: random noise of the same size." if any(noises) else ""
         return _plot(
-            f"attack-{detector}-{task}-{norm}-{loss}{self._suffix(baseline)}",
-            f"{detector}: {TASKS[task]} AP under {condition_name(condition)}; lines at the mean over seeds, "
+            f"attack-{target}-{task}-{norm}-{loss}{self._suffix(baseline)}",
+            f"{target}: {TASKS[task]} under {condition_name(condition)}; lines at the mean over seeds, "
             f"bands from the least to the greatest.{dotted}",
             "; ".join(
                 f"eps {eps:g}: {_spoken(series, [at.get(eps, []) for at in points])}" for eps in [0, *levels]
@@ -235,8 +235,8 @@ class Figures:
     def curves(self) -> list[Figure]:
         """The training loss of every final trial, also of unfinished ones."""
         found = []
-        for detector in self.study.detectors:
-            here = [o for o in self.finals if o.trial.detector == detector.name]
+        for target in self.study.targets:
+            here = [o for o in self.finals if o.trial.target == target.name]
             for baseline, series in self.families.items():
                 curves = [
                     [curve for o in here if o.trial.arm == arm.name and (curve := _loss_curve(o.folder))[0]]
@@ -245,9 +245,9 @@ class Figures:
                 if any(curves):
                     found.append(
                         _plot(
-                            f"training-{detector.name}{self._suffix(baseline)}",
-                            f"{detector.name}: total training loss; a line per seed.",
-                            f"total training loss of {detector.name} against the iteration",
+                            f"training-{target.name}{self._suffix(baseline)}",
+                            f"{target.name}: total training loss; a line per seed.",
+                            f"total training loss of {target.name} against the iteration",
                             plots.curve_plot(series, curves),
                         )
                     )
@@ -257,12 +257,12 @@ class Figures:
         ends = (change.interval.low, change.interval.high) if change.interval else (None, None)
         return plots.Difference(name, self.color[arm], change.differences.mean, *ends)
 
-    def _values(self, detector: str, arm: str, quantity: Quantity) -> list[float]:
+    def _values(self, target: str, arm: str, quantity: Quantity) -> list[float]:
         """Of the quantity, one per seed that has it."""
         return [
             measured[quantity]
             for trial, measured in self.scores
-            if (trial.detector, trial.arm) == (detector, arm) and quantity in measured
+            if (trial.target, trial.arm) == (target, arm) and quantity in measured
         ]
 
     def _suffix(self, baseline: str) -> str:

@@ -1,32 +1,17 @@
-"""A study: arms (backbones) x detectors x learning rates x seeds, read from a YAML file."""
+"""A study: arms (backbones) x targets x learning rates x seeds, read from a YAML file."""
 
-import ast
-import hashlib
-import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fvcore.common.config import CfgNode
-
-from rt_detectron.errors import InputError, one_line
+from rt_detectron.errors import InputError
 from rt_detectron.files import file_sha256
 from rt_detectron.study import schema
+from rt_detectron.study.kinds import KINDS, Kind, read_digest
 
 SELECTION, FINAL = "selection", "final"  # a trial's stage
-
-_SET_BY_THE_GRID = {
-    "OUTPUT_DIR": "--output",
-    "MODEL.WEIGHTS": "the arms' weights",
-    "SOLVER.BASE_LR": "learning_rates",
-    "SEED": "seeds",
-}
-_SET_BY_THE_SELECTION = dict.fromkeys(
-    ("DATASETS.TRAIN", "DATASETS.TEST"), "the selection: @fit and @held_out of what the detector trains on"
-)
 
 
 @dataclass(frozen=True)
@@ -35,6 +20,7 @@ class Arm:
 
     Attributes:
         eps: the threat model's radius that the weights were trained with, if given; a figure's axis.
+        source_accuracy: what the weights' classifier has on its own data set, in percent, if given; as eps.
         baseline: the arm to compare with, where it is not the study's.
     """
 
@@ -43,23 +29,23 @@ class Arm:
     weights_sha256: str | None  # None for weights behind a scheme, such as detectron2://
     opts: tuple[str, ...]
     eps: float | None = None
+    source_accuracy: float | None = None
     baseline: str | None = None
 
 
 @dataclass(frozen=True)
-class Detector:
-    """A Detectron2 config file, and config keys that go with it."""
+class Target:
+    """What a backbone is transferred to: a config file, and config keys that go with it."""
 
     name: str
     config: str
-    config_sha256: str  # of its keys, merged with those of every _BASE_ file under it
+    config_sha256: str  # of all that it says, see Kind.digest
     opts: tuple[str, ...]
-    train: tuple[str, ...]  # DATASETS.TRAIN of the file
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How the learning rate of each arm and detector is chosen: by these seeds, with these config keys."""
+    """How the learning rate of each arm and target is chosen: by these seeds, with these config keys."""
 
     seeds: tuple[int, ...]
     opts: tuple[str, ...]
@@ -78,7 +64,7 @@ class Trial:
     """One training run and its evaluations. Its fields decide its result: trial.json records them."""
 
     arm: str
-    detector: str
+    target: str
     learning_rate: float
     seed: int
     stage: str  # SELECTION or FINAL
@@ -91,9 +77,9 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """``arm/detector/lr0.02/seed1``: unique in the study, and the trial's folder under trials/."""
+        """``arm/target/lr0.02/seed1``: unique in the study, and the trial's folder under trials/."""
         prefix = "" if self.stage == FINAL else f"{self.stage}-"
-        return f"{self.arm}/{self.detector}/lr{self.learning_rate!r}/{prefix}seed{self.seed}"
+        return f"{self.arm}/{self.target}/lr{self.learning_rate!r}/{prefix}seed{self.seed}"
 
     def specification(self) -> dict[str, Any]:
         """The trial as JSON gives it back."""
@@ -105,18 +91,20 @@ class Study:
     """The whole grid.
 
     Attributes:
+        kind: a key of :data:`rt_detectron.study.kinds.KINDS`.
         baseline: name of the arm that the others are compared with; see :meth:`baseline_of`.
         learning_rates: the same for every arm; where there are several, the selection chooses one for each
-            arm and detector.
+            arm and target.
         evaluations: name -> config keys of tools/evaluate_robustness.py, for the final trials.
         selection: None with a single learning rate.
         retries: how often a crashed trial is started again.
     """
 
     name: str
+    kind: str
     baseline: str
     arms: tuple[Arm, ...]
-    detectors: tuple[Detector, ...]
+    targets: tuple[Target, ...]
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     opts: tuple[str, ...]
@@ -134,63 +122,55 @@ class Study:
         if self.selection is None:
             return []
         return [
-            self._trial(arm, detector, rate, seed, SELECTION)
+            self._trial(arm, target, rate, seed, SELECTION)
             for seed in self.selection.seeds
-            for detector in self.detectors
+            for target in self.targets
             for arm in self.arms
             for rate in self.learning_rates
         ]
 
     def final_trials(self, rates: Mapping[tuple[str, str], float] = MappingProxyType({})) -> list[Trial]:
-        """Those that are reported, for each (arm, detector) that has its learning rate chosen in ``rates``.
+        """Those that are reported, for each (arm, target) that has its learning rate chosen in ``rates``.
 
         Seed by seed and the arms next to each other: an unfinished study compares early. With a single
         learning rate nothing needs choosing.
         """
         if self.selection is None:
-            pairs = [(arm.name, detector.name) for arm in self.arms for detector in self.detectors]
+            pairs = [(arm.name, target.name) for arm in self.arms for target in self.targets]
             rates = dict.fromkeys(pairs, self.learning_rates[0])
         return [
-            self._trial(arm, detector, rates[arm.name, detector.name], seed, FINAL)
+            self._trial(arm, target, rates[arm.name, target.name], seed, FINAL)
             for seed in self.seeds
-            for detector in self.detectors
+            for target in self.targets
             for arm in self.arms
-            if (arm.name, detector.name) in rates
+            if (arm.name, target.name) in rates
         ]
 
     def possible_trials(self) -> list[Trial]:
         """Every trial that any outcome of the selection can lead to."""
-        pairs = [(arm.name, detector.name) for arm in self.arms for detector in self.detectors]
+        pairs = [(arm.name, target.name) for arm in self.arms for target in self.targets]
         finals = [self.final_trials(dict.fromkeys(pairs, rate)) for rate in self.learning_rates]
         return self.selection_trials() + [trial for trials in finals for trial in trials]
 
     def count_trials(self) -> int:
         """How many trials the study takes, whatever the selection chooses."""
-        return len(self.selection_trials()) + len(self.arms) * len(self.detectors) * len(self.seeds)
+        return len(self.selection_trials()) + len(self.arms) * len(self.targets) * len(self.seeds)
 
-    def _trial(self, arm: Arm, detector: Detector, rate: float, seed: int, stage: str) -> Trial:
-        opts = self.opts + detector.opts + arm.opts
+    def _trial(self, arm: Arm, target: Target, rate: float, seed: int, stage: str) -> Trial:
+        opts = self.opts + target.opts + arm.opts
         evaluations = tuple(opt for evaluation in self.evaluations.values() for opt in evaluation)
         if stage == SELECTION:
-            names = dict(zip(opts[::2], opts[1::2], strict=True)).get("DATASETS.TRAIN")
-            names = detector.train if names is None else _names(names)
-            if not names:
-                raise InputError(
-                    f"detectors.{detector.name}: to choose a learning rate, DATASETS.TRAIN must be given in "
-                    f"{detector.config} or in opts"
-                )
             opts += self.selection.opts
-            opts += ("DATASETS.TRAIN", str(tuple(f"{name}@fit" for name in names)))
-            opts += ("DATASETS.TEST", str(tuple(f"{name}@held_out" for name in names)))
+            opts += KINDS[self.kind].held_out(target, opts)
             evaluations = ()
         return Trial(
             arm=arm.name,
-            detector=detector.name,
+            target=target.name,
             learning_rate=rate,
             seed=seed,
             stage=stage,
-            config=detector.config,
-            config_sha256=detector.config_sha256,
+            config=target.config,
+            config_sha256=target.config_sha256,
             weights=arm.weights,
             weights_sha256=arm.weights_sha256,
             opts=opts,
@@ -207,23 +187,25 @@ def load_study(file: str | Path) -> Study:
     study = schema.mapping(
         schema.read_yaml(file),
         f"{file}",
-        required={"name", "baseline", "arms", "detectors", "learning_rates", "seeds"},
-        optional={"opts", "evaluations", "selection", "resources", "retries"},
+        required={"name", "baseline", "arms", "learning_rates", "seeds"},
+        optional={*KINDS, "opts", "evaluations", "selection", "resources", "retries"},
     )
+    kind = _kind(study, f"{file}")
     rates = schema.numbers(study["learning_rates"], f"{file}: learning_rates", schema.number)
     seeds = schema.numbers(study["seeds"], f"{file}: seeds", schema.whole)
+    arms = schema.named(study["arms"], f"{file}: arms")
+    targets = schema.named(study[kind.key], f"{file}: {kind.key}")
     result = Study(
         name=schema.text(study["name"], f"{file}: name"),
+        kind=kind.key,
         baseline=study["baseline"],
-        arms=tuple(_arm(*entry) for entry in schema.named(study["arms"], f"{file}: arms")),
-        detectors=tuple(
-            _detector(*entry) for entry in schema.named(study["detectors"], f"{file}: detectors")
-        ),
+        arms=tuple(_arm(kind, *entry) for entry in arms),
+        targets=tuple(_target(kind, *entry) for entry in targets),
         learning_rates=rates,
         seeds=seeds,
-        opts=_opts(study.get("opts"), f"{file}: opts"),
-        evaluations=_evaluations(study.get("evaluations"), f"{file}: evaluations"),
-        selection=_selection(study.get("selection", {}), f"{file}: selection", seeds, len(rates) > 1),
+        opts=schema.opts(study.get("opts"), f"{file}: opts", kind.set_by_the_grid),
+        evaluations=_evaluations(kind, study.get("evaluations"), f"{file}: evaluations"),
+        selection=_selection(kind, study.get("selection", {}), f"{file}: selection", seeds, len(rates) > 1),
         resources=_resources(study.get("resources", {}), f"{file}: resources"),
         retries=schema.whole(study.get("retries", 0), f"{file}: retries"),
     )
@@ -231,51 +213,55 @@ def load_study(file: str | Path) -> Study:
     return result
 
 
-def _arm(name: str, entry: Any, where: str) -> Arm:
-    entry = schema.mapping(entry, where, required={"weights"}, optional={"eps", "baseline", "opts"})
+def _kind(study: Mapping[str, Any], where: str) -> Kind:
+    given = [key for key in KINDS if key in study]
+    if len(given) != 1:
+        raise InputError(
+            f"{where}: give one of the keys {', '.join(KINDS)}, got {' and '.join(given) or 'none'}"
+        )
+    return KINDS[given[0]]
+
+
+def _arm(kind: Kind, name: str, entry: Any, where: str) -> Arm:
+    numbers = {"eps", "source_accuracy"}
+    entry = schema.mapping(entry, where, required={"weights"}, optional={*numbers, "baseline", "opts"})
     weights = schema.file(entry["weights"], f"{where}.weights")
     return Arm(
         name,
         weights,
         None if "://" in weights else file_sha256(schema.local(weights)),
-        _opts(entry.get("opts"), f"{where}.opts"),
-        schema.number(entry["eps"], f"{where}.eps", zero=True) if "eps" in entry else None,
-        entry.get("baseline"),
+        schema.opts(entry.get("opts"), f"{where}.opts", kind.set_by_the_grid),
+        **{key: schema.number(entry[key], f"{where}.{key}", zero=True) for key in numbers & entry.keys()},
+        baseline=entry.get("baseline"),
     )
 
 
-def _detector(name: str, entry: Any, where: str) -> Detector:
+def _target(kind: Kind, name: str, entry: Any, where: str) -> Target:
     entry = schema.mapping(entry, where, required={"config"}, optional={"opts"})
     config = schema.file(entry["config"], f"{where}.config")
-    try:
-        keys = CfgNode.load_yaml_with_base(config)
-        digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
-        train = _names(keys.get("DATASETS", {}).get("TRAIN", ()))
-    except Exception as error:  # of the file's content, so of any type
-        raise InputError(f"{where}.config: {config} is no config file: {one_line(error)}") from None
-    return Detector(name, config, digest, _opts(entry.get("opts"), f"{where}.opts"), train)
+    digest = read_digest(kind, config, f"{where}.config")
+    return Target(name, config, digest, schema.opts(entry.get("opts"), f"{where}.opts", kind.set_by_the_grid))
 
 
-def _opts(value: Any, where: str) -> tuple[str, ...]:
-    return schema.opts(value, where, _SET_BY_THE_GRID)
-
-
-def _evaluations(value: Any, where: str) -> dict[str, tuple[str, ...]]:
+def _evaluations(kind: Kind, value: Any, where: str) -> dict[str, tuple[str, ...]]:
     if value is None:
         return {}
+    if not kind.evaluates:
+        raise InputError(f"{where}: only studies of detectors have them")
     result, used = {}, {}
     for name, entry, place in schema.named(value, where):
         # All run in one process, so a key can have one value only.
-        result[name] = schema.opts(entry, place, {**_SET_BY_THE_GRID, **used})
+        result[name] = schema.opts(entry, place, {**kind.set_by_the_grid, **used})
         used |= dict.fromkeys(result[name][::2], place)
     return result
 
 
-def _selection(value: Any, where: str, seeds: tuple[int, ...], wanted: bool) -> Selection | None:
+def _selection(kind: Kind, value: Any, where: str, seeds: tuple[int, ...], wanted: bool) -> Selection | None:
     entry = schema.mapping(value, where, optional={"seeds", "opts"})
+    refused = {**kind.set_by_the_grid, **kind.set_by_the_selection}
     selection = Selection(
         schema.numbers(entry.get("seeds", [seeds[0]]), f"{where}.seeds", schema.whole),
-        schema.opts(entry.get("opts"), f"{where}.opts", {**_SET_BY_THE_GRID, **_SET_BY_THE_SELECTION}),
+        schema.opts(entry.get("opts"), f"{where}.opts", refused),
     )
     return selection if wanted else None
 
@@ -301,10 +287,3 @@ def _check_baselines(study: Study, file: str) -> None:
                 f"{file}: {place}: {baseline} itself is compared with {other}: "
                 f"give arms.{baseline}.baseline: {baseline}"
             )
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    """The data sets of DATASETS.TRAIN, which config files and opts may give as a tuple in a string."""
-    with suppress(ValueError, SyntaxError):  # a bare name
-        value = ast.literal_eval(value) if isinstance(value, str) else value
-    return (value,) if isinstance(value, str) else tuple(value)

@@ -1,4 +1,4 @@
-"""Every number that a trial measured, by what it is: AP on clean, attacked and corrupted images."""
+"""Every number that a trial measured, by what it is: AP on clean, attacked and corrupted images, accuracy."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,8 @@ from typing import Any
 
 from rt_detectron.study.record import Outcome
 
-TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}  # Detectron2's names, and what people say
+# Detectron2's names, and that of classification -> what people call the main number.
+TASKS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP", "accuracy": "accuracy"}
 
 CLEAN = "clean"  # the whole test set
 ATTACK, NOISE, UNATTACKED = "attack", "noise", "attack: clean"  # all three on the attack's images
@@ -26,15 +27,29 @@ class Quantity:
         condition: of an attack its norm and loss, "l2, all"; of a corruption its name; else empty.
         level: of an attack its eps, of a corruption its severity; None for a mean over severities, and
             where there are none.
-        task: "bbox", "segm" or "keypoints".
-        metric: as Detectron2 names it: "AP", "AP50", "APs", "AP-person".
+        task: one of TASKS.
+        metric: as the files name it: "AP", "AP50", "APs", "AP-person"; left out it is the task's main one.
     """
 
     kind: str
     task: str = "bbox"
-    metric: str = "AP"
+    metric: str = ""
     condition: str = ""
     level: float | None = None
+
+    def __post_init__(self):
+        if not self.metric:
+            object.__setattr__(self, "metric", self._main)
+
+    @property
+    def _main(self) -> str:
+        return "accuracy" if self.task == "accuracy" else "AP"
+
+    @property
+    def category(self) -> str | None:
+        """Of what category alone it is the main number, if it is."""
+        start = f"{self._main}-"
+        return self.metric.removeprefix(start) if self.metric.startswith(start) else None
 
 
 def is_number(value: Any) -> bool:
@@ -64,11 +79,11 @@ def measurements(outcome: Outcome) -> dict[Quantity, float | None]:
 
 
 def reported(values: Mapping[Quantity, float | None]) -> dict[Quantity, float]:
-    """Those that are defined; of single categories only AP on clean images."""
+    """Those that are defined; of single categories only those on clean images."""
     return {
         quantity: value
         for quantity, value in values.items()
-        if value is not None and (quantity.kind == CLEAN or not quantity.metric.startswith("AP-"))
+        if value is not None and (quantity.kind == CLEAN or quantity.category is None)
     }
 
 

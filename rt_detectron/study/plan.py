@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from rt_detectron.study.cluster import parallel_trials, ray_session
 from rt_detectron.study.grid import FINAL, Study
+from rt_detectron.study.kinds import KINDS
 from rt_detectron.study.record import RECORD, Outcome, trial_folder
 from rt_detectron.study.run import finished_outcomes, known_trials
 from rt_detectron.study.selection import choose
-from rt_detectron.study.steps import trial_steps
 from rt_detectron.study.worker import read_json
 
 
@@ -24,17 +24,17 @@ def describe(study: Study, output: Path, tools: Path, ray_address: str | None) -
     known = known_trials(study, finished.values())
     to_run = [trial for trial in known if trial.name not in finished]
     rows = [(trial.name, "finished" if trial.name in finished else "to run") for trial in known]
-    chosen = {(trial.arm, trial.detector) for trial in known if trial.stage == FINAL}
+    chosen = {(trial.arm, trial.target) for trial in known if trial.stage == FINAL}
     for arm in study.arms:
-        for detector in study.detectors:
-            if (arm.name, detector.name) not in chosen:
+        for target in study.targets:
+            if (arm.name, target.name) not in chosen:
                 seeds = ", ".join(map(str, study.seeds))
-                rows.append((f"{arm.name}/{detector.name}, seeds {seeds}", "after the selection"))
+                rows.append((f"{arm.name}/{target.name}, seeds {seeds}", "after the selection"))
     left = _left(study, finished)
     commands = [
         shlex.join(["python", *step.command])
         for trial in to_run
-        for step in trial_steps(trial, tools, trial_folder(output, trial), study.resources)
+        for step in KINDS[study.kind].steps(trial, tools, trial_folder(output, trial), study.resources)
     ]
     return "\n".join(
         [
@@ -55,12 +55,12 @@ def missing_trials(study: Study, outcomes: Sequence[Outcome]) -> tuple[int, list
 
 
 def _left(study: Study, finished: Mapping[str, Outcome]) -> Counter[tuple[str, str]]:
-    """(detector, stage) -> how many trials are not finished."""
+    """(target, stage) -> how many trials are not finished."""
     left: Counter[tuple[str, str]] = Counter()
-    for detector in study.detectors:
-        left[detector.name, FINAL] = len(study.arms) * len(study.seeds)
-    left.update((trial.detector, trial.stage) for trial in study.selection_trials())
-    left.subtract((outcome.trial.detector, outcome.trial.stage) for outcome in finished.values())
+    for target in study.targets:
+        left[target.name, FINAL] = len(study.arms) * len(study.seeds)
+    left.update((trial.target, trial.stage) for trial in study.selection_trials())
+    left.subtract((outcome.trial.target, outcome.trial.stage) for outcome in finished.values())
     return +left
 
 
@@ -71,7 +71,7 @@ def _estimate(
     times: dict[tuple[str, str], list[float]] = {}
     for outcome in finished.values():
         record = read_json(outcome.folder / RECORD, "results")
-        times.setdefault((outcome.trial.detector, outcome.trial.stage), []).append(record["wall_time_s"])
+        times.setdefault((outcome.trial.target, outcome.trial.stage), []).append(record["wall_time_s"])
     unknown = {kind: count for kind, count in left.items() if kind not in times}
     lines = []
     if seconds := sum(fmean(times[kind]) * count for kind, count in left.items() if kind in times):
@@ -82,7 +82,7 @@ def _estimate(
             f"with {parallel} trials at a time, by the trials finished"
         )
     if unknown:
-        kinds = ", ".join(f"{detector} ({stage})" for detector, stage in unknown)
+        kinds = ", ".join(f"{target} ({stage})" for target, stage in unknown)
         count = sum(unknown.values())
         lines.append(f"time of {count} trials: unknown until one of their kind has finished: {kinds}")
     return lines

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from rt_detectron.errors import InputError
 from rt_detectron.files import replaced_atomically
 from rt_detectron.study.grid import Trial
-from rt_detectron.study.steps import RESULTS, ROBUSTNESS
+from rt_detectron.study.kinds import RESULTS, ROBUSTNESS
 from rt_detectron.study.worker import PROCESSES, read_json
 
 SPECIFICATION, RECORD = "trial.json", "record.json"

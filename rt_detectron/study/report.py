@@ -16,6 +16,7 @@ from rt_detectron.files import replaced_atomically
 from rt_detectron.study.examples import SCORE_THRESHOLD, attacked, best_and_worst
 from rt_detectron.study.figures import Figure, Figures
 from rt_detectron.study.grid import Study
+from rt_detectron.study.kinds import KINDS
 from rt_detectron.study.measurements import ATTACK, CLEAN, CORRUPTION, TASKS, Quantity, measurements
 from rt_detectron.study.record import Outcome, write_atomically
 from rt_detectron.study.selection import choose
@@ -26,8 +27,8 @@ from rt_detectron.study.words import answers, cautions
 
 __all__ = ["study_table", "terminal_table", "write_report"]
 
-_TABLE_NOTE = "AP in percent, mean ± sample standard deviation over seeds."
-_PLAIN_NOTE = f"{_TABLE_NOTE} Δ: difference to the baseline, paired by seed, with its 95 % interval."
+_TABLE_NOTE = "{} in percent, mean ± sample standard deviation over seeds."
+_PLAIN_NOTE = " Δ: difference to the baseline, paired by seed, with its 95 % interval."
 _CHAPTERS = {CLEAN: "Clean images", ATTACK: "Under attack", CORRUPTION: "Under corruption"}
 _SUFFIXES = {"image/svg+xml": "svg", "image/jpeg": "jpg"}
 
@@ -42,6 +43,8 @@ def write_report(study: Study, outcomes: Sequence[Outcome], output: Path, comman
         outcomes: of all stages; trials that are missing are named in the report.
         command: the line that makes the study again, or what is missing of it, as shown in the report.
     """
+    kind = KINDS[study.kind]
+    note = _TABLE_NOTE.format(kind.measure[0].upper() + kind.measure[1:])
     rows = study_table(study, outcomes)
     choices = choose(study, outcomes)
     tables = make_tables(rows)
@@ -69,7 +72,8 @@ def write_report(study: Study, outcomes: Sequence[Outcome], output: Path, comman
         "answers": [(answer, plots.answer(answer)) for answer in found],
         "cautions": cautions(rows, choices),
         "choices": choices,
-        "table_note": _TABLE_NOTE,
+        "kind": kind,
+        "table_note": note,
         "chapters": [chapter for chapter in chapters if chapter["tables"]],
         "attacks": _attack_settings(outcomes),
         "examples": examples,
@@ -85,8 +89,8 @@ def write_report(study: Study, outcomes: Sequence[Outcome], output: Path, comman
     # NaN is no JSON: _without_nan gives null, and allow_nan=False proves it.
     write_atomically(output / "results.json", json.dumps(_without_nan(content), indent=2, allow_nan=False))
     write_atomically(output / "results.csv", _csv(outcomes))
-    write_atomically(output / "tables.md", markdown(tables, _PLAIN_NOTE))
-    write_atomically(output / "tables.tex", latex(tables, _PLAIN_NOTE))
+    write_atomically(output / "tables.md", markdown(tables, note + _PLAIN_NOTE))
+    write_atomically(output / "tables.tex", latex(tables, note + _PLAIN_NOTE))
     _write_figures(output / "figures", page)
     write_atomically(output / "report.html", _template().render(page))
     return output / "report.html"
@@ -119,17 +123,17 @@ def _trial_record(outcome: Outcome) -> dict[str, Any]:
 
 
 def _records(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """One entry per arm, detector and quantity; categories are in results.csv only."""
+    """One entry per arm, target and quantity; categories are in results.csv only."""
     records = []
     for row in rows:
         for quantity, score in row.scores.items():
-            if quantity.metric.startswith("AP-"):
+            if quantity.category is not None:
                 continue
             change = row.changes.get(quantity)
             records.append(
                 {
                     "arm": row.arm,
-                    "detector": row.detector,
+                    "target": row.target,
                     "baseline": row.baseline,
                     "learning_rate": row.learning_rate,
                     "seeds": row.seeds,
@@ -153,7 +157,7 @@ def _csv(outcomes: Sequence[Outcome]) -> str:
     """One line per trial and number; an undefined value is empty."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    trial_columns = ["stage", "arm", "detector", "learning_rate", "seed"]
+    trial_columns = ["stage", "arm", "target", "learning_rate", "seed"]
     writer.writerow([*trial_columns, "kind", "task", "metric", "condition", "level", "value"])
     for outcome in outcomes:
         trial = [getattr(outcome.trial, column) for column in trial_columns]

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from rt_detectron.errors import one_line
 from rt_detectron.study.cluster import parallel_trials, ray_session, trial_task
 from rt_detectron.study.grid import FINAL, Study, Trial
+from rt_detectron.study.kinds import KINDS
 from rt_detectron.study.record import Outcome, git_state, is_finished, prepare, read_outcome, write_record
 from rt_detectron.study.selection import choose
-from rt_detectron.study.steps import trial_steps
 from rt_detectron.study.worker import LOG
 
 _STOP_S = 10.0
@@ -26,7 +26,7 @@ def run_study(study: Study, output: Path, tools: Path, ray_address: str | None =
 
     Args:
         output: the folder of the trials; on a cluster, on a file system that all machines share.
-        tools: the folder of train_net.py and evaluate_robustness.py.
+        tools: the folder of the tools that trials run.
         ray_address: of a Ray cluster; None runs on this machine.
 
     Returns:
@@ -49,7 +49,7 @@ def run_study(study: Study, output: Path, tools: Path, ray_address: str | None =
 def known_trials(study: Study, outcomes: Iterable[Outcome]) -> list[Trial]:
     """The selection's trials, and the final ones whose learning rate ``outcomes`` decide."""
     rates = {
-        (choice.arm, choice.detector): choice.learning_rate
+        (choice.arm, choice.target): choice.learning_rate
         for choice in choose(study, outcomes)
         if choice.learning_rate is not None
     }
@@ -70,12 +70,14 @@ def finished_outcomes(study: Study, output: Path) -> dict[str, Outcome]:
 
 def _run(ray: Any, study: Study, output: Path, tools: Path, outcomes: dict[str, Outcome]) -> None:
     """Add an outcome for every trial that has none, also for those that become known on the way."""
+    kind = KINDS[study.kind]
     submit = trial_task(ray, study.resources, git_state())
     running: dict[Any, tuple[Trial, int]] = {}  # Ray's reference -> the trial, and the attempt's number
 
     def start(trial: Trial, attempt: int = 1) -> None:
         folder = prepare(output, trial)
-        running[submit(trial_steps(trial, tools, folder, study.resources), str(folder))] = trial, attempt
+        steps = kind.steps(trial, tools, folder, study.resources)
+        running[submit(steps, str(folder))] = trial, attempt
 
     def start_known() -> None:
         started = outcomes.keys() | {trial.name for trial, _ in running.values()}
@@ -109,8 +111,8 @@ def _finish(study: Study, outcome: Outcome, outcomes: dict[str, Outcome], bar: t
     if outcome.error:
         bar.write(f"{trial.name} failed, log in {outcome.folder / LOG}; the others go on", file=sys.stderr)
     else:
-        choices = {(c.arm, c.detector): asdict(c) for c in choose(study, outcomes.values())}
-        write_record(outcome, choices.get((trial.arm, trial.detector)) if trial.stage == FINAL else None)
+        choices = {(c.arm, c.target): asdict(c) for c in choose(study, outcomes.values())}
+        write_record(outcome, choices.get((trial.arm, trial.target)) if trial.stage == FINAL else None)
         bar.write(f"{trial.name} finished", file=sys.stderr)
     bar.update()
 

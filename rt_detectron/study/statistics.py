@@ -51,7 +51,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm on one detector, at the learning rate chosen for it.
+    """One arm on one target, at the learning rate chosen for it.
 
     Attributes:
         seeds: of the trials that have results.
@@ -61,7 +61,7 @@ class Row:
     """
 
     arm: str
-    detector: str
+    target: str
     baseline: str
     learning_rate: float
     seeds: tuple[int, ...]

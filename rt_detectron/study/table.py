@@ -1,13 +1,19 @@
-"""The rows of a study: every arm on every detector, compared with its baseline."""
+"""The rows of a study: every arm on every target, compared with its baseline."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rt_detectron.study.bootstrap import average_precision, resampled_differences
+from rt_detectron.study.bootstrap import (
+    average_precision,
+    resampled_accuracy_differences,
+    resampled_differences,
+)
 from rt_detectron.study.grid import FINAL, Study
 from rt_detectron.study.matching import Matches, match
 from rt_detectron.study.measurements import CLEAN, TASKS, Quantity, measurements, reported
@@ -20,32 +26,32 @@ _TOLERANCE = 0.01  # of AP in percent: results.json may be rounded
 
 
 def study_table(study: Study, outcomes: Sequence[Outcome]) -> list[Row]:
-    """One row for each detector and arm, in the study's order, of the final trials that have results."""
+    """One row for each target and arm, in the study's order, of the final trials that have results."""
     groups: dict[tuple[str, str], dict[int, Outcome]] = {}
     for outcome in outcomes:
         if outcome.trial.stage == FINAL and outcome.results:
             trial = outcome.trial
-            groups.setdefault((trial.detector, trial.arm), {})[trial.seed] = outcome
+            groups.setdefault((trial.target, trial.arm), {})[trial.seed] = outcome
     return [
-        _row(arm.name, detector.name, study.baseline_of(arm.name), groups)
-        for detector in study.detectors
+        _row(arm.name, target.name, study.baseline_of(arm.name), groups)
+        for target in study.targets
         for arm in study.arms
-        if (detector.name, arm.name) in groups
+        if (target.name, arm.name) in groups
     ]
 
 
 def _row(
-    arm: str, detector: str, baseline: str, groups: Mapping[tuple[str, str], Mapping[int, Outcome]]
+    arm: str, target: str, baseline: str, groups: Mapping[tuple[str, str], Mapping[int, Outcome]]
 ) -> Row:
-    group = groups[detector, arm]
-    others = {} if arm == baseline else groups.get((detector, baseline), {})
+    group = groups[target, arm]
+    others = {} if arm == baseline else groups.get((target, baseline), {})
     scores, reference = (
         {seed: reported(measurements(outcome)) for seed, outcome in outcomes.items()}
         for outcomes in (group, others)
     )
     row = Row(
         arm=arm,
-        detector=detector,
+        target=target,
         baseline=baseline,
         learning_rate=next(iter(group.values())).trial.learning_rate,
         seeds=tuple(sorted(group)),
@@ -63,10 +69,11 @@ def _with_bootstrap(row: Row, outcome: Outcome, baseline: Outcome) -> Row:
     """The row of a single seed, with intervals over the test images where the predictions are there."""
     found = dict(row.changes)
     try:
-        for task in ("bbox", "segm"):
+        for task in ("bbox", "segm", "accuracy"):
             quantity = Quantity(CLEAN, task)
             if quantity in found:
-                interval = bootstrap_interval(outcome, baseline, task)
+                of_task = accuracy_interval if task == "accuracy" else bootstrap_interval
+                interval = of_task(outcome, baseline, task)
                 found[quantity] = replace(found[quantity], interval=interval)
     except UNREADABLE as error:
         return replace(row, note=f"no interval over the test images ({one_reason(error)})")
@@ -89,6 +96,25 @@ def bootstrap_interval(outcome: Outcome, baseline: Outcome, task: str) -> Interv
         (theirs["json_file"], theirs["predictions"], _ap(baseline, task)),
         task,
     )
+
+
+def accuracy_interval(outcome: Outcome, baseline: Outcome, task: str) -> Interval | None:
+    """The same of the difference in accuracy.
+
+    Raises:
+        UNREADABLE: predictions cannot be read, or are not of the same images.
+    """
+    predictions = []
+    for trial in (outcome, baseline):
+        path = trial.results["datasets"][0]["predictions"]
+        predictions.append(json.loads(Path(path).read_text(encoding="utf-8")))
+    ours, theirs = predictions
+    if (ours["keys"], ours["labels"]) != (theirs["keys"], theirs["labels"]):
+        raise ValueError(f"{baseline.trial.name} was not evaluated on the same images")
+    labels = np.asarray(ours["labels"])
+    correct, of_baseline = (np.asarray(found["predicted"]) == labels for found in predictions)
+    per_class = outcome.results["datasets"][0]["metric"] == "mean_per_class"
+    return percentile_interval(resampled_accuracy_differences(correct, of_baseline, labels, per_class))
 
 
 def test_sets_of(outcome: Outcome, baseline: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -116,7 +142,7 @@ def _interval(first: tuple[str, str, float], second: tuple[str, str, float], tas
         matches.append(load_matches(json_file, predictions, task))
         (ap,) = average_precision(matches[-1], np.ones((len(matches[-1].image_ids), 1), dtype=np.int32))
         if not abs(ap - expected) < _TOLERANCE:
-            raise ValueError(f"{predictions} has a {TASKS[task]} AP of {ap:.2f}, not {expected:.2f}")
+            raise ValueError(f"{predictions} has a {TASKS[task]} of {ap:.2f}, not {expected:.2f}")
     return percentile_interval(resampled_differences(*matches))
 
 

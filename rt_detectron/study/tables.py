@@ -44,7 +44,7 @@ class Cell:
 class Line:
     """One arm's cells."""
 
-    detector: str
+    target: str
     arm: str
     is_baseline: bool
     seeds: int
@@ -71,11 +71,11 @@ def make_tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def _clean(rows: Sequence[Row], task: str) -> Table:
-    columns = {
-        name: Quantity(CLEAN, task, metric)
-        for name, metric in (("AP", "AP"), ("AP50", "AP50"), ("AP75", "AP75"), *SIZES.items())
-    }
-    return _table(rows, CLEAN, f"{TASKS[task].capitalize()} AP", columns)
+    names = {"accuracy": "accuracy", "top-1": "top1", "mean per class": "mean_per_class"}
+    if task != "accuracy":
+        names = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", **SIZES}
+    columns = {name: Quantity(CLEAN, task, metric) for name, metric in names.items()}
+    return _table(rows, CLEAN, _title(task), columns)
 
 
 def attack_conditions(rows: Iterable[Row], task: str) -> dict[str, list[float]]:
@@ -95,8 +95,19 @@ def condition_name(condition: str) -> str:
     return f"{norm.capitalize()} attack" + ("" if loss == "all" else f" on {loss}")
 
 
+def _title(task: str) -> str:
+    return TASKS[task][0].upper() + TASKS[task][1:]
+
+
+def quantity_name(quantity: Quantity) -> str:
+    """``box AP``, ``box AP, attacked`` or ``box mPC``."""
+    spoken = TASKS[quantity.task]
+    names = {MEAN_ATTACK: f"{spoken}, attacked", MPC: spoken.replace("AP", "mPC")}
+    return names.get(quantity.kind, spoken)
+
+
 def _attacks(rows: Sequence[Row], task: str) -> list[Table]:
-    name = f"{TASKS[task].capitalize()} AP under"
+    name = f"{_title(task)} under"
     mean = {"mean of all attacks": Quantity(MEAN_ATTACK, task)}
     tables = []
     conditions = attack_conditions(rows, task)
@@ -119,7 +130,7 @@ def _corruption(rows: Sequence[Row], task: str) -> Table:
     }
     names = dict.fromkeys(q.condition for row in rows for q in row.scores if q.kind == CORRUPTION)
     columns.update({name.replace("_", " "): Quantity(CORRUPTION, task, "AP", name) for name in names})
-    return _table(rows, CORRUPTION, f"{TASKS[task].capitalize()} AP under corruption", columns)
+    return _table(rows, CORRUPTION, f"{_title(task)} under corruption", columns)
 
 
 def _table(rows: Sequence[Row], kind: str, title: str, columns: dict[str, Quantity]) -> Table:
@@ -128,7 +139,7 @@ def _table(rows: Sequence[Row], kind: str, title: str, columns: dict[str, Quanti
     }
     lines = [
         Line(
-            row.detector,
+            row.target,
             row.arm,
             row.is_baseline,
             len(row.seeds),
@@ -191,33 +202,26 @@ def latex(tables: Sequence[Table], note: str) -> str:
 def _plain(table: Table) -> tuple[list[list[str]], list[str]]:
     rows = [
         [
-            line.detector,
+            line.target,
             line.arm + (" (baseline)" if line.is_baseline else ""),
             line.seeds,
             *map(str, line.cells),
         ]
         for line in table.lines
     ]
-    return rows, ["detector", "arm", "seeds", *table.columns]
+    return rows, ["target", "arm", "seeds", *table.columns]
 
 
 def terminal_table(rows: Sequence[Row]) -> str:
-    """Clean AP, mean AP under attack and mPC as plain text, each with its change and verdict."""
-    quantities = {
-        name: quantity
-        for task, spoken in TASKS.items()
-        for name, quantity in (
-            (f"{spoken} AP", Quantity(CLEAN, task)),
-            (f"{spoken} AP, attacked", Quantity(MEAN_ATTACK, task)),
-            (f"{spoken} mPC", Quantity(MPC, task)),
-        )
-    }
+    """Each task's main number, its mean under attack and mPC, as plain text with change and verdict."""
     lines = []
-    for name, quantity in quantities.items():
+    quantities = [Quantity(kind, task) for task in TASKS for kind in (CLEAN, MEAN_ATTACK, MPC)]
+    for quantity in quantities:
+        name = quantity_name(quantity)
         for row in rows:
             if quantity in row.scores:
                 cell = _cell(row, quantity)
-                start = [name, row.detector, row.arm, f"{row.learning_rate:g}", len(row.seeds)]
+                start = [name, row.target, row.arm, f"{row.learning_rate:g}", len(row.seeds)]
                 lines.append([*start, cell.score, cell.change, cell.verdict])
-    headers = ["", "detector", "arm", "lr", "seeds", "score", "to its baseline", "verdict"]
+    headers = ["", "target", "arm", "lr", "seeds", "score", "to its baseline", "verdict"]
     return tabulate(lines, headers, disable_numparse=True)

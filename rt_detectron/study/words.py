@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rt_detectron.study.measurements import ATTACK, CLEAN, MEAN_ATTACK, MPC, TASKS, Quantity
 from rt_detectron.study.selection import Choice
 from rt_detectron.study.statistics import IMAGES, SEEDS, Row
-from rt_detectron.study.tables import format_change
+from rt_detectron.study.tables import format_change, quantity_name
 
 VERDICTS = ("better", "worse", "undecided")
 _FEW_SEEDS = 5
@@ -37,9 +37,9 @@ def answers(rows: Sequence[Row]) -> list[Answer]:
     }
     mean = "" if len(attacks) == 1 else f" (mean of {len(attacks)} attacks)"
     questions = {
-        "On clean images": (Quantity(CLEAN, task), f"{TASKS[task]} AP"),
-        "Under attack": (Quantity(MEAN_ATTACK, task), f"{TASKS[task]} AP{mean}"),
-        "Under corruption": (Quantity(MPC, task), f"{TASKS[task]} mPC"),
+        "On clean images": (Quantity(CLEAN, task), TASKS[task]),
+        "Under attack": (Quantity(MEAN_ATTACK, task), f"{TASKS[task]}{mean}"),
+        "Under corruption": (Quantity(MPC, task), quantity_name(Quantity(MPC, task))),
     }
     return [
         _answer(question, compared, quantity, name)
@@ -54,7 +54,7 @@ def main_task(rows: Sequence[Row]) -> str:
 
 
 def _answer(question: str, rows: Sequence[Row], quantity: Quantity, name: str) -> Answer:
-    several = len({row.detector for row in rows}) > 1
+    several = len({row.target for row in rows}) > 1
     by_verdict = {
         verdict: [row for row in rows if row.changes[quantity].verdict == verdict] for verdict in VERDICTS
     }
@@ -66,7 +66,7 @@ def _answer(question: str, rows: Sequence[Row], quantity: Quantity, name: str) -
     counts = counts.replace(" ", f" of {len(rows)} comparisons ", 1)
     listed = {
         verdict: [
-            f"{row.arm}{f' ({row.detector})' if several else ''} "
+            f"{row.arm}{f' ({row.target})' if several else ''} "
             + format_change(row.changes[quantity]).replace(" ", "\N{NO-BREAK SPACE}")
             for row in those
         ]
@@ -104,7 +104,7 @@ def cautions(rows: Sequence[Row], choices: Sequence[Choice]) -> list[str]:
     if IMAGES in over:
         texts.append(
             "With a single seed, intervals come from resampling the test images, the same for both arms. "
-            "They cover the choice of images only: another seed may change AP by more."
+            "They cover the choice of images only: another seed may change the result by more."
         )
     if fewest == 1 and IMAGES not in over:
         texts.append("A single seed shows no spread: its difference cannot be told from chance.")
@@ -120,11 +120,11 @@ def cautions(rows: Sequence[Row], choices: Sequence[Choice]) -> list[str]:
             f"These answers rest on {count} intervals, each wrong in 5 % of cases and not corrected for "
             f"their number: even if no arm differed, about {0.05 * count:.1f} would leave out 0 by chance."
         )
-    at_border = [f"{choice.arm} ({choice.detector})" for choice in choices if choice.at_border]
+    at_border = [f"{choice.arm} ({choice.target})" for choice in choices if choice.at_border]
     if at_border:
         texts.append(
             "The best learning rate lies at the border of the grid, so a better one may lie outside, for "
             f"{', '.join(at_border)}."
         )
-    texts += sorted({f"{row.arm}, {row.detector}: {row.note}." for row in rows if row.note})
+    texts += sorted({f"{row.arm}, {row.target}: {row.note}." for row in rows if row.note})
     return texts

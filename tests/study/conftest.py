@@ -16,7 +16,7 @@ from rt_detectron.study.report import write_report
 @pytest.fixture
 def tools(tmp_path, ray_here):
     """A folder of stand-ins for the tools that a study starts, and Ray to run them."""
-    for name in ("train_net.py", "evaluate_robustness.py"):
+    for name in ("train_net.py", "evaluate_robustness.py", "transfer.py"):
         shutil.copy(Path(__file__).with_name(f"fake_{name}"), tmp_path / name)
     return tmp_path
 
@@ -42,6 +42,40 @@ learning_rates: {list(learning_rates)}
 seeds: {list(seeds)}
 opts: {list(opts)}
 {more}
+"""
+        )
+        return load_study("study.yaml")
+
+    return make
+
+
+@pytest.fixture
+def make_transfer_study(tmp_path, monkeypatch):
+    """``make_transfer_study(opts=..., seeds=..., rates=...)``: the same arms on a classification data set."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "std.pkl").write_text("60")
+    (tmp_path / "l2.pkl").write_text("62.5")
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "base.py").write_text(
+        "dataset = dict(name='', classes=None, downscale=32, held_out=False)\n"
+    )
+    (tmp_path / "fixed.py").write_text(
+        "from .common.base import dataset\nweights = ''\noptimizer = dict(lr=0.0)\n"
+        "train = dict(output_dir='', seed=0)\n"
+    )
+
+    def make(opts="[dataset.name, cifar10]", seeds=(1, 2), rates=(0.01,)):
+        (tmp_path / "study.yaml").write_text(
+            f"""
+name: test
+baseline: standard
+arms:
+  standard: {{weights: std.pkl, eps: 0, source_accuracy: 75.8}}
+  robust: {{weights: l2.pkl, eps: 3, source_accuracy: 62.8}}
+transfers: {{cifar10: {{config: fixed.py, opts: {opts}}}}}
+learning_rates: {list(rates)}
+seeds: {list(seeds)}
+retries: 0
 """
         )
         return load_study("study.yaml")

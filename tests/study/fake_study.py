@@ -51,7 +51,7 @@ def build(
     study = load_study(folder / "study.yaml")
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(json_file))
-    pairs = [(arm.name, detector.name) for arm in study.arms for detector in study.detectors]
+    pairs = [(arm.name, detector.name) for arm in study.arms for detector in study.targets]
     chosen = {pair: rates[0] if pair[0] == "robust" else rates[len(rates) // 2] for pair in pairs}
     trials = study.selection_trials() + study.final_trials(chosen)
     return study, [_outcome(trial, folder, coco, json_file, image_root, chosen) for trial in trials]
@@ -60,13 +60,13 @@ def build(
 def _outcome(trial: Trial, output: Path, coco: COCO, json_file, image_root, chosen) -> Outcome:
     folder = output / "out" / "trials" / trial.name
     folder.mkdir(parents=True)
-    tasks = ("bbox", "segm") if trial.detector == "mask_rcnn" else ("bbox",)
+    tasks = ("bbox", "segm") if trial.target == "mask_rcnn" else ("bbox",)
     if trial.stage == "selection":
-        best = trial.learning_rate == chosen[trial.arm, trial.detector]
+        best = trial.learning_rate == chosen[trial.arm, trial.target]
         ap = 100 * QUALITY[trial.arm] * (0.4 if best else 0.3)
         return Outcome(trial, folder, {"metrics": {"bbox": {"AP": ap}}, "versions": {}, "datasets": []})
     # The same for all arms of a seed, so that they are paired.
-    generator = np.random.default_rng([trial.seed, len(trial.detector)])
+    generator = np.random.default_rng([trial.seed, len(trial.target)])
     predictions = _predictions(coco, QUALITY[trial.arm], generator, masks="segm" in tasks)
     (folder / "predictions.json").write_text(json.dumps(predictions))
     (folder / "metrics.json").write_text(_losses(trial))

@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
-from rt_detectron.study.bootstrap import average_precision, resampled_differences
+from rt_detectron.study.bootstrap import (
+    average_precision,
+    resampled_accuracy_differences,
+    resampled_differences,
+)
 from rt_detectron.study.matching import match
 
 IMAGES, SIDE = 8, 100
@@ -161,3 +166,19 @@ def test_other_images_cannot_be_paired():
     first, second = (match(index(truth), d, "bbox") for truth, d in (random_set(1), random_set(1, images=7)))
     with pytest.raises(ValueError, match="different images"):
         resampled_differences(first, second)
+
+
+@pytest.mark.parametrize(
+    ("per_class", "reference"), [(False, accuracy_score), (True, balanced_accuracy_score)]
+)
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_resampled_accuracy_is_that_of_the_drawn_images(per_class, reference):
+    generator = np.random.default_rng(5)
+    labels = generator.integers(0, 4, 30) * 2  # indices need not be without gaps
+    ours, theirs = (np.where(generator.random(30) < p, labels, (labels + 2) % 8) for p in (0.8, 0.5))
+    found = resampled_accuracy_differences(ours == labels, theirs == labels, labels, per_class, resamples=20)
+    draws = np.random.default_rng(0).multinomial(30, np.full(30, 1 / 30), size=20)
+    for difference, counts in zip(found, draws, strict=True):
+        drawn = np.repeat(np.arange(30), counts)
+        scores = [reference(labels[drawn], predicted[drawn]) for predicted in (ours, theirs)]
+        assert difference == pytest.approx(100 * (scores[0] - scores[1]))

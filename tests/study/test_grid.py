@@ -219,7 +219,7 @@ def test_the_published_grid_has_every_l2_eps_of_both_families():
     ]
     assert [arm.opts for arm in study.arms] == [("MODEL.ROBUST.ARCH", entry.arch) for entry in entries]
     assert len(study.seeds) == 4
-    assert len(study.detectors) == 2
+    assert len(study.targets) == 2
 
 
 def test_the_shipped_subset_study_is_whole(tmp_path, monkeypatch):

@@ -102,7 +102,7 @@ def test_numbers_are_the_same_in_all_files(page, whole_report):
         for arm in ("standard", "robust")
         for seed in (1, 2)
         for outcome in outcomes
-        if (outcome.trial.arm, outcome.trial.detector, outcome.trial.seed) == (arm, "mask_rcnn", seed)
+        if (outcome.trial.arm, outcome.trial.target, outcome.trial.seed) == (arm, "mask_rcnn", seed)
     }
     mean = fmean(values["robust", seed] for seed in (1, 2))
     change = fmean(values["robust", seed] - values["standard", seed] for seed in (1, 2))
@@ -140,7 +140,7 @@ def test_csv_has_a_line_per_trial_and_number(whole_report):
     (row,) = [
         row
         for row in rows
-        if (row["arm"], row["detector"], row["seed"]) == ("robust", "faster_rcnn", "2")
+        if (row["arm"], row["target"], row["seed"]) == ("robust", "faster_rcnn", "2")
         and (row["kind"], row["metric"], row["condition"], row["level"])
         == ("attack", "AP50", "l2, all", "1.0")
     ]
@@ -158,7 +158,7 @@ def test_single_seed_takes_its_interval_from_the_images(report):
     page = report(seeds=[3])
     assert re.search(r"robust is worse than standard: box AP -\d+\.\d\d \[", page.text)
     assert "resampling the test images" in page.text
-    assert "another seed may change AP by more" in page.text
+    assert "another seed may change the result by more" in page.text
     assert "paired by seed. They" not in page.text
 
 

@@ -26,7 +26,7 @@ def choose_by(make_study):
 
 def test_best_mean_over_the_seeds_wins(choose_by):
     choices = choose_by({0.02: {1: 9.0, 2: 1.0}, 0.01: {1: 5.0, 2: 6.0}, 0.005: {1: 5.0, 2: 5.0}})
-    assert [(choice.arm, choice.detector, choice.learning_rate) for choice in choices] == [
+    assert [(choice.arm, choice.target, choice.learning_rate) for choice in choices] == [
         ("standard", "mask_rcnn", 0.01),
         ("robust", "mask_rcnn", 0.01),
     ]

@@ -7,10 +7,10 @@ from rt_detectron.study.words import answers, cautions
 BOX = Quantity("clean", "bbox")
 
 
-def row(arm, low, high, detector="mask", n=3):
+def row(arm, low, high, target="mask", n=3):
     score = {BOX: Summary(n, 30.0, 1.0)}
     change = {BOX: Change(Summary(n, (low + high) / 2, 1.0), Interval(low, high, "seeds"))}
-    return Row(arm, detector, "standard", 0.02, tuple(range(n)), score, change if arm != "standard" else {})
+    return Row(arm, target, "standard", 0.02, tuple(range(n)), score, change if arm != "standard" else {})
 
 
 def test_one_comparison_is_told_in_a_sentence():
@@ -30,8 +30,8 @@ def test_several_comparisons_are_counted_and_listed():
     assert (answer.verdict, answer.summary) == ("better", "Box AP: 2 of 2 comparisons better.")
 
 
-def test_detectors_are_named_where_there_are_several():
-    (answer,) = answers([row("a", 1, 2), row("a", 1, 2, detector="retina")])
+def test_targets_are_named_where_there_are_several():
+    (answer,) = answers([row("a", 1, 2), row("a", 1, 2, target="retina")])
     assert [" ".join(name.split()[:2]) for name in answer.listed["better"]] == ["a (mask)", "a (retina)"]
 
 

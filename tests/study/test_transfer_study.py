@@ -1,0 +1,70 @@
+"""A study of classification transfer, run by stand-ins: the same machinery as for detectors."""
+
+import csv
+import json
+
+import pytest
+
+from rt_detectron.study.report import study_table, terminal_table, write_report
+from rt_detectron.study.run import run_study
+
+
+@pytest.fixture
+def finished(make_transfer_study, tools):
+    """``finished(...)``: the study, its outcomes and the folder of its report, with the report's text."""
+
+    def run(**options):
+        study = make_transfer_study(**options)
+        outcomes = run_study(study, tools / "out", tools)
+        page = write_report(study, outcomes, tools / "out", "python tools/compare.py ...").read_text()
+        return study, outcomes, tools / "out", page
+
+    return run
+
+
+def test_accuracies_are_compared_by_seed(finished):
+    study, outcomes, folder, page = finished(rates=(0.1, 0.01))
+    assert not any(outcome.error for outcome in outcomes)
+    assert len(outcomes) == 8  # the selection's four, and two arms with two seeds each
+    rates = {outcome.trial.learning_rate for outcome in outcomes if outcome.trial.stage == "final"}
+    assert rates == {0.01}  # the stand-in loses accuracy with the rate
+    table = terminal_table(study_table(study, outcomes))
+    assert "+2.50 [+2.50, +2.50]" in table
+    (record,) = [
+        entry
+        for entry in json.loads((folder / "results.json").read_text())["table"]
+        if (entry["arm"], entry["metric"]) == ("robust", "accuracy")
+    ]
+    assert record["mean"] == pytest.approx((63 + 64.5) / 2)
+    assert "robust is better than standard: accuracy +2.50" in page
+    assert "Accuracy in percent, mean" in page
+    assert "<th>arm</th><th>transfer</th>" in page
+    assert "chosen by accuracy on" in page
+    assert " AP " not in page
+    assert "mean per class" in (folder / "tables.md").read_text()
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert {row["metric"] for row in rows} == {
+        "accuracy",
+        "top1",
+        "mean_per_class",
+        "accuracy-cat",
+        "accuracy-dog",
+    }
+
+
+def test_a_single_seed_has_its_interval_from_the_images(finished):
+    study, outcomes, _, page = finished(seeds=(1,))
+    (row,) = [row for row in study_table(study, outcomes) if row.arm == "robust"]
+    (change,) = [change for q, change in row.changes.items() if q.metric == "accuracy"]
+    assert change.interval.over == "images"
+    # 63 against 60.5 of 100 images: three of them differ, and all to the better.
+    assert 0 <= change.interval.low < 2.5 < change.interval.high < 8
+    assert "intervals come from resampling the test images" in page
+
+
+def test_other_images_give_no_interval(finished, tools):
+    study, outcomes, folder, _ = finished(seeds=(1,))
+    path = next((folder / "trials").rglob("standard/**/predictions.json"))
+    path.write_text(path.read_text().replace('"keys": ["0"', '"keys": ["other"'))
+    (row,) = [row for row in study_table(study, outcomes) if row.arm == "robust"]
+    assert "was not evaluated on the same images" in row.note
