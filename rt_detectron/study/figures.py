@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from rt_detectron.study.analyses import Fit
 from rt_detectron.study.grid import FINAL, Study
 from rt_detectron.study.measurements import (
     ATTACK,
@@ -231,6 +232,27 @@ class Figures:
             ),
             plots.line_plot(series, points, noises, labels),
         )
+
+    def fits(self, fits: Sequence[Fit], task: str) -> list[Figure]:
+        """Each arm's score against its source accuracy, with the fitted lines."""
+        found = []
+        for target in self.targets:
+            here = [fit for fit in fits if fit.target == target]
+            if not here:
+                continue
+            points = {arm: point for fit in here for arm, point in fit.points.items()}
+            dots = [(series, *points[series.name]) for series in self.series if series.name in points]
+            lines = {fit.group: fit.ends for fit in here}
+            found.append(
+                _plot(
+                    f"source-{target}-{task}",
+                    f"{target}: {TASKS[task]} against the accuracy on the weights' own data set; a dot per "
+                    "arm, lines by least squares.",
+                    ", ".join(f"{arm} {source:.1f}: {score:.1f}" for arm, (source, score) in points.items()),
+                    plots.fit_plot(dots, lines, ("source accuracy (%)", f"{TASKS[task]} (%)")),
+                )
+            )
+        return found
 
     def curves(self) -> list[Figure]:
         """The training loss of every final trial, also of unfinished ones."""

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 from rt_detectron.files import replaced_atomically
+from rt_detectron.study import analyses
 from rt_detectron.study.examples import SCORE_THRESHOLD, attacked, best_and_worst
 from rt_detectron.study.figures import Figure, Figures
 from rt_detectron.study.grid import Study
@@ -23,13 +24,18 @@ from rt_detectron.study.selection import choose
 from rt_detectron.study.statistics import Row
 from rt_detectron.study.table import study_table
 from rt_detectron.study.tables import latex, make_tables, markdown, terminal_table
-from rt_detectron.study.words import answers, cautions
+from rt_detectron.study.words import answers, cautions, main_task
 
 __all__ = ["study_table", "terminal_table", "write_report"]
 
 _TABLE_NOTE = "{} in percent, mean ± sample standard deviation over seeds."
 _PLAIN_NOTE = " Δ: difference to the baseline, paired by seed, with its 95 % interval."
-_CHAPTERS = {CLEAN: "Clean images", ATTACK: "Under attack", CORRUPTION: "Under corruption"}
+_CHAPTERS = {
+    CLEAN: "Clean images",
+    ATTACK: "Under attack",
+    CORRUPTION: "Under corruption",
+    analyses.ANALYSIS: "Across arms",
+}
 _SUFFIXES = {"image/svg+xml": "svg", "image/jpeg": "jpg"}
 
 
@@ -47,15 +53,23 @@ def write_report(study: Study, outcomes: Sequence[Outcome], output: Path, comman
     note = _TABLE_NOTE.format(kind.measure[0].upper() + kind.measure[1:])
     rows = study_table(study, outcomes)
     choices = choose(study, outcomes)
-    tables = make_tables(rows)
+    task = main_task(rows)
+    best = analyses.best_eps(study, rows, analyses.scores_by_seed(outcomes), task)
+    fits = analyses.fits(study, rows, task)
+    tables = make_tables(rows) + analyses.make_tables(best, fits, task)
     trials = [_trial_record(outcome) for outcome in outcomes]
     found = answers(rows)
     plots = Figures(study, outcomes, rows)
+    drawn = {
+        CLEAN: plots.clean(),
+        ATTACK: plots.attack(),
+        analyses.ANALYSIS: plots.fits(fits, task),
+    }
     chapters = [
         {
             "title": title,
             "tables": [table for table in tables if table.kind == kind],
-            "figures": {CLEAN: plots.clean, ATTACK: plots.attack}.get(kind, list)(),
+            "figures": drawn.get(kind, []),
             "details": plots.details() if kind == CLEAN else [],
         }
         for kind, title in _CHAPTERS.items()
@@ -85,7 +99,22 @@ def write_report(study: Study, outcomes: Sequence[Outcome], output: Path, comman
         "options": dict.fromkeys(" ".join(outcome.trial.opts) or "none" for outcome in outcomes),
         "uri": _data_uri,
     }
-    content = {"study": asdict(study), "command": command, "trials": trials, "table": _records(rows)}
+    content = {
+        "study": asdict(study),
+        "command": command,
+        "trials": trials,
+        "table": _records(rows),
+        "best_eps": [
+            {
+                "target": entry.row.target,
+                "arm": entry.row.arm,
+                "eps": entry.eps,
+                "candidates": entry.candidates,
+            }
+            for entry in best
+        ],
+        "fits": [asdict(fit) for fit in fits],
+    }
     # NaN is no JSON: _without_nan gives null, and allow_nan=False proves it.
     write_atomically(output / "results.json", json.dumps(_without_nan(content), indent=2, allow_nan=False))
     write_atomically(output / "results.csv", _csv(outcomes))

@@ -42,12 +42,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One arm's cells."""
+    """The cells of one arm, or of several that ``arm`` says; ``seeds`` is None where it has no one number."""
 
     target: str
     arm: str
     is_baseline: bool
-    seeds: int
+    seeds: int | None
     cells: list[Cell]
 
 
@@ -175,10 +175,15 @@ def format_summary(summary: Summary) -> str:
 
 def format_change(change: Change) -> str:
     """``+1.50 [+0.20, +2.80]``; the difference alone where it has no interval."""
-    text = f"{change.differences.mean:+.2f}"
+    text = format_number(change.differences.mean)
     if change.interval:
-        text += f" [{change.interval.low:+.2f}, {change.interval.high:+.2f}]"
-    return text.replace("-", _MINUS)
+        text += f" [{format_number(change.interval.low)}, {format_number(change.interval.high)}]"
+    return text
+
+
+def format_number(number: float) -> str:
+    """``+1.50``, with a minus sign that is one."""
+    return f"{number:+.2f}".replace("-", _MINUS)
 
 
 def markdown(tables: Sequence[Table], note: str) -> str:
@@ -204,7 +209,7 @@ def _plain(table: Table) -> tuple[list[list[str]], list[str]]:
         [
             line.target,
             line.arm + (" (baseline)" if line.is_baseline else ""),
-            line.seeds,
+            _NONE if line.seeds is None else line.seeds,
             *map(str, line.cells),
         ]
         for line in table.lines

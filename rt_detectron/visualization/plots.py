@@ -198,6 +198,31 @@ def radius_plot(
         return _svg(axes.figure)
 
 
+def fit_plot(
+    dots: Sequence[tuple[Series, float, float]],
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    labels: tuple[str, str],
+) -> bytes:
+    """A dot (x, y) per series, named beside it, and straight lines given by their ends. Gives an SVG.
+
+    Args:
+        lines: name -> points.
+        labels: of the axes.
+    """
+    with _axes(height=3.2) as axes:
+        for (name, ends), line in zip(lines.items(), itertools.cycle(_LINES), strict=False):
+            axes.plot(*zip(*ends, strict=True), color=_INK, ls=line, lw=1.2, alpha=0.6, label=name)
+        for series, x, y in dots:
+            axes.plot([x], [y], **{**series.dots, "alpha": 1}, zorder=3)
+            axes.annotate(series.name, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        axes.grid(alpha=0.2)
+        axes.margins(x=0.15, y=0.12)
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        _legend(axes)
+        return _svg(axes.figure)
+
+
 def curve_plot(
     series: Sequence[Series], curves: Sequence[Sequence[tuple[Sequence[float], Sequence[float]]]]
 ) -> bytes:
