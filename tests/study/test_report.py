@@ -113,7 +113,9 @@ def test_numbers_are_the_same_in_all_files(page, whole_report):
         assert shown in text
     assert f"{mean:.2f} $\\pm$ " in latex
     assert r"mask\_rcnn" in latex
-    assert latex.count(r"\begin{tabular}") == sum(markdown.count(f"**{x}") for x in ("Box", "Mask", "Best eps"))
+    assert latex.count(r"\begin{tabular}") == sum(
+        markdown.count(f"**{x}") for x in ("Box", "Mask", "Best eps")
+    )
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
