@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fvcore.common.config import CfgNode
@@ -114,9 +115,12 @@ class Detection(Kind):
         return steps
 
     def score(self, results: Mapping[str, Any]) -> float | None:
-        """Box AP; mask AP if it has no boxes."""
-        metrics = results["metrics"]
-        return _finite((metrics["bbox"] if "bbox" in metrics else metrics.get("segm", {})).get("AP"))
+        """Box AP; mask AP if it has no boxes. The mean over the test sets, where there are several."""
+        scores = [
+            _finite((metrics["bbox"] if "bbox" in metrics else metrics.get("segm", {})).get("AP"))
+            for metrics in by_test_set(results["metrics"])
+        ]
+        return None if None in scores else fmean(scores)
 
 
 class Transfer(Kind):
@@ -154,6 +158,12 @@ class Transfer(Kind):
 
     def score(self, results: Mapping[str, Any]) -> float | None:
         return _finite(results["metrics"].get("accuracy", {}).get("accuracy"))
+
+
+def by_test_set(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Task -> metric -> value for each test set; of several sets Detectron2 nests one deeper."""
+    is_nested = any(isinstance(value, Mapping) for task in metrics.values() for value in task.values())
+    return list(metrics.values()) if is_nested else [metrics]
 
 
 KINDS = {kind.key: kind for kind in (Detection(), Transfer())}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from rt_detectron.study.kinds import by_test_set
 from rt_detectron.study.record import Outcome
 
 # Detectron2's names, and that of classification -> what people call the main number.
@@ -58,8 +59,8 @@ def is_number(value: Any) -> bool:
 
 
 def measurements(outcome: Outcome) -> dict[Quantity, float | None]:
-    """All that the trial measured, in the files' order; None where it is undefined."""
-    found = dict(_of(CLEAN, outcome.results["metrics"])) if outcome.results else {}
+    """All that the trial measured, in the files' order; None where undefined. Of several test sets the first."""
+    found = dict(_of(CLEAN, by_test_set(outcome.results["metrics"])[0])) if outcome.results else {}
     robustness = outcome.robustness or {}
     for attack in robustness.get("attack") or []:
         condition = f"{attack['norm']}, {attack['loss']}"
@@ -90,12 +91,11 @@ def reported(values: Mapping[Quantity, float | None]) -> dict[Quantity, float]:
 def _of(
     kind: str, metrics: Mapping[str, Mapping[str, Any]], condition: str = "", level: float | None = None
 ) -> Iterator[tuple[Quantity, float | None]]:
-    """From task -> metric -> value. (Of several test sets Detectron2 nests one deeper: that is skipped.)"""
+    """From task -> metric -> value."""
     for task, values in metrics.items():
         for metric, value in values.items():
-            if not isinstance(value, Mapping):
-                quantity = Quantity(kind, task, metric, condition, level)
-                yield quantity, float(value) if is_number(value) else None
+            quantity = Quantity(kind, task, metric, condition, level)
+            yield quantity, float(value) if is_number(value) else None
 
 
 def _mean(

@@ -15,6 +15,7 @@ from rt_detectron.study.bootstrap import (
     resampled_differences,
 )
 from rt_detectron.study.grid import FINAL, Study
+from rt_detectron.study.kinds import by_test_set
 from rt_detectron.study.matching import Matches, match
 from rt_detectron.study.measurements import CLEAN, TASKS, Quantity, measurements, reported
 from rt_detectron.study.record import Outcome
@@ -132,7 +133,7 @@ def test_sets_of(outcome: Outcome, baseline: Outcome) -> tuple[dict[str, Any], d
 
 
 def _ap(outcome: Outcome, task: str) -> float:
-    return outcome.results["metrics"][task]["AP"]
+    return by_test_set(outcome.results["metrics"])[0][task]["AP"]
 
 
 @lru_cache

@@ -58,6 +58,8 @@ def test_several_gpus_are_all_used(trial, transfer_study, gpus, given):
         ({"bbox": {"AP": None}, "segm": {"AP": 9.0}}, None),
         ({"bbox": {"AP": float("nan")}}, None),
         ({}, None),
+        ({"a": {"bbox": {"AP": 3.0}}, "b": {"bbox": {"AP": 4.0}}}, 3.5),
+        ({"a": {"bbox": {"AP": 3.0}}, "b": {"bbox": {"AP": None}}}, None),
     ],
 )
 def test_a_detector_scores_by_box_ap(metrics, score):

@@ -72,9 +72,19 @@ def test_reported_are_the_defined_ones_and_categories_of_clean_images():
     assert list(reported(values).values()) == [1.0, 3.0]
 
 
-def test_unfinished_trials_and_several_test_sets_measure_nothing():
+def test_unfinished_trials_measure_nothing():
     assert measurements(Outcome(None, Path("x"), None)) == {}
-    assert measurements(outcome({"coco_val": {"bbox": {"AP": 3.0}}})) == {}
+
+
+def test_of_several_test_sets_the_first_counts():
+    found = measurements(outcome({"coco_val": {"bbox": {"AP": 3.0}}, "other": {"bbox": {"AP": 5.0}}}))
+    assert found == {Quantity("clean"): 3.0}
+
+
+def test_accuracy_is_the_main_number_of_classification():
+    found = measurements(outcome({"accuracy": {"accuracy": 80.0, "top1": 81.0, "accuracy-cat": 70.0}}))
+    assert found[Quantity("clean", "accuracy")] == 80.0
+    assert [quantity.category for quantity in found] == [None, None, "cat"]
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), True, "3", {}])
