@@ -70,6 +70,7 @@ def decode(encoded: bytes) -> torch.Tensor:
     """
     try:
         image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
+        image = image[0] if image.dim() == 4 else image  # the first picture of an animated GIF, as by PIL
         return image if image.dtype == torch.uint8 else to_dtype(image, torch.uint8, scale=True)
     except (RuntimeError, ValueError):
         with Image.open(io.BytesIO(encoded)) as image:
