@@ -92,7 +92,7 @@ def load_classifier(name: str, arch: str | None = None) -> Classifier:
         InputError: for an unknown name, a file that cannot be read or is of another network, and for a
             backbone, which has no classifier's layer.
     """
-    is_file = os.path.isfile(name) or name.endswith(tuple(WRITERS))
+    is_file = os.path.isfile(name) or name.endswith((*WRITERS, ".tar"))
     path = name if is_file else zoo.checkpoint(name)
     state_dict, metadata = read_network(path, arch)
     logits = [t for n, t in state_dict.items() if n.startswith(get_architecture(metadata["arch"]).head)]

@@ -59,7 +59,7 @@ def is_number(value: Any) -> bool:
 
 
 def measurements(outcome: Outcome) -> dict[Quantity, float | None]:
-    """All that the trial measured, in the files' order; None where undefined. Of several test sets the first."""
+    """All that the trial measured, in the files' order; None if undefined. Of several test sets the first."""
     found = dict(_of(CLEAN, by_test_set(outcome.results["metrics"])[0])) if outcome.results else {}
     robustness = outcome.robustness or {}
     for attack in robustness.get("attack") or []:
