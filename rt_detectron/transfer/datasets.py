@@ -102,6 +102,7 @@ def classification_dataset(
     transform: Callable | None = None,
     downscale: int | None = None,
     classes: Sequence[str | int] | None = None,
+    per_class: int | None = None,
 ) -> ClassificationDataset:
     """A data set of :data:`rt_detectron.transfer.sets.TRANSFER_SETS`, or an own one, map-style.
 
@@ -117,6 +118,7 @@ def classification_dataset(
         transform: of a uint8 RGB tensor (3, H, W); None leaves it as it is.
         downscale: the short side in pixels to which larger images are reduced before the transform.
         classes: names or indices of the classes to keep, which are numbered anew from 0 in this order.
+        per_class: keep only that many images of each class of "train", always the same ones; None keeps all.
 
     Raises:
         InputError: for an unknown name, split or class, and for a set that is missing, damaged or cannot be
@@ -130,7 +132,11 @@ def classification_dataset(
         raise InputError(f"unknown split {split!r} of {name}: {', '.join(SPLITS)}")
     if downscale is not None and downscale < 1:
         raise InputError(f"downscale is {downscale}: give the short side in pixels, such as 32, or null")
+    if per_class is not None and per_class < 1:
+        raise InputError(f"per_class is {per_class}: give a number of images from 1 on, or null")
     samples, names = _read(name, "test" if split == "test" else "train", root, download)
+    if per_class is not None and split != "test":
+        samples = _divided(samples, lambda positions: positions[:per_class])
     if split in ("fit", "held_out"):
         samples = _divided(samples, _held_out if split == "held_out" else _fit)
     if classes is not None:

@@ -365,6 +365,16 @@ class TestSplits:
         assert held_out.classes == train.classes == ["cat", "dog", "emu"]
         assert classification_dataset("folder", "held_out", root=str(folder)).keys == held_out.keys
 
+    def test_few_images_of_each_class_are_always_the_same(self, folder):
+        whole, few, fit, held_out, test = (
+            classification_dataset("folder", split, root=str(folder), per_class=number)
+            for split, number in (("train", None), ("train", 4), ("fit", 4), ("held_out", 4), ("test", 1))
+        )
+        assert max(Counter(few.labels).values()) == 4
+        assert set(few.keys) < set(whole.keys)
+        assert sorted(fit.keys + held_out.keys) == sorted(few.keys)
+        assert len(test) == len(classification_dataset("folder", "test", root=str(folder)))
+
     def test_the_literatures_test_images_are_held_out_of_both(self, root):
         fit, held_out, test = (
             classification_dataset("sun397", split, root=str(root)) for split in ("fit", "held_out", "test")
@@ -461,6 +471,8 @@ class TestBadInput:
     def test_an_impossible_size(self, root):
         with pytest.raises(InputError, match="downscale is 0"):
             classification_dataset("pets", "test", root=str(root), downscale=0)
+        with pytest.raises(InputError, match="per_class is 0"):
+            classification_dataset("pets", "test", root=str(root), per_class=0)
 
     @pytest.mark.parametrize("name", REFERENCES)
     def test_a_missing_set_is_one_line_and_leaves_nothing(self, tmp_path, name):
