@@ -32,6 +32,7 @@ ROOMS = {
     "pretrain": {"attacks", "checkpoint", "hooks", "lazy_config", "modeling", "visualization"},
     "evaluation": {"attacks", "data", "visualization"},
     "study": {"visualization"},
+    "transfer": {"attacks", "checkpoint", "hooks", "lazy_config", "modeling", "pretrain"},
     "engine": {"evaluation", "attacks", "checkpoint", "config", "data", "hooks", "lazy_config", "modeling"},
     "__init__": {"modeling", "checkpoint"},
 }
@@ -79,7 +80,7 @@ except rt_detectron.errors.InputError as error:
 else:
     raise SystemExit("robust:// is not handled")
 loaded = [name for name in sys.modules if name.startswith("rt_detectron.")]
-for room in ("engine", "pretrain", "study", "data", "attacks", "visualization"):
+for room in ("engine", "pretrain", "transfer", "study", "data", "attacks", "visualization"):
     assert f"rt_detectron.{room}" not in loaded, room
 # The rest of what a detector's training needs does without them, too.
 import rt_detectron.checkpoint.convert, rt_detectron.engine, rt_detectron.attacks

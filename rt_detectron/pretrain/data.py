@@ -70,6 +70,7 @@ def decode(encoded: bytes) -> torch.Tensor:
     """
     try:
         image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
+        image = image[0] if image.dim() == 4 else image  # the first picture of an animated GIF, as by PIL
         return image if image.dtype == torch.uint8 else to_dtype(image, torch.uint8, scale=True)
     except (RuntimeError, ValueError):
         with Image.open(io.BytesIO(encoded)) as image:
@@ -81,12 +82,12 @@ class FolderDataset(Dataset):
 
     Args:
         root: the folder of class folders.
-        num_classes: how many class folders there must be.
+        num_classes: how many class folders there must be; None takes what there is.
         transform: of a uint8 RGB tensor (3, H, W) to a uint8 one or a float one in [0, 1].
         on_corrupt: "stop" or "skip"; skipped images are replaced by the next readable one.
     """
 
-    def __init__(self, root: str, num_classes: int, transform: Callable, on_corrupt: str = "stop"):
+    def __init__(self, root: str, num_classes: int | None, transform: Callable, on_corrupt: str = "stop"):
         if not os.path.isdir(root):
             raise InputError(f"{root}: no such folder; datasets/README.md shows the expected tree")
         try:
@@ -96,7 +97,7 @@ class FolderDataset(Dataset):
             empty = re.search(r"for the classes? (.*?)\. ", str(error))
             problem = f"no images of {empty[1]}" if empty else "expected class folders, each with images"
             raise InputError(f"{root}: {problem}; datasets/README.md shows the tree") from None
-        if len(folder.classes) != num_classes:
+        if num_classes is not None and len(folder.classes) != num_classes:
             raise InputError(
                 f"{root}: has {len(folder.classes)} class folders, but num_classes is {num_classes}"
             )
@@ -201,6 +202,16 @@ class ShardDataset(IterableDataset):
 
     def decode(self, sample: dict) -> tuple[torch.Tensor, int, str] | None:
         """Image, class and key ("SHARD: KEY") of a sample; None if it is corrupt and to be skipped."""
+        encoded, label, name = self.encoded(sample)
+        try:
+            image = decode(encoded)
+        except (OSError, SyntaxError) as error:
+            self.corrupt.report(name, error)
+            return None
+        return self.transform(image), label, name
+
+    def encoded(self, sample: dict) -> tuple[bytes, int, str]:
+        """Image file, class and key of a sample; one that lacks something is an :class:`InputError`."""
         name = f"{sample['__url__']}: {sample['__key__']}"
         encoded = next((sample[ending] for ending in ("jpg", "jpeg", "png") if ending in sample), None)
         if encoded is None or "cls" not in sample:
@@ -211,12 +222,7 @@ class ShardDataset(IterableDataset):
                 f"{name} has the class {label!r}; "
                 f"num_classes={self.num_classes} allows 0..{self.num_classes - 1}"
             )
-        try:
-            image = decode(encoded)
-        except (OSError, SyntaxError) as error:
-            self.corrupt.report(name, error)
-            return None
-        return self.transform(image), int(label), name
+        return encoded, int(label), name
 
 
 def _expand(patterns: list[str]) -> list[str]:

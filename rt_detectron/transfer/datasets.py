@@ -1,0 +1,239 @@
+"""The classification sets of the transfer study by name, in the splits that the literature uses."""
+
+import difflib
+import functools
+import hashlib
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import resize
+
+from rt_detectron.errors import InputError, one_line
+from rt_detectron.files import locked
+from rt_detectron.pretrain.data import decode
+
+from .sets import TRANSFER_SETS, Listing
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "test", "fit", "held_out")
+HELD_OUT = 0.2  # of each class of "train"
+
+
+class _Sample(NamedTuple):
+    image: str | os.PathLike | bytes | np.ndarray  # as in Listing
+    label: int
+    key: str
+
+
+class ClassificationDataset(Dataset):
+    """Images and labels of one split of a data set; made by :func:`classification_dataset`.
+
+    ``dataset[i]`` is (transformed image, label, key); the key names the image below the data set's root.
+
+    Attributes:
+        name: of the data set.
+        classes: names of the classes, by index.
+        metric: "top1" or "mean_per_class", the accuracy that the literature reports.
+        labels: class indices of all images.
+        keys: keys of all images.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        classes: list[str],
+        metric: str,
+        samples: list[_Sample],
+        transform: Callable | None,
+        downscale: int | None,
+    ):
+        self.name = name
+        self.classes = classes
+        self.metric = metric
+        self.transform = transform
+        self.downscale = downscale
+        self.labels = [sample.label for sample in samples]
+        self.keys = [sample.key for sample in samples]
+        self._images = [sample.image for sample in samples]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        image = self._decode(index)
+        if self.downscale is not None and min(image.shape[1:]) > self.downscale:
+            image = resize(image, [self.downscale])
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, self.labels[index], self.keys[index]
+
+    def _decode(self, index: int) -> torch.Tensor:
+        """uint8 RGB (3, H, W)."""
+        image = self._images[index]
+        if isinstance(image, np.ndarray):
+            return torch.from_numpy(image).permute(2, 0, 1).contiguous()
+        try:
+            if not isinstance(image, bytes):
+                with open(image, "rb") as file:
+                    image = file.read()
+            return decode(image)
+        except (OSError, SyntaxError) as error:
+            raise InputError(
+                f"{self.name}: {self.keys[index]} cannot be read ({one_line(error)}); get it again"
+            ) from error
+
+
+def classification_dataset(
+    name: str,
+    split: str,
+    root: str = "datasets",
+    download: bool = False,
+    transform: Callable | None = None,
+    downscale: int | None = None,
+    classes: Sequence[str | int] | None = None,
+) -> ClassificationDataset:
+    """A data set of :data:`rt_detectron.transfer.sets.TRANSFER_SETS`, or an own one, map-style.
+
+    Args:
+        name: "aircraft", "birdsnap", "caltech101", "caltech256", "cars", "cifar10", "cifar100", "dtd",
+            "flowers", "food101", "pets", "sun397"; "folder" for class folders below ``root/train`` and
+            ``root/test`` (or ``val``), "shards" for WebDataset shards ``root/*train-*.tar`` and
+            ``root/*test-*.tar`` (or ``val``), which are read into memory undecoded.
+        split: "train" or "test", those of the literature; "fit" or "held_out", a fixed 80 % and 20 % of
+            each class of "train", to choose hyperparameters by.
+        root: the folder that holds the sets' own folders, or the own set.
+        download: fetch the set from its authors if it is not there. Its licence is yours to heed.
+        transform: of a uint8 RGB tensor (3, H, W); None leaves it as it is.
+        downscale: the short side in pixels to which larger images are reduced before the transform.
+        classes: names or indices of the classes to keep, which are numbered anew from 0 in this order.
+
+    Raises:
+        InputError: for an unknown name, split or class, and for a set that is missing, damaged or cannot be
+            downloaded. An image that cannot be read is one when it is asked for.
+    """
+    if name not in TRANSFER_SETS:
+        near = difflib.get_close_matches(name, TRANSFER_SETS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"unknown data set {name!r}: {hint}there are {', '.join(TRANSFER_SETS)}")
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r} of {name}: {', '.join(SPLITS)}")
+    if downscale is not None and downscale < 1:
+        raise InputError(f"downscale is {downscale}: give the short side in pixels, such as 32, or null")
+    samples, names = _read(name, "test" if split == "test" else "train", root, download)
+    if split in ("fit", "held_out"):
+        samples = _divided(samples, _held_out if split == "held_out" else _fit)
+    if classes is not None:
+        samples, names = _only(classes, samples, names, name)
+    if not samples:
+        raise InputError(f"{name} in {root} has no images for {split!r}: see datasets/README.md")
+    return ClassificationDataset(name, names, TRANSFER_SETS[name].metric, samples, transform, downscale)
+
+
+def _read(name: str, split: str, root: str, download: bool) -> tuple[list[_Sample], list[str]]:
+    """The samples of "train" or "test", and the names of the classes."""
+    entry = TRANSFER_SETS[name]
+    folder = os.path.join(root, entry.folder)
+    expected = f"expected {os.path.join(folder, entry.tree)}"
+    way_out = f"not to be downloaded here, {entry.by_hand}" if entry.by_hand else "set dataset.download=true"
+    download = download and not entry.by_hand
+    if not download and not os.path.isdir(folder):
+        raise InputError(f"{name} is not in {root}: {expected} ({way_out}; see datasets/README.md)")
+    arguments = {"root": root, **({} if entry.by_hand else {"download": download})}
+    lock = locked(folder, "choose another dataset.root") if download else nullcontext()
+    # Broad, since torchvision, scipy and the network fail in every way there is, and a set that is damaged or
+    # cannot be had is always the user's matter.
+    try:
+        with lock:  # or several trials of a study would download at a time
+            parts = [entry.reader(**arguments, **part) for part in getattr(entry, split)]
+        listings = [entry.listing(part) if entry.listing else part for part in parts]
+    except InputError:
+        raise
+    except Exception as error:
+        problem = "cannot be downloaded" if download else "cannot be read"
+        raise InputError(
+            f"{name} in {root} {problem} ({one_line(error)[:200]}): {expected}; see datasets/README.md"
+        ) from error
+    if any(list(listing.classes) != list(listings[0].classes) for listing in listings):
+        raise InputError(f"{name} in {root}: its parts have different classes; {expected}, whole")
+    samples = [sample for listing in listings for sample in _samples(listing, root)]
+    if entry.drawn:
+        samples = sorted(samples, key=lambda sample: sample.key)  # files come in any order
+        samples = _divided(samples, functools.partial(_drawn, *entry.drawn, split))
+    published = entry.sizes and entry.sizes[split == "test"]
+    if published not in (None, len(samples)):
+        logger.warning(
+            "%s in %s has %d images for %s, where the literature has %d: the accuracies do not compare",
+            name, root, len(samples), split, published,
+        )  # fmt: skip
+    return samples, list(listings[0].classes)
+
+
+def _samples(listing: Listing, root: str) -> list[_Sample]:
+    keys = listing.keys or [os.path.relpath(path, root) for path in listing.images]
+    labels = map(int, listing.labels)
+    return [_Sample(*sample) for sample in zip(listing.images, labels, keys, strict=True)]
+
+
+def _divided(samples: list[_Sample], chosen: Callable[[list[int]], list[int]]) -> list[_Sample]:
+    """What ``chosen`` takes of each class, in the order of ``samples``.
+
+    It gets the class's positions in an order that is fixed and means nothing: that of the hashes of the
+    keys. Unlike with a random generator, the same images are chosen by every version of every library.
+    """
+
+    def rank(position: int) -> bytes:
+        return hashlib.sha256(os.fsencode(samples[position].key)).digest()
+
+    positions = defaultdict(list)
+    for position in sorted(range(len(samples)), key=rank):
+        positions[samples[position].label].append(position)
+    return [samples[position] for position in sorted(chain.from_iterable(map(chosen, positions.values())))]
+
+
+def _drawn(num_train: int, num_test: int | None, split: str, positions: list[int]) -> list[int]:
+    if split == "train":
+        return positions[:num_train]
+    return positions[num_train:][:num_test]
+
+
+def _held_out(positions: list[int]) -> list[int]:
+    """A fifth, but at least one, unless it is the only one."""
+    return positions[: max(round(HELD_OUT * len(positions)), min(1, len(positions) - 1))]
+
+
+def _fit(positions: list[int]) -> list[int]:
+    return positions[len(_held_out(positions)) :]
+
+
+def _only(
+    classes: Sequence[str | int], samples: list[_Sample], names: list[str], dataset: str
+) -> tuple[list[_Sample], list[str]]:
+    """The samples of these classes, numbered anew, and the classes' names."""
+    labels = []
+    for choice in [classes] if isinstance(classes, str | int) else classes:
+        if isinstance(choice, str) and choice in names:
+            labels.append(names.index(choice))
+        elif isinstance(choice, int) and 0 <= choice < len(names):
+            labels.append(int(choice))
+        else:
+            near = difflib.get_close_matches(str(choice), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"such as {names[0]!r}"
+            raise InputError(
+                f"{dataset} has no class {choice!r}: give names ({hint}) or indices of 0..{len(names) - 1}"
+            )
+    if len(set(labels)) < max(len(labels), 1):
+        raise InputError(f"classes={list(classes)}: name at least one, and none of them twice")
+    new = {label: index for index, label in enumerate(labels)}
+    kept = [sample._replace(label=new[sample.label]) for sample in samples if sample.label in new]
+    return kept, [names[label] for label in labels]
