@@ -44,6 +44,12 @@ def finite(value):
     return value if math.isfinite(value) else None
 
 
+def cache_folder(kind: str) -> str:
+    """Where files of this kind are kept: below ``$RT_DETECTRON_CACHE`` or ``~/.cache/rt_detectron``."""
+    root = os.path.expanduser(os.environ.get("RT_DETECTRON_CACHE") or "~/.cache/rt_detectron")
+    return os.path.join(root, kind)
+
+
 def locked(path: str, way_out: str) -> AcquireReturnProxy:
     """A context in which no other process makes the file ``path``; its folder is made first.
 
