@@ -20,8 +20,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "input",
-        help="robustness .ckpt, torchvision or timm .pth, .safetensors, output of tools/pretrain.py, "
-        "or a .pkl written by this tool",
+        help="robustness .ckpt, torchvision or timm .pth, .pth.tar of PyTorch's ImageNet example "
+        "(Stylized-ImageNet), .safetensors, output of tools/pretrain.py, or a .pkl written by this tool",
     )
     parser.add_argument(
         "output",

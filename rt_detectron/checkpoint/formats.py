@@ -61,7 +61,8 @@ class ClassifierFile:
 
 def read_classifier(path: str) -> ClassifierFile:
     """Read a robustness ``.ckpt``, torchvision or timm ``.pth``, ``.safetensors``, a file of our pretraining,
-    or a backbone ``.pkl`` converted before.
+    a ``.pth.tar`` of PyTorch's ImageNet example (as the Stylized-ImageNet networks of Geirhos et al. 2019
+    are), or a backbone ``.pkl`` converted before.
 
     Raises:
         InputError: if there is no such file, it is none of these, is damaged, or holds tensors that are

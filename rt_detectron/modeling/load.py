@@ -120,6 +120,6 @@ def load_classifier(name: str, arch: str | None = None, num_classes: int | None 
 
 def _weights_file(name: str) -> str:
     robust = zoo.RobustPathHandler.PREFIX
-    if not name.startswith(robust) and (os.path.isfile(name) or name.endswith(tuple(WRITERS))):
+    if not name.startswith(robust) and (os.path.isfile(name) or name.endswith((*WRITERS, ".tar"))):
         return name
     return zoo.weights(name.removeprefix(robust).removesuffix(".pkl"))

@@ -166,11 +166,13 @@ def _read(name: str, split: str, root: str, download: bool) -> tuple[list[_Sampl
     if not download and not os.path.isdir(folder):
         raise InputError(f"{name} is not in {root}: {expected} ({way_out}; see datasets/README.md)")
     arguments = {"root": root, **({} if entry.by_hand else {"download": download})}
-    lock = locked(folder, "choose another dataset.root") if download else nullcontext()
+    lock = nullcontext()
+    if download:  # one process, or several trials of a study would write the same files
+        lock = locked(folder, "set dataset.download=false, or choose another dataset.root")
     # Broad, since torchvision, scipy and the network fail in every way there is, and a set that is damaged or
     # cannot be had is always the user's matter.
     try:
-        with lock:  # or several trials of a study would download at a time
+        with lock:
             parts = [entry.reader(**arguments, **part) for part in getattr(entry, split)]
         listings = [entry.listing(part) if entry.listing else part for part in parts]
     except InputError:

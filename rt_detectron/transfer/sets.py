@@ -1,8 +1,8 @@
 """The classification sets of the transfer study: where their files lie, how they are divided and scored.
 
 The twelve are those of Salman et al., "Do Adversarially Robust ImageNet Models Transfer Better?" (2020): the
-ones of Kornblith et al., "Do Better ImageNet Models Transfer Better?" (2019), table 1, with Caltech-256 instead of
-PASCAL VOC. datasets/README.md shows the trees and says where the conventions come from.
+ones of Kornblith et al., "Do Better ImageNet Models Transfer Better?" (2019), table 1, with Caltech-256 in
+place of PASCAL VOC. datasets/README.md shows the trees and says where the conventions come from.
 """
 
 import functools

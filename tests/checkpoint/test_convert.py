@@ -156,6 +156,7 @@ def test_file_contents(tmp_path, random_classifier):
         ("wide_resnet50_4_l2_eps0.ckpt", ("l2", 0.0)),
         ("resnet50.pth", (None, None)),
         ("resnet50_l2_eps3_finetuned.pth", (None, None)),
+        ("resnet50_train_45_epochs_combined_IN_SF-2a0d100e.pth.tar", (None, None)),
     ],
 )
 def test_threat_model_of_file_names(name, expected):

@@ -103,6 +103,23 @@ def test_torchvision_layouts(tmp_path, state_dict, wrap):
     assert (file.metadata, file.pixel_mean, file.pixel_std) == ({}, None, None)
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_the_layout_of_stylized_imagenet(tmp_path, state_dict, zipped):
+    """As PyTorch's ImageNet example saves a network under DataParallel, with the optimizer's tensors."""
+    path = str(tmp_path / "resnet50_train_60_epochs-c8e5653e.pth.tar")
+    content = {
+        "epoch": 60,
+        "arch": "resnet50",
+        "state_dict": prefixed(state_dict, "module."),
+        "best_prec1": torch.tensor(60.2),
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.001}]},
+    }
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    file = read_classifier(path)
+    assert_same(file.state_dict, state_dict)
+    assert (file.metadata, file.pixel_mean) == ({}, None)  # the table's, which is ImageNet's
+
+
 def test_parameters_are_read_as_tensors(tmp_path, state_dict):
     path = str(tmp_path / "c.pth")
     parameters = {n: torch.nn.Parameter(t) if t.is_floating_point() else t for n, t in state_dict.items()}

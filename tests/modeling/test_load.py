@@ -111,6 +111,24 @@ def test_classifier_takes_pixels_in_0_to_1(arch, publish, mirror, photograph):
         assert logits.shape == (1, 7)
 
 
+def test_stylized_imagenet_classifiers(tmp_path, random_classifier, photograph):
+    """The public layout of Geirhos et al., who document ImageNet's mean and std for the input."""
+    name = "resnet50_train_60_epochs-c8e5653e.pth.tar"
+    network = random_classifier("resnet50", 7)
+    tensors = {f"module.{key}": tensor for key, tensor in network.state_dict().items()}
+    path = str(tmp_path / name)
+    torch.save({"epoch": 60, "arch": "resnet50", "state_dict": tensors, "best_prec1": 60.2}, path)
+    classifier = load_classifier(path)
+    assert classifier.arch == "resnet50"
+    with torch.no_grad():
+        logits = classifier(photograph[None] / 255)
+        torch.testing.assert_close(logits, network(normalised(photograph)), rtol=1e-3, atol=1e-3)
+    convert_checkpoint(path, str(tmp_path / "backbone.pkl"))
+    metadata = load_backbone(str(tmp_path / "backbone.pkl")).metadata
+    assert (metadata["arch"], metadata["norm"], metadata["eps"]) == ("resnet50", None, None)
+    assert metadata["source"] == name
+
+
 def test_wrong_requests_are_named(publish, mirror, tmp_path, backbone_file):
     publish("resnet18")
     with pytest.raises(InputError, match="did you mean resnet18_l2_eps3"):
@@ -121,5 +139,7 @@ def test_wrong_requests_are_named(publish, mirror, tmp_path, backbone_file):
         load_backbone(str(tmp_path / "none.pkl"))
     with pytest.raises(InputError, match="cannot read"):
         load_classifier("resnet18_l2_eps3.ckpt")
+    with pytest.raises(InputError, match="cannot read"):
+        load_classifier("resnet50_train_60_epochs-c8e5653e.pth.tar")
     with pytest.raises(InputError, match="backbone without the classifier's last layer"):
         load_classifier(backbone_file)

@@ -108,6 +108,14 @@ class TestDecode:
         expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1)
         assert np.array_equal(decode(content).numpy(), expected)
 
+    def test_an_animation_is_its_first_picture(self, pixels):
+        first, second = (
+            Image.fromarray(part).convert("P") for part in (pixels[..., :3], pixels[::-1, :, 1:])
+        )
+        content = encoded(first, "GIF", save_all=True, append_images=[second])
+        expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1)
+        assert np.array_equal(decode(content).numpy(), expected)
+
     def test_sixteen_bits(self):
         values = np.array([[0, 257 * 100, 65535]], np.uint16)
         assert decode(encoded(Image.fromarray(values), "PNG"))[0].tolist() == [[0, 100, 255]]
