@@ -1,7 +1,9 @@
 """A classification network as attacks and training see it: images in [0, 1] to logits."""
 
+from collections import OrderedDict
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rt_detectron.checkpoint.architectures import (
     IMAGENET_MEAN,
@@ -11,6 +13,13 @@ from rt_detectron.checkpoint.architectures import (
 )
 from rt_detectron.errors import InputError
 from rt_detectron.modeling.small_maps import use_small_maps
+
+
+def versioned(state_dict: dict[str, Tensor], network: nn.Module) -> OrderedDict[str, Tensor]:
+    """``state_dict`` with the versions of the modules of ``network``, which MNASNet asks for."""
+    found = OrderedDict(state_dict)
+    found._metadata = network.state_dict()._metadata
+    return found
 
 
 class Classifier(nn.Module):

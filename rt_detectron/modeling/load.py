@@ -17,7 +17,7 @@ from rt_detectron.checkpoint.names import is_counter
 from rt_detectron.checkpoint.writers import WRITERS
 from rt_detectron.config import add_robust_config
 from rt_detectron.errors import InputError
-from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.modeling.classifier import Classifier, versioned
 
 _BUILDERS = {
     None: "build_robust_{family}_backbone",
@@ -110,6 +110,7 @@ def load_classifier(name: str, arch: str | None = None, num_classes: int | None 
     if num_classes is not None:
         fresh = tuple(f"{classifier.last_linear}.{part}" for part in ("weight", "bias"))
         state_dict = {name: tensor for name, tensor in state_dict.items() if name not in fresh}
+    state_dict = versioned(state_dict, classifier.network)
     missing = classifier.network.load_state_dict(state_dict, strict=False).missing_keys
     missing = [name for name in missing if name not in fresh and not is_counter(name)]
     if missing:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from rt_detectron.checkpoint.formats import read_classifier
 from rt_detectron.errors import InputError, one_line
 from rt_detectron.hooks import ExponentialMovingAverage
+from rt_detectron.modeling.classifier import versioned
 from rt_detectron.modeling.sync_bn import use_sync_bn
 
 from .checkpoint import TrainingCheckpointer, has_checkpoint
@@ -45,7 +46,8 @@ def load_weights(model: Pretraining, path: str) -> None:
     """Fill the classifier from the file at ``path``; one that does not fit is an :class:`InputError`."""
     classifier = model.classifier
     try:
-        classifier.network.load_state_dict(read_classifier(path).state_dict)
+        state_dict = versioned(read_classifier(path).state_dict, classifier.network)
+        classifier.network.load_state_dict(state_dict)
     except RuntimeError as error:  # names the tensors
         raise InputError(
             f"{path} does not fit model.classifier.arch={classifier.arch} with "
