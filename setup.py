@@ -29,6 +29,7 @@ EXTRAS = {
     "corruptions": ["imagecorruptions>=1.1.2", "scikit-image>=0.22"],
     "study": ["ray>=2.40"],
     "lvis": ["lvis"],
+    "transfer": ["scikit-learn>=1.3"],
     "safetensors": ["safetensors>=0.4"],
     "timm": ["timm>=1.0.31"],
     "test": ["dill", "pytest>=8"],

@@ -1,6 +1,8 @@
 """Files that are whole or not there at all, made by one process, and their SHA-256."""
 
 import hashlib
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,26 @@ def replaced_atomically(path: str | os.PathLike) -> Iterator[str]:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def write_json(path: str, content: dict) -> None:
+    """Write ``content``, without NaN in it, atomically."""
+    with replaced_atomically(path) as temporary, open(temporary, "w") as file:
+        json.dump(content, file, indent=2, allow_nan=False)
+
+
+def finite(value):
+    """Metrics for JSON. Detectron2 gives NaN for a class without ground truth; JSON has null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def cache_folder(kind: str) -> str:
+    """Where files of this kind are kept: below ``$RT_DETECTRON_CACHE`` or ``~/.cache/rt_detectron``."""
+    root = os.path.expanduser(os.environ.get("RT_DETECTRON_CACHE") or "~/.cache/rt_detectron")
+    return os.path.join(root, kind)
 
 
 def locked(path: str, way_out: str) -> AcquireReturnProxy:

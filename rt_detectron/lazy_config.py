@@ -1,5 +1,7 @@
 """Reading and writing LazyConfig files, Detectron2's configuration in Python."""
 
+import copy
+import hashlib
 import logging
 import os
 import tempfile
@@ -80,3 +82,10 @@ def as_yaml(cfg) -> str:
             return "# This configuration is no YAML; config.yaml.pkl has it."
         with open(path) as file:
             return file.read()
+
+
+def config_sha256(cfg) -> str:
+    """Identifies a run's configuration wherever its output lies."""
+    cfg = copy.deepcopy(cfg)
+    cfg.train.output_dir = ""
+    return hashlib.sha256(as_yaml(cfg).encode()).hexdigest()

@@ -12,7 +12,8 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.utils.env import seed_all_rng
-from sklearn.datasets import load_sample_image
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_image
 
 import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.checkpoint.architectures import build_classifier
@@ -28,6 +29,18 @@ def photograph() -> torch.Tensor:
     """A real photograph: uint8 RGB, (3, 96, 128)."""
     image = load_sample_image("china.jpg")[150:342:2, 200:456:2]
     return torch.as_tensor(image.transpose(2, 0, 1).copy())
+
+
+@pytest.fixture(scope="session")
+def digit_folders(tmp_path_factory):
+    """scikit-learn's handwritten 0s and 1s as a class-folder tree: 64 to train on, 40 to test on."""
+    root = tmp_path_factory.mktemp("digits")
+    digits = load_digits(n_class=2)
+    for i, (pixels, label) in enumerate(zip(digits.images[:104], digits.target, strict=False)):
+        folder = root / ("train" if i < 64 else "val") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15.9).astype("uint8")).resize((16, 16)).save(folder / f"{i}.png")
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -115,6 +115,21 @@ def checkpoint(name: str) -> str:
     return path
 
 
+def weights(name: str) -> str:
+    """The local path of the most that there is of a network: its classifier, else its backbone.
+
+    The latter is ``NAME.pkl`` of the folder ``$RT_DETECTRON_ZOO``, where that has no file of the classifier.
+
+    Raises:
+        InputError: as for :func:`checkpoint`.
+    """
+    own = _in_mirror(f"{name}.pkl")
+    if own and not (name in _entries() and _in_mirror(find(name).file)):
+        check_file(own)
+        return own
+    return checkpoint(name)
+
+
 def backbone(name: str) -> str:
     """The local path of a backbone ``.pkl``, converted once and cached in Detectron2's cache folder.
 

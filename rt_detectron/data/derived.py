@@ -10,7 +10,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from rt_detectron.errors import InputError, one_line
-from rt_detectron.files import locked, replaced_atomically
+from rt_detectron.files import cache_folder, locked, replaced_atomically
 
 _VERSION = 1  # of the derivations below: part of the cache's key
 _HELD_OUT = 0.2
@@ -67,11 +67,10 @@ def register_derived(name: str) -> None:
 
 
 def _cache_folder(name: str, json_file: str) -> str:
-    root = os.path.expanduser(os.environ.get("RT_DETECTRON_CACHE") or "~/.cache/rt_detectron")
     path, found = os.path.realpath(json_file), os.stat(json_file)
     key = json.dumps([_VERSION, name, path, found.st_size, found.st_mtime_ns])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return os.path.join(root, "datasets", f"{name.replace(os.sep, '_')}-{digest}")
+    return os.path.join(cache_folder("datasets"), f"{name.replace(os.sep, '_')}-{digest}")
 
 
 def _write(path: str, content) -> None:

@@ -1,7 +1,6 @@
 """What tools/lazyconfig_train_net.py wires: a detector's training from a LazyConfig."""
 
 import copy
-import hashlib
 import logging
 import os
 
@@ -17,13 +16,14 @@ from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.preprocessing import check_preprocessing
 from rt_detectron.data import check_datasets
 from rt_detectron.errors import InputError
+from rt_detectron.files import finite, write_json
 from rt_detectron.hooks import SafeCheckpointing
-from rt_detectron.lazy_config import as_yaml, read_lazy_config
+from rt_detectron.lazy_config import config_sha256, read_lazy_config
 from rt_detectron.versions import versions
 
 from .adversarial import replayed
 from .hooks import build_average, training_hooks
-from .results import describe_dataset, finite, write_json
+from .results import describe_dataset
 from .steps import DIVERGED, build_trainer, fast
 
 logger = logging.getLogger(__name__)
@@ -150,17 +150,10 @@ def write_lazy_results(cfg, results: dict, wall_time_s: float, iterations: int) 
         "iterations": iterations,
         "seed": cfg.train.get("seed", -1),
         "wall_time_s": round(wall_time_s, 1),
-        "config_sha256": _sha256(cfg),
+        "config_sha256": config_sha256(cfg),
         "weights": cfg.train.init_checkpoint or OmegaConf.select(cfg, "model.backbone.name") or "",
         "versions": versions(),
         "datasets": [describe_dataset(name, folder) for name in dataset_names(cfg, "test")],
     }
     write_json(path, content)
     return path
-
-
-def _sha256(cfg) -> str:
-    """Identifies a run's configuration wherever its output lies."""
-    cfg = copy.deepcopy(cfg)
-    cfg.train.output_dir = ""
-    return hashlib.sha256(as_yaml(cfg).encode()).hexdigest()

@@ -1,14 +1,12 @@
 """The one JSON that a training or evaluation leaves: what came out, and of what."""
 
 import hashlib
-import json
-import math
 import os
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from rt_detectron.files import replaced_atomically
+from rt_detectron.files import finite, write_json
 from rt_detectron.versions import versions
 
 from .trainer import inference_folder
@@ -41,26 +39,12 @@ def provenance(cfg: CfgNode, wall_time_s: float) -> dict:
     }
 
 
-def write_json(path: str, content: dict) -> None:
-    """Write ``content``, without NaN in it, atomically."""
-    with replaced_atomically(path) as temporary, open(temporary, "w") as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-
-
 def config_sha256(cfg: CfgNode) -> str:
     """Identifies a run's configuration wherever its output lies."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = ""
     return hashlib.sha256(cfg.dump().encode()).hexdigest()
-
-
-def finite(value):
-    """Metrics for JSON. Detectron2 gives NaN for a class without ground truth; JSON has null."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    value = float(value)
-    return value if math.isfinite(value) else None
 
 
 def describe_dataset(name: str, folder: str) -> dict[str, str | None]:

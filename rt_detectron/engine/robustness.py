@@ -27,10 +27,10 @@ from rt_detectron.evaluation.robustness import (
     performance_under_corruption,
     spread,
 )
-from rt_detectron.files import file_sha256
+from rt_detectron.files import file_sha256, finite, write_json
 
 from .record import Record
-from .results import config_sha256, finite, provenance, write_json
+from .results import config_sha256, provenance
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)

@@ -1,10 +1,25 @@
 """A classification network as attacks and training see it: images in [0, 1] to logits."""
 
-import torch
-from torch import nn
+from collections import OrderedDict
 
-from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD, build_classifier
+import torch
+from torch import Tensor, nn
+
+from rt_detectron.checkpoint.architectures import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    build_classifier,
+    get_architecture,
+)
+from rt_detectron.errors import InputError
 from rt_detectron.modeling.small_maps import use_small_maps
+
+
+def versioned(state_dict: dict[str, Tensor], network: nn.Module) -> OrderedDict[str, Tensor]:
+    """``state_dict`` with the versions of the modules of ``network``, which MNASNet asks for."""
+    found = OrderedDict(state_dict)
+    found._metadata = network.state_dict()._metadata
+    return found
 
 
 class Classifier(nn.Module):
@@ -29,6 +44,20 @@ class Classifier(nn.Module):
         # Not persistent: the state dict is the network's alone.
         self.register_buffer("mean", torch.tensor(self.pixel_mean).view(-1, 1, 1) / 255, persistent=False)
         self.register_buffer("std", torch.tensor(self.pixel_std).view(-1, 1, 1) / 255, persistent=False)
+
+    @property
+    def last_linear(self) -> str:
+        """The name in ``network`` of the linear layer that gives the logits.
+
+        Raises:
+            InputError: for a network that ends in another kind of layer.
+        """
+        head = get_architecture(self.arch).head
+        names = [name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)]
+        names = [name for name in names if f"{name}.".startswith(head)]
+        if not names:
+            raise InputError(f"{self.arch} does not end in a linear layer: choose another network")
+        return names[-1]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) RGB in [0, 1] to (N, num_classes)."""

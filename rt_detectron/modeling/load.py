@@ -13,10 +13,11 @@ from rt_detectron.checkpoint.architectures import TIMM, get_architecture
 from rt_detectron.checkpoint.convert import read_network
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.formats import read_pickle
+from rt_detectron.checkpoint.names import is_counter
 from rt_detectron.checkpoint.writers import WRITERS
 from rt_detectron.config import add_robust_config
 from rt_detectron.errors import InputError
-from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.modeling.classifier import Classifier, versioned
 
 _BUILDERS = {
     None: "build_robust_{family}_backbone",
@@ -76,31 +77,50 @@ def _config(arch: str, detector: str | None, norm: str, freeze_at: int):
     return cfg
 
 
-def load_classifier(name: str, arch: str | None = None) -> Classifier:
+def load_classifier(name: str, arch: str | None = None, num_classes: int | None = None) -> Classifier:
     """A pretrained classifier in eval mode, its normalisation included, as attacks want it.
 
     Args:
-        name: of the zoo, such as "resnet50_l2_eps3", or a classifier's file (anything that
-            :func:`rt_detectron.checkpoint.formats.read_classifier` reads).
+        name: of the zoo, such as "resnet50_l2_eps3" (or "robust://resnet50_l2_eps3.pkl"), or a classifier's
+            file (anything that :func:`rt_detectron.checkpoint.formats.read_classifier` reads).
         arch: the network in the file; None detects it. Needed for timm's ("timm/convnext_tiny").
+        num_classes: put a fresh last linear layer for so many classes in place of the file's. A backbone's
+            file, which has none, then serves, too.
 
     Returns:
         A module from RGB images (N, 3, H, W) in [0, 1] to logits (N, classes); 1000 ImageNet classes for
-        the zoo's.
+        the zoo's. Its ``metadata`` says what is known of the weights: arch, norm, eps, source, sha256.
 
     Raises:
         InputError: for an unknown name, a file that cannot be read or is of another network, and for a
-            backbone, which has no classifier's layer.
+            backbone, unless the last linear layer is all that it lacks and ``num_classes`` is given.
     """
-    is_file = os.path.isfile(name) or name.endswith((*WRITERS, ".tar"))
-    path = name if is_file else zoo.checkpoint(name)
+    path = _weights_file(name)
     state_dict, metadata = read_network(path, arch)
-    logits = [t for n, t in state_dict.items() if n.startswith(get_architecture(metadata["arch"]).head)]
-    if not logits:
+    arch = metadata["arch"]
+    logits = [t for n, t in state_dict.items() if n.startswith(get_architecture(arch).head)]
+    if not logits and num_classes is None:
         raise InputError(
             f"{path} is a backbone without the classifier's last layer: give the classifier's file"
         )
-    num_classes = len(logits[-1])
-    classifier = Classifier(metadata["arch"], num_classes, metadata["pixel_mean"], metadata["pixel_std"])
-    classifier.network.load_state_dict(state_dict)
+    classifier = Classifier(
+        arch, num_classes or len(logits[-1]), metadata["pixel_mean"], metadata["pixel_std"]
+    )
+    fresh = ()
+    if num_classes is not None:
+        fresh = tuple(f"{classifier.last_linear}.{part}" for part in ("weight", "bias"))
+        state_dict = {name: tensor for name, tensor in state_dict.items() if name not in fresh}
+    state_dict = versioned(state_dict, classifier.network)
+    missing = classifier.network.load_state_dict(state_dict, strict=False).missing_keys
+    missing = [name for name in missing if name not in fresh and not is_counter(name)]
+    if missing:
+        raise InputError(f"{path} is a backbone without {missing[0]}: give the classifier's file")
+    classifier.metadata = metadata
     return classifier.eval()
+
+
+def _weights_file(name: str) -> str:
+    robust = zoo.RobustPathHandler.PREFIX
+    if not name.startswith(robust) and (os.path.isfile(name) or name.endswith((*WRITERS, ".tar"))):
+        return name
+    return zoo.weights(name.removeprefix(robust).removesuffix(".pkl"))

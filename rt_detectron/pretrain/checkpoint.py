@@ -68,6 +68,11 @@ class TrainingCheckpointer(AtomicCheckpointer):
         logger.info("Resuming from %s", path)
 
 
+def has_checkpoint(folder: str) -> bool:
+    """Whether ``folder`` holds a training to resume."""
+    return os.path.isfile(os.path.join(folder, "last_checkpoint"))
+
+
 def remove_leftovers(folder: str) -> None:
     """Delete the temporary files of a process that was killed while it wrote; nobody else may be writing."""
     if comm.is_main_process():

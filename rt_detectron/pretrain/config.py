@@ -17,11 +17,12 @@ def load_config(path: str, overrides: list[str]):
         InputError: as :func:`read_lazy_config`, and for a value of ``train`` that makes no sense.
     """
     cfg = read_lazy_config(path, overrides, KEYS, "configs/pretrain/")
-    _check(cfg.train)
+    check_train(cfg.train)
     return cfg
 
 
-def _check(train) -> None:
+def check_train(train) -> None:
+    """Raise :class:`InputError` for a value in ``train`` that makes no sense."""
     whole, number = (lambda x: type(x) is int), (lambda x: type(x) in (int, float))
     rules = {
         "seed": (lambda x: whole(x) and x >= 0, "a whole number >= 0"),
@@ -34,8 +35,19 @@ def _check(train) -> None:
         "amp": (lambda x: x in (None, "bf16", "fp16"), "bf16, fp16 or null"),
         "sync_bn": (lambda x: type(x) is bool, "true or false"),
     }
-    for key, (is_right, expected) in rules.items():
-        if not is_right(train[key]):
-            raise InputError(f"train.{key} is {train[key]!r}; it must be {expected}")
-    if train.amp == "fp16" and torch.device(train.device).type == "cpu":
+    check_values(train, "train", {key: rule for key, rule in rules.items() if key in train})
+    if train.get("amp") == "fp16" and torch.device(train.device).type == "cpu":
         raise InputError("train.amp=fp16 is for GPUs: on the CPU use bf16 or null")
+
+
+def check_values(node, name: str, rules: dict) -> None:
+    """Raise :class:`InputError` for the first value of ``node`` that breaks its rule.
+
+    Args:
+        node: a part of a configuration.
+        name: what it is called there.
+        rules: {key: (whether a value is right, what it must be)}.
+    """
+    for key, (is_right, expected) in rules.items():
+        if not is_right(node[key]):
+            raise InputError(f"{name}.{key} is {node[key]!r}; it must be {expected}")

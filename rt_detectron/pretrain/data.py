@@ -326,13 +326,14 @@ class TrainLoader:
             closing.set()
 
 
-def _generator(*seed: int) -> torch.Generator:
+def seeded_generator(*seed: int) -> torch.Generator:
+    """Random numbers on the CPU that follow from these numbers."""
     state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> 1))
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Random numbers on the CPU from ``seed``; afterwards the global ones go on as if nothing had been."""
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch GPUs, too
@@ -365,7 +366,7 @@ class _Order:
         first, skip = divmod(self.start, loader.iterations_per_epoch)
         mine = slice(comm.get_rank(), None, comm.get_world_size())
         for epoch in itertools.count(first):
-            generator = _generator(loader.seed, epoch)
+            generator = seeded_generator(loader.seed, epoch)
             indices = torch.randperm(len(loader.dataset), generator=generator)
             seeds = torch.randint(2**62, indices.shape, generator=generator)
             for i in range(skip, loader.iterations_per_epoch):
@@ -382,7 +383,7 @@ class _Augmented(Dataset):
 
     def __getitem__(self, index_and_seed: tuple[int, int]):
         index, seed = index_and_seed
-        with _seeded(seed):
+        with seeded(seed):
             return self.dataset[index]
 
 
@@ -412,9 +413,9 @@ class _ShardStream(IterableDataset):
     def _epoch(self, epoch: int, slot: int, slots: int, start: int, stop: int) -> Iterator:
         """The samples ``start`` to ``stop`` of this worker's epoch."""
         dataset, seed = self.loader.dataset, self.loader.seed
-        order = torch.randperm(len(dataset.urls), generator=_generator(seed, epoch))[slot::slots]
-        samples = self._shuffled([dataset.urls[i] for i in order], _generator(seed, epoch, slot))
-        seeds = torch.randint(2**62, (stop,), generator=_generator(seed, epoch, slot, 1)).tolist()
+        order = torch.randperm(len(dataset.urls), generator=seeded_generator(seed, epoch))[slot::slots]
+        samples = self._shuffled([dataset.urls[i] for i in order], seeded_generator(seed, epoch, slot))
+        seeds = torch.randint(2**62, (stop,), generator=seeded_generator(seed, epoch, slot, 1)).tolist()
         ahead = deque()  # read, but not yet at their turn
         for position in range(stop):
             sample = ahead.popleft() if ahead else next(samples)
@@ -432,7 +433,7 @@ class _ShardStream(IterableDataset):
             yield decoded
 
     def _decode(self, sample: dict, seed: int):
-        with _seeded(seed):
+        with seeded(seed):
             return self.loader.dataset.decode(sample)
 
     def _shuffled(self, urls: list[str], generator: torch.Generator) -> Iterator[dict]:

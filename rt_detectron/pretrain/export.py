@@ -38,7 +38,7 @@ def classifier_metadata(model: Pretraining) -> dict:
         "pixel_mean": classifier.pixel_mean,
         "pixel_std": classifier.pixel_std,
         "stride_in_1x1": False,
-        "source": "rt_detectron pretraining",
+        "source": model.source,
     }
 
 

@@ -286,6 +286,7 @@ class Pretraining(nn.Module):
 
     Attributes:
         progress: share of the training that is done, set by the trainer.
+        source: where the weights come from, for the files that they are written to.
     """
 
     def __init__(self, classifier: Classifier, strategy: Standard, resolution: Resolution | None = None):
@@ -294,6 +295,7 @@ class Pretraining(nn.Module):
         self.classifier = classifier
         self.strategy = strategy
         self.progress = 0.0
+        self.source = "rt_detectron pretraining"
         self._target: list[nn.Module] = []  # a list, so that it is no submodule
 
     def forward(self, batch):

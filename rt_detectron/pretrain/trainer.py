@@ -2,32 +2,32 @@
 
 import copy
 import logging
-import os
-import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import SimpleTrainer, create_ddp_model, default_writers, hooks
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.engine import SimpleTrainer, create_ddp_model
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
-from rt_detectron.checkpoint.atomic import periodic_checkpoints
 from rt_detectron.checkpoint.formats import read_classifier
 from rt_detectron.errors import InputError, one_line
-from rt_detectron.hooks import ExponentialMovingAverage, SafeCheckpointing
+from rt_detectron.hooks import ExponentialMovingAverage
+from rt_detectron.modeling.classifier import versioned
 from rt_detectron.modeling.sync_bn import use_sync_bn
 
-from .checkpoint import TO_KEEP, TrainingCheckpointer
+from .checkpoint import TrainingCheckpointer, has_checkpoint
 from .data import TrainLoader, check_same_classes
 from .export import Metadata, export
-from .hooks import ProgressBar, StepState
+from .hooks import StepState
 from .strategies import Pretraining
+from .training import build_optimizer, refuse_other_training, run
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ def load_weights(model: Pretraining, path: str) -> None:
     """Fill the classifier from the file at ``path``; one that does not fit is an :class:`InputError`."""
     classifier = model.classifier
     try:
-        classifier.network.load_state_dict(read_classifier(path).state_dict)
+        state_dict = versioned(read_classifier(path).state_dict, classifier.network)
+        classifier.network.load_state_dict(state_dict)
     except RuntimeError as error:  # names the tensors
         raise InputError(
             f"{path} does not fit model.classifier.arch={classifier.arch} with "
@@ -65,87 +66,84 @@ def do_train(cfg, resume: bool = False) -> None:
     Raises:
         InputError: for a folder that holds another training, and for whatever ended the training early.
     """
-    start = time.perf_counter()
-    folder = cfg.train.output_dir
-    if not resume and os.path.isdir(folder) and periodic_checkpoints(folder):
-        raise InputError(
-            f"{folder} holds a training: add --resume to go on with it, or choose another train.output_dir"
-        )
+    refuse_other_training(cfg.train.output_dir, resume)
     model = build_model(cfg)
     loader = instantiate(cfg.dataloader.train)
     check_same_classes(loader.dataset, instantiate(cfg.dataloader.test.dataset))
-    lazy_optimizer = copy.deepcopy(cfg.optimizer)  # cfg itself gets no objects: it is written into the card
-    lazy_optimizer.params.model = model
-    optimizer = instantiate(lazy_optimizer)
-    trainer = ClassifierTrainer(
-        model, loader, optimizer, cfg.train.accumulate, cfg.train.amp, cfg.train.sync_bn
-    )
-    trainer.gather_metric_period = cfg.train.log_period
+    if cfg.train.init_checkpoint and not (resume and has_checkpoint(cfg.train.output_dir)):
+        load_weights(model, cfg.train.init_checkpoint)
 
-    epoch = loader.iterations_per_epoch * trainer.replays  # in iterations
-    max_iter = max(round(cfg.train.epochs * epoch), 1)
+    def finish(evaluated: Pretraining, results: dict) -> None:
+        for path in export(cfg, evaluated, results):
+            logger.info("Wrote %s", path)
+
+    train_classifier(
+        cfg, model, loader, evaluate=lambda evaluated: do_eval(cfg, evaluated), finish=finish, resume=resume
+    )
+
+
+def train_classifier(
+    cfg,
+    model: Pretraining,
+    loader: TrainLoader,
+    evaluate: Callable[[Pretraining], dict],
+    finish: Callable[[Pretraining, dict], None],
+    resume: bool = False,
+) -> None:
+    """Train ``model`` on ``loader`` as ``optimizer``, ``lr_multiplier`` and ``train`` of ``cfg`` say.
+
+    Args:
+        cfg: a LazyConfig with these three.
+        model: what is trained.
+        loader: of the images.
+        evaluate: gives Detectron2's evaluation results of a model: ``model``, or its average (``train.ema``).
+        finish: called once at the end, in the first process, with that model and its last results.
+        resume: go on from the last checkpoint of ``cfg.train.output_dir``, where there is one.
+
+    Raises:
+        InputError: for whatever ended the training early.
+    """
+    train = cfg.train
+    trainer = ClassifierTrainer(
+        model, loader, build_optimizer(cfg, model), train.accumulate, train.amp, train.sync_bn
+    )
     parts = {"trainer": trainer, "rt_detectron": Metadata(model)}
     if hasattr(model.strategy, "state_dict"):
         parts["strategy"] = model.strategy
     evaluated, average = model, None
-    if cfg.train.ema:
-        average = ExponentialMovingAverage(model.classifier, cfg.train.ema)
+    if train.ema:
+        average = ExponentialMovingAverage(model.classifier, train.ema)
         parts["ema"] = average.averaged
         evaluated = Pretraining(average.averaged.module, model.strategy)
-    checkpointer = TrainingCheckpointer(model.classifier, folder, **parts)
-    is_main = comm.is_main_process()
-    eval_period = max(round(cfg.train.eval_epochs * epoch), 1)
-    checkpoints = SafeCheckpointing(
-        checkpointer,
-        [max(round(cfg.train.checkpoint_epochs * epoch), 1), eval_period],
-        max_to_keep=TO_KEEP,
-        broken="the loss is not finite around iteration {}; log.txt names the images",
-        way_out="a smaller optimizer.lr, or without train.amp",
-    )
-    results = {}
-
-    def evaluate() -> dict:
-        results.update(checkpoints.evaluate(lambda: do_eval(cfg, evaluated)))
-        return results
-
-    trainer.register_hooks(
-        [
-            hooks.IterationTimer(),
-            StepState(model, cfg.train.seed),
-            average,
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            checkpoints,
-            hooks.EvalHook(eval_period, evaluate),
-            hooks.PeriodicWriter(default_writers(folder, max_iter), cfg.train.log_period)
-            if is_main
-            else None,
-            ProgressBar() if is_main and sys.stderr.isatty() else None,
-        ]
-    )
-    if resume and checkpointer.resume():
-        start_iter = trainer.iter + 1
-    else:
-        start_iter = 0
-        if cfg.train.init_checkpoint:
-            load_weights(model, cfg.train.init_checkpoint)
+        evaluated.source = model.source
+    epoch = loader.iterations_per_epoch * trainer.replays
     logger.info(
         "%g epochs of %d iterations on %d images; output in %s",
-        cfg.train.epochs, epoch, len(loader.dataset), folder,
+        train.epochs, epoch, len(loader.dataset), train.output_dir,
     )  # fmt: skip
-    with checkpoints.heeding_signals():
-        trainer.train(start_iter, max_iter)
-        if is_main:
-            for path in export(cfg, evaluated, results):
-                logger.info("Wrote %s", path)
-            logger.info("Done after %.0f s", time.perf_counter() - start)
+    run(
+        cfg,
+        trainer,
+        TrainingCheckpointer(model.classifier, train.output_dir, **parts),
+        epoch,
+        evaluate=lambda: evaluate(evaluated),
+        finish=lambda results: finish(evaluated, results),
+        resume=resume,
+        first_hooks=(StepState(model, train.seed), average),
+    )
 
 
 def do_eval(cfg, model: Pretraining) -> dict:
     """Clean and robust accuracy of ``model`` on ``cfg.dataloader.test``, printed and returned."""
-    _share_buffers(model)
     lazy_evaluator = copy.deepcopy(cfg.evaluator)
     lazy_evaluator.model = model
-    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(lazy_evaluator))
+    return evaluate(model, instantiate(cfg.dataloader.test), instantiate(lazy_evaluator))
+
+
+def evaluate(model: Pretraining, loader: DataLoader, evaluator: DatasetEvaluator) -> dict:
+    """What ``evaluator`` makes of ``model`` on the images of ``loader``, printed and returned."""
+    _share_buffers(model)
+    results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
         print_csv_format(results)
     return results
@@ -176,6 +174,8 @@ class ClassifierTrainer(SimpleTrainer):
         amp: "bf16", "fp16" (with gradient scaling) or None.
         sync_bn: whether the model's batch norms see the batches of all processes.
     """
+
+    broken = "the loss is not finite around iteration {}; log.txt names the images"
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import hashlib
+import json
 import logging
 import os
 from collections import defaultdict
@@ -77,6 +78,21 @@ class ClassificationDataset(Dataset):
         if self.transform is not None:
             image = self.transform(image)
         return image, self.labels[index], self.keys[index]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the images and labels follow from, but for the transform.
+
+        Images in memory count by their content, files by their size and time of change.
+        """
+        digest = hashlib.sha256(json.dumps([self.name, self.classes, self.downscale]).encode())
+        for image, label, key in zip(self._images, self.labels, self.keys, strict=True):
+            if isinstance(image, bytes | np.ndarray):
+                digest.update(image)
+            else:
+                found = os.stat(image)
+                digest.update(f"{os.path.abspath(image)} {found.st_size} {found.st_mtime_ns}".encode())
+            digest.update(f"{label} {key}".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     def _decode(self, index: int) -> torch.Tensor:
         """uint8 RGB (3, H, W)."""

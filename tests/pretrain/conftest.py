@@ -4,23 +4,9 @@ import tarfile
 import pytest
 import torch
 from detectron2.config import LazyConfig
-from PIL import Image
-from sklearn.datasets import load_digits
 
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.strategies import Pretraining, Standard
-
-
-@pytest.fixture(scope="session")
-def digit_folders(tmp_path_factory):
-    """scikit-learn's handwritten 0s and 1s as a class-folder tree: 64 to train on, 40 to test on."""
-    root = tmp_path_factory.mktemp("digits")
-    digits = load_digits(n_class=2)
-    for i, (pixels, label) in enumerate(zip(digits.images[:104], digits.target, strict=False)):
-        folder = root / ("train" if i < 64 else "val") / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 15.9).astype("uint8")).resize((16, 16)).save(folder / f"{i}.png")
-    return root
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,175 @@
+"""What a frozen network makes of a data set, computed once and kept."""
+
+import hashlib
+import json
+import logging
+import os
+import zipfile
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from detectron2.utils import comm
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rt_detectron.checkpoint.names import is_counter
+from rt_detectron.errors import InputError
+from rt_detectron.files import cache_folder, locked, replaced_atomically
+from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.pretrain.data import build_test_loader
+from rt_detectron.pretrain.strategies import Pretraining, Standard
+
+from .datasets import ClassificationDataset
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1  # of what is computed and how it is stored: part of the cache's key
+
+
+@dataclass
+class Features:
+    """Inputs of a last linear layer.
+
+    Attributes:
+        views: (V, N, D), float32: of the N images and, where V is 2, of their mirror images.
+        labels: (N,).
+        keys: names of the images.
+    """
+
+    views: Tensor
+    labels: Tensor
+    keys: list[str]
+
+
+class FeatureExtractor(nn.Module):
+    """A classifier without its last linear layer, as fast as the machine has it.
+
+    It is in eval mode, batch norm folded into the convolutions, in channels_last, and in mixed precision.
+
+    Args:
+        classifier: what is left of it when its layer ``last_linear`` is an Identity.
+        flip: give the features of the mirror images, too.
+        amp: torch's autocast dtype; None computes in float32.
+    """
+
+    def __init__(self, classifier: Classifier, flip: bool, amp: torch.dtype | None):
+        super().__init__()
+        self.model = Pretraining(classifier, Standard())
+        self.folded = self.model.target()
+        self.flip = flip
+        self.amp = amp
+        self.eval()
+
+    def forward(self, batch) -> Tensor:
+        """A batch (images (N, 3, H, W), labels, keys) to (N, V, D), V the number of views."""
+        images, _ = self.model.to_device(batch)
+        views = [images, images.flip(3)] if self.flip else [images]
+        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
+            return torch.stack([self.folded(view) for view in views], 1)
+
+
+class _Collector(DatasetEvaluator):
+    """All features, in all processes."""
+
+    def reset(self):
+        self.parts = []
+
+    def process(self, inputs, outputs):
+        _, labels, keys = inputs
+        self.parts.append((outputs.cpu().numpy(), labels.numpy(), np.array(keys)))
+
+    def evaluate(self) -> dict[str, np.ndarray]:
+        parts = [part for parts in comm.all_gather(self.parts) for part in parts]
+        names = ("features", "labels", "keys")
+        return {
+            name: np.concatenate(arrays) for name, arrays in zip(names, zip(*parts, strict=True), strict=True)
+        }
+
+
+def compute_features(
+    classifier: Classifier,
+    dataset: ClassificationDataset,
+    flip: bool = False,
+    amp: torch.dtype | None = None,
+    batch_size: int = 256,
+    num_workers: int = 4,
+) -> Features:
+    """What enters the classifier's last linear layer, from the cache if it was computed before.
+
+    The cache is ``$RT_DETECTRON_CACHE/features``, by default ``~/.cache/rt_detectron/features``. Its key are
+    the network's tensors and normalisation, the data set's fingerprint and transform, and the precision. Of
+    several processes that want the same, one computes and the others wait; those of one launch share the
+    images.
+
+    Args:
+        classifier: its last linear layer does not matter.
+        dataset: of the images.
+        flip, amp: as for :class:`FeatureExtractor`.
+        batch_size: images of a forward pass, in each process.
+        num_workers: loader processes for each process.
+
+    Raises:
+        InputError: for an image that cannot be read, a cache that cannot be written or is damaged, and
+            features that are not finite.
+    """
+    name, last = classifier.last_linear, classifier.network.get_submodule(classifier.last_linear)
+    classifier.network.set_submodule(name, nn.Identity())
+    try:
+        path = os.path.join(cache_folder("features"), f"{_key(classifier, dataset, flip, amp)}.npz")
+        # On each machine one process of this launch has the lock for all.
+        is_main = comm.get_local_rank() == 0
+        with (
+            locked(path, "set RT_DETECTRON_CACHE to a folder that can be written")
+            if is_main
+            else nullcontext()
+        ):
+            if not all(comm.all_gather(os.path.isfile(path))):
+                logger.info("computing features of %d images: %s", len(dataset), dataset.name)
+                loader = build_test_loader(dataset, batch_size, num_workers)
+                bar = tqdm(loader, f"features of {dataset.name}", disable=None)
+                arrays = inference_on_dataset(FeatureExtractor(classifier, flip, amp), bar, _Collector())
+                if is_main:
+                    _write(path, arrays)
+            comm.synchronize()
+    finally:
+        classifier.network.set_submodule(name, last)
+    return _read(path)
+
+
+def _key(classifier: Classifier, dataset: ClassificationDataset, flip: bool, amp: torch.dtype | None) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in classifier.network.state_dict().items():
+        if not is_counter(name):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    rest = [classifier.arch, classifier.pixel_mean, classifier.pixel_std, dataset.fingerprint()]
+    rest += [repr(dataset.transform), flip, str(amp), _VERSION]
+    digest.update(json.dumps(rest).encode())
+    return digest.hexdigest()
+
+
+def _write(path: str, arrays: dict[str, np.ndarray]) -> None:
+    if not np.isfinite(arrays["features"]).all():
+        raise InputError("the features are not finite: the weights are damaged, or set features.amp=null")
+    try:
+        with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path} ({error.strerror}): make room, or set RT_DETECTRON_CACHE to another folder"
+        ) from None
+
+
+def _read(path: str) -> Features:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            features, labels, keys = (arrays[name] for name in ("features", "labels", "keys"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}): delete it, it will be made again"
+        ) from None
+    views = torch.from_numpy(features).float().transpose(0, 1).contiguous()
+    return Features(views, torch.from_numpy(labels), keys.tolist())

@@ -1,0 +1,147 @@
+"""The last linear layer on given features: by SGD, or the exact solution."""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from detectron2.engine import SimpleTrainer
+from torch import Tensor, nn
+
+from rt_detectron.errors import InputError, one_line
+from rt_detectron.pretrain.data import seeded, seeded_generator
+
+from .features import Features
+
+HELD_OUT = 0.2  # of the training images, to choose the penalty by
+
+
+def fresh_linear(layer: nn.Linear, seed: int) -> nn.Linear:
+    """``layer`` with torch's own initialisation of a linear layer, drawn from ``seed``."""
+    with seeded(seed):
+        layer.reset_parameters()
+    return layer
+
+
+class HeadTrainer(SimpleTrainer):
+    """Trains a linear layer by SGD on features in memory, whose order and views follow from the seed.
+
+    An iteration is a whole epoch, since a step is less work than what an engine does around it. So the
+    learning rate changes between epochs only. The order of the images, and which of them an incomplete
+    last batch leaves out, is that of :class:`rt_detectron.pretrain.data.TrainLoader`.
+
+    Args:
+        head: what is trained.
+        features: to train on, on the device of ``head``; each time one of the views, at random.
+        optimizer: over its parameters.
+        batch_size: images of a step.
+        seed: of the order and the views.
+    """
+
+    broken = "the loss is not finite in epoch {}"
+
+    def __init__(
+        self,
+        head: nn.Linear,
+        features: Features,
+        optimizer: torch.optim.Optimizer,
+        batch_size: int,
+        seed: int,
+    ):
+        super().__init__(head, None, optimizer)
+        if batch_size > len(features.labels):
+            raise InputError(
+                f"dataloader.total_batch_size {batch_size} exceeds the {len(features.labels)} training images"
+            )
+        self.features = features.views.flatten(0, 1)
+        self.labels = features.labels
+        self.views = len(features.views)
+        self.batch_size = batch_size
+        self.steps_per_epoch = len(self.labels) // batch_size
+        self.seed = seed
+        self.loss = torch.zeros(())
+
+    def run_step(self):
+        images = len(self.labels)
+        generator = seeded_generator(self.seed, self.iter)
+        order = torch.randperm(images, generator=generator)
+        view = torch.randint(self.views, (images,), generator=generator)
+        shape = (self.steps_per_epoch, self.batch_size)
+        order, view = (x[: shape[0] * shape[1]].view(shape).to(self.labels.device) for x in (order, view))
+        losses = []
+        for batch, row in zip(order, view * images + order, strict=True):
+            loss = F.cross_entropy(self.model(self.features[row]), self.labels[batch])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.detach())
+        self.loss = torch.stack(losses).mean()
+        if not self.has_broken():
+            self._write_metrics({"loss": self.loss}, data_time=0.0)
+
+    def has_broken(self, wait: bool = False) -> bool:
+        """Whether the last epoch's loss was not finite."""
+        return not torch.isfinite(self.loss).item()
+
+
+def fit_logistic_regression(
+    head: nn.Linear, features: Tensor, labels: Tensor, penalties: list[float], scoring: str, seed: int
+) -> tuple[float, int]:
+    """Fill ``head`` with the L2-regularised logistic regression on the features, by scikit-learn's lbfgs.
+
+    Args:
+        head: (D, classes).
+        features: (N, D).
+        labels: (N,).
+        penalties: inverse penalties C, of which the best on a stratified fifth of the images is taken.
+        scoring: what that is judged by: "accuracy" or "balanced_accuracy".
+        seed: of the division.
+
+    Returns:
+        C and the number of lbfgs's iterations.
+
+    Raises:
+        InputError: without scikit-learn, and for classes of fewer than two images, which cannot be divided.
+    """
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import get_scorer
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise InputError(
+            "head.solver=logistic_regression needs scikit-learn: pip install 'rt_detectron[transfer]'"
+        ) from None
+    x, y = features.cpu().numpy(), labels.cpu().numpy()
+
+    def fitted(c: float, images, targets) -> LogisticRegression:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a weak penalty's; others are tried as well
+            return LogisticRegression(C=c, max_iter=1000).fit(images, targets)
+
+    best = penalties[0]
+    if len(penalties) > 1:
+        try:
+            x_fit, x_held, y_fit, y_held = train_test_split(
+                x, y, test_size=HELD_OUT, stratify=y, random_state=seed
+            )
+        except ValueError as error:
+            raise InputError(
+                f"cannot choose head.C: {one_line(error)}; give a single one: head.C=[1.0]"
+            ) from None
+        score = get_scorer(scoring)
+        best = max(penalties, key=lambda c: score(fitted(c, x_fit, y_fit), x_held, y_held))
+    model = fitted(best, x, y)
+    _fill(head, model)
+    return best, int(model.n_iter_.max())
+
+
+@torch.no_grad()
+def _fill(head: nn.Linear, model) -> None:
+    """scikit-learn gives two classes one row, of the logit by which the second exceeds the first."""
+    weight, bias = (torch.as_tensor(x, dtype=torch.float32) for x in (model.coef_, model.intercept_))
+    if len(weight) == 1:
+        weight, bias = (torch.cat([-x, x]) / 2 for x in (weight, bias))
+    if len(weight) != head.out_features:
+        raise InputError(f"{head.out_features - len(model.classes_)} classes have no training images")
+    head.weight.copy_(weight)
+    head.bias.copy_(bias)

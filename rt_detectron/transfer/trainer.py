@@ -1,0 +1,220 @@
+"""Transfer of a pretrained classifier to another data set, on Detectron2's engine."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+
+import torch
+from detectron2.config import instantiate
+from detectron2.evaluation import print_csv_format
+from detectron2.utils import comm
+from torch import nn
+
+from rt_detectron.errors import InputError
+from rt_detectron.files import finite, write_json
+from rt_detectron.lazy_config import config_sha256
+from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.modeling.load import load_classifier
+from rt_detectron.modeling.sync_bn import use_sync_bn
+from rt_detectron.pretrain.checkpoint import TrainingCheckpointer
+from rt_detectron.pretrain.data import TrainLoader, build_test_loader
+from rt_detectron.pretrain.export import write_classifier
+from rt_detectron.pretrain.strategies import Pretraining, Standard
+from rt_detectron.pretrain.trainer import AMP, evaluate, train_classifier
+from rt_detectron.pretrain.training import build_optimizer, refuse_other_training, run
+from rt_detectron.versions import versions
+
+from .datasets import ClassificationDataset, classification_dataset
+from .evaluation import TransferEvaluator, predictions_file
+from .features import Features, compute_features
+from .head import HeadTrainer, fit_logistic_regression, fresh_linear
+
+logger = logging.getLogger(__name__)
+
+# Called once, in the first process, with the whole network, the evaluation's results, the iterations behind
+# them, and what else results.json is to say.
+Finish = Callable[..., None]
+
+
+def is_finished(cfg, resume: bool) -> bool:
+    """Whether the output folder holds the results of this very transfer, so that nothing is left to do.
+
+    Raises:
+        InputError: if it holds those of another one, or if ``resume`` does not say that they are welcome.
+    """
+    folder = cfg.train.output_dir
+    refuse_other_training(folder, resume)
+    try:
+        with open(os.path.join(folder, "results.json")) as file:
+            known = json.load(file)["config_sha256"]
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError):
+        known = None
+    if not resume:
+        raise InputError(
+            f"{folder} holds results: add --resume to keep them, or choose another train.output_dir"
+        )
+    if known != config_sha256(cfg):
+        raise InputError(
+            f"{folder} holds the results of another configuration: choose another train.output_dir"
+        )
+    return True
+
+
+def do_transfer(cfg, resume: bool = False) -> None:
+    """Transfer as ``cfg`` says; the outcome is ``results.json`` in ``cfg.train.output_dir``.
+
+    Args:
+        cfg: a LazyConfig; configs/transfer/common/transfer.py explains its keys.
+        resume: go on from the last checkpoint of the output folder, where there is one. Whose folder it is,
+            :func:`is_finished` tells.
+
+    Raises:
+        InputError: for weights and data sets that cannot be used, and for whatever ended the training early.
+    """
+    start = time.perf_counter()
+    train, test = build_datasets(cfg)
+    classifier = load_classifier(str(cfg.transfer.weights), cfg.transfer.arch, len(train.classes))
+    fresh_linear(classifier.network.get_submodule(classifier.last_linear), cfg.train.seed)
+    classifier.to(cfg.train.device)
+
+    def finish(model: Pretraining, results: dict, iterations: int, **more) -> None:
+        if cfg.train.export:
+            model.source = f"transfer of {cfg.transfer.weights} to {train.name}"
+            write_classifier(model, os.path.join(cfg.train.output_dir, "classifier.pth"))
+        path = _write_results(cfg, classifier.metadata, test, results, iterations, start, more)
+        logger.info("Wrote %s", path)
+
+    transfer = {"fixed_feature": fixed_feature, "full_network": full_network}[cfg.transfer.method]
+    transfer(cfg, classifier, train, test, finish, resume)
+
+
+def build_datasets(cfg) -> tuple[ClassificationDataset, ClassificationDataset]:
+    """The images to train on, under the test's transform unless there is one for training, and to test on."""
+    spec = cfg.dataset
+    transforms = spec.get("train_transform", spec.test_transform), spec.test_transform
+    splits = ("fit", "held_out") if spec.held_out else ("train", "test")
+    train, test = (
+        classification_dataset(
+            spec.name,
+            split,
+            spec.root,
+            spec.download,
+            instantiate(transform),
+            spec.downscale,
+            None if spec.classes is None else list(spec.classes),
+        )
+        for split, transform in zip(splits, transforms, strict=True)
+    )
+    if train.classes != test.classes:
+        name = min(set(train.classes) ^ set(test.classes), default="(order)")
+        raise InputError(
+            f"{spec.name}: training and test images differ in the class {name!r}: make them agree"
+        )
+    return train, test
+
+
+def full_network(cfg, classifier: Classifier, train, test, finish: Finish, resume: bool = False) -> None:
+    """Train all of ``classifier``."""
+    if cfg.train.sync_bn:
+        classifier = use_sync_bn(classifier, cfg.train.device)
+    loader = TrainLoader(train, cfg.dataloader.total_batch_size, cfg.dataloader.num_workers, cfg.train.seed)
+    test_loader = build_test_loader(test, loader.batch_size, cfg.dataloader.num_workers)
+    train_classifier(
+        cfg,
+        Pretraining(classifier, Standard()),
+        loader,
+        evaluate=lambda model: evaluate(model, test_loader, TransferEvaluator(test, cfg.train.output_dir)),
+        finish=lambda model, results: finish(
+            model, results, max(round(cfg.train.epochs * loader.iterations_per_epoch), 1)
+        ),
+        resume=resume,
+    )
+
+
+def fixed_feature(cfg, classifier: Classifier, train, test, finish: Finish, resume: bool = False) -> None:
+    """Fit the last layer of ``classifier`` alone, on cached features.
+
+    Several processes share the forward passes; then each fits the same layer, which is less work than to
+    exchange gradients.
+    """
+    amp = AMP[cfg.features.amp] if cfg.features.amp and classifier.mean.is_cuda else None
+    options = {"amp": amp, "batch_size": cfg.features.batch_size, "num_workers": cfg.dataloader.num_workers}
+    train_features = compute_features(classifier, train, flip=cfg.features.flip, **options)
+    test_features = compute_features(classifier, test, **options)
+    for features in (train_features, test_features):
+        features.views = features.views.to(cfg.train.device)
+        features.labels = features.labels.to(cfg.train.device)
+    head = classifier.network.get_submodule(classifier.last_linear)
+    model = Pretraining(classifier, Standard())
+
+    def test_head() -> dict:
+        return evaluate_head(head, test_features, TransferEvaluator(test, cfg.train.output_dir))
+
+    if cfg.head.solver == "logistic_regression":
+        scoring = {"top1": "accuracy", "mean_per_class": "balanced_accuracy"}[test.metric]
+        c, iterations = fit_logistic_regression(
+            head, train_features.views[0], train_features.labels, list(cfg.head.C), scoring, cfg.train.seed
+        )
+        logger.info("logistic regression with C=%g after %d iterations", c, iterations)
+        results = test_head()
+        if comm.is_main_process():
+            finish(model, results, iterations, C=c)
+        return
+    optimizer = build_optimizer(cfg, head)
+    trainer = HeadTrainer(head, train_features, optimizer, cfg.dataloader.total_batch_size, cfg.train.seed)
+    logger.info(
+        "%g epochs of %d steps on features of %d images; output in %s",
+        cfg.train.epochs, trainer.steps_per_epoch, len(train), cfg.train.output_dir,
+    )  # fmt: skip
+    run(
+        cfg,
+        trainer,
+        TrainingCheckpointer(head, cfg.train.output_dir, trainer=trainer),
+        epoch=1,
+        evaluate=test_head,
+        finish=lambda results: finish(model, results, trainer.max_iter * trainer.steps_per_epoch),
+        resume=resume,
+    )
+
+
+@torch.no_grad()
+def evaluate_head(head: nn.Linear, features: Features, evaluator: TransferEvaluator) -> dict:
+    """What ``evaluator`` makes of a layer on features, printed and returned."""
+    if not comm.is_main_process():
+        return {}
+    evaluator.reset()
+    evaluator.process((None, features.labels, features.keys), head(features.views[0]))
+    results = evaluator.evaluate()
+    print_csv_format(results)
+    return results
+
+
+def _write_results(cfg, source: dict, test, results: dict, iterations: int, start: float, more: dict) -> str:
+    folder = cfg.train.output_dir
+    content = {
+        "metrics": finite(results),
+        "iterations": iterations,
+        "seed": cfg.train.seed,
+        "wall_time_s": round(time.perf_counter() - start, 1),
+        "config_sha256": config_sha256(cfg),
+        "weights": str(cfg.transfer.weights),
+        "source": {key: source[key] for key in ("arch", "norm", "eps", "sha256")},
+        "versions": versions(),
+        "datasets": [
+            {
+                "name": test.name,
+                "root": cfg.dataset.root,
+                "images": len(test),
+                "metric": test.metric,
+                "predictions": predictions_file(folder),
+            }
+        ],
+        **more,
+    }
+    path = os.path.join(folder, "results.json")
+    write_json(path, content)
+    return path

@@ -1,0 +1,166 @@
+import json
+import shutil
+
+import pytest
+import torch
+from detectron2.config import LazyConfig
+
+from rt_detectron.checkpoint.architectures import build_classifier
+from rt_detectron.errors import InputError
+from rt_detectron.modeling.load import load_classifier
+from rt_detectron.pretrain.trainer import ClassifierTrainer
+from rt_detectron.transfer.head import HeadTrainer
+from rt_detectron.transfer.trainer import build_datasets, do_transfer, is_finished
+
+
+def results(cfg, file="results.json"):
+    with open(f"{cfg.train.output_dir}/{file}") as opened:
+        return json.load(opened)
+
+
+def checkpoint(cfg):
+    return torch.load(f"{cfg.train.output_dir}/model_final.pth", weights_only=True)
+
+
+def predict(cfg):
+    """What the exported classifier says of the test images."""
+    classifier = load_classifier(f"{cfg.train.output_dir}/classifier.pth")
+    _, test = build_datasets(cfg)
+    images = torch.stack([test[i][0] for i in range(len(test))]).float() / 255
+    with torch.no_grad():
+        return classifier(images).argmax(1).tolist()
+
+
+@pytest.mark.parametrize("method", ["fixed_feature", "full_network"])
+def test_a_transfer_learns_and_says_what_it_did(method, make_cfg, classifier_file):
+    cfg = make_cfg(method, "train.seed=3", "optimizer.lr=0.01")
+    do_transfer(cfg)
+    found = results(cfg)
+    assert found["metrics"]["accuracy"]["accuracy"] == found["metrics"]["accuracy"]["top1"] > 80
+    assert {"mean_per_class", "accuracy-0", "accuracy-1"} < set(found["metrics"]["accuracy"])
+    assert (found["iterations"], found["seed"]) == (6 * 4, 3)  # 64 images in batches of 16
+    assert found["weights"] == classifier_file
+    assert {key: found["source"][key] for key in ("arch", "norm", "eps")} == {
+        "arch": "resnet18",
+        "norm": "l2",
+        "eps": 3.0,
+    }
+    (dataset,) = found["datasets"]
+    assert (dataset["name"], dataset["images"], dataset["metric"]) == ("folder", 40, "top1")
+    predictions = results(cfg, "predictions.json")
+    _, test = build_datasets(cfg)
+    assert (predictions["keys"], predictions["labels"]) == (test.keys, test.labels)
+    right = sum(a == b for a, b in zip(predictions["labels"], predictions["predicted"], strict=True))
+    assert 100 * right / 40 == pytest.approx(found["metrics"]["accuracy"]["top1"])
+    assert predict(cfg) == predictions["predicted"]
+    with open(f"{cfg.train.output_dir}/metrics.json") as file:
+        lines = [json.loads(line) for line in file]
+    assert lines[0]["total_loss"] > lines[-2]["total_loss"]
+    assert (lines[0]["lr"], lines[-2]["lr"]) == pytest.approx((1e-2, 1e-4))
+
+
+def test_a_fixed_network_stays_as_it_is_and_a_full_one_does_not(make_cfg, classifier_file):
+    before = torch.load(classifier_file, weights_only=True)
+    for method, stays in (("fixed_feature", True), ("full_network", False)):
+        cfg = make_cfg(method, "train.epochs=1")
+        do_transfer(cfg)
+        after = torch.load(f"{cfg.train.output_dir}/classifier.pth", weights_only=True)["model"]
+        for name in ("conv1.weight", "layer4.1.bn2.running_var"):
+            assert torch.equal(before[name], after[name]) == stays, name
+        shutil.rmtree(cfg.train.output_dir)
+
+
+def test_a_grid_costs_one_pass(make_cfg, no_forward_pass):
+    do_transfer(make_cfg("fixed_feature"))
+    no_forward_pass()
+    for override in ("optimizer.lr=0.001", "train.seed=1", "head.solver=logistic_regression"):
+        do_transfer(make_cfg("fixed_feature", override))
+    assert results(make_cfg("fixed_feature"))["C"] > 0
+
+
+def test_held_out_images_are_training_images(make_cfg):
+    cfg = make_cfg("fixed_feature", "dataset.held_out=true", "train.export=false")
+    do_transfer(cfg)
+    train, _ = build_datasets(make_cfg("fixed_feature"))
+    assert set(results(cfg, "predictions.json")["keys"]) < set(train.keys)
+    assert results(cfg)["datasets"][0]["images"] == round(0.2 * len(train))
+
+
+@pytest.mark.parametrize(
+    ("method", "trainer"), [("fixed_feature", HeadTrainer), ("full_network", ClassifierTrainer)]
+)
+def test_an_interrupted_transfer_goes_on_bit_by_bit(method, trainer, make_cfg, tmp_path, monkeypatch):
+    epochs = "train.epochs=3"
+    whole = make_cfg(method, epochs, f"train.output_dir={tmp_path}/whole")
+    (tmp_path / "whole").mkdir()
+    do_transfer(whole)
+    cfg = make_cfg(method, epochs)
+    run_step, steps = trainer.run_step, []
+
+    def interrupted(self):
+        steps.append(self.iter)
+        if len(steps) == (3 if method == "fixed_feature" else 6):
+            raise KeyboardInterrupt
+        run_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "run_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            do_transfer(cfg)
+    assert not is_finished(cfg, resume=True)
+    with pytest.raises(InputError, match="holds a training: add --resume"):
+        is_finished(cfg, resume=False)
+    do_transfer(cfg, resume=True)
+    for name, tensor in checkpoint(whole)["model"].items():
+        assert torch.equal(tensor, checkpoint(cfg)["model"][name]), name
+    assert results(whole)["config_sha256"] == results(cfg)["config_sha256"]
+    assert results(whole, "predictions.json") == results(cfg, "predictions.json")
+
+
+def test_a_finished_transfer_is_not_run_again(make_cfg, tmp_path):
+    cfg = make_cfg("fixed_feature", "train.epochs=1")
+    do_transfer(cfg)
+    assert is_finished(cfg, resume=True)
+    with pytest.raises(InputError, match="holds results: add --resume"):
+        is_finished(cfg, resume=False)
+    with pytest.raises(InputError, match="the results of another configuration"):
+        is_finished(make_cfg("fixed_feature", "train.epochs=1", "optimizer.lr=0.001"), resume=True)
+    (tmp_path / "out" / "results.json").write_text("{")
+    with pytest.raises(InputError, match="the results of another configuration"):
+        is_finished(cfg, resume=True)
+
+
+def test_a_backbone_is_transferred_too(make_cfg, backbone_file):
+    do_transfer(make_cfg("fixed_feature", f"weights={backbone_file}", "train.epochs=1"))
+
+
+def test_a_diverging_transfer_stops_with_one_line(make_cfg):
+    with pytest.raises(InputError, match=r"the loss is not finite .*a smaller optimizer\.lr"):
+        do_transfer(make_cfg("fixed_feature", "optimizer.lr=1e30"))
+
+
+def test_unfit_input_is_one_line(make_cfg, tmp_path, digit_folders):
+    torch.save(build_classifier("mnasnet", 5).state_dict(), tmp_path / "mnasnet.pth")
+    shutil.copytree(digit_folders, tmp_path / "digits")
+    shutil.rmtree(tmp_path / "digits" / "val" / "1")
+    for override, words in (
+        ("weights=resnet18_l2_eps33", "the zoo has no resnet18_l2_eps33: did you mean"),
+        ("weights=nowhere.pth", "cannot read nowhere.pth"),
+        (f"weights={tmp_path}/mnasnet.pth", "do not fit resnet18"),
+        (f"dataset.root={tmp_path}/nowhere", "datasets/README.md"),
+        (f"dataset.root={tmp_path}/digits", "'1'"),
+        ("dataset.name=peds", "unknown data set 'peds': did you mean pets?"),
+        ("dataset.classes=[7]", "no class 7"),
+        ("dataloader.total_batch_size=65", "exceeds the 64 training images"),
+    ):
+        overrides = [override, "arch=resnet18"] if "mnasnet" in override else [override]
+        with pytest.raises(InputError, match=r"^[^\n]+$") as error:
+            do_transfer(make_cfg("fixed_feature", *overrides))
+        assert words in str(error.value)
+
+
+def test_the_configuration_is_written_with_the_weights(make_cfg):
+    cfg = make_cfg("full_network")
+    LazyConfig.save(cfg, f"{cfg.train.output_dir}/config.yaml")
+    saved = LazyConfig.load(f"{cfg.train.output_dir}/config.yaml")
+    assert saved.transfer.weights == cfg.transfer.weights

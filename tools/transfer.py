@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Transfer a pretrained classifier to another data set: its last layer alone, or the whole network.
+
+The recipe (configs/transfer) is that of Salman et al. 2020. Writes to train.output_dir: results.json, the
+accuracies; predictions.json; classifier.pth; metrics.json, log.txt and config.yaml. Features of
+fixed_feature are cached, so only the first of several learning rates or seeds waits for them.
+docs/transfer.md is the guide; datasets/README.md has the data sets' names and where they are expected.
+
+examples:
+  tools/transfer.py --config-file configs/transfer/fixed_feature.py weights=resnet50_l2_eps3 \\
+      dataset.name=pets dataset.download=true optimizer.lr=0.01 train.output_dir=output/pets
+  tools/transfer.py --config-file configs/transfer/full_network.py --num-gpus 8 --resume \\
+      weights=output/pretrain/classifier.pth dataset.name=cifar10 train.seed=1 train.amp=bf16
+  tools/transfer.py --config-file configs/transfer/fixed_feature.py weights=resnet18_l2_eps0 \\
+      dataset.name=folder dataset.root=my_images head.solver=logistic_regression
+  tools/transfer.py --config-file configs/transfer/fixed_feature.py dataset.name=dtd dataset.held_out=true \\
+      weights=convnext.pth arch=timm/convnext_tiny optimizer.lr=0.001    # tested on held-out training images
+"""
+
+import argparse
+
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from rt_detectron.errors import one_line_errors
+from rt_detectron.launch import launch
+from rt_detectron.pretrain.checkpoint import locked
+from rt_detectron.transfer.config import load_config
+from rt_detectron.transfer.trainer import do_transfer, is_finished
+
+
+def main(args: argparse.Namespace) -> None:
+    cfg = load_config(args.config_file, args.opts)
+    with locked(cfg.train.output_dir):
+        if is_finished(cfg, args.resume):
+            print(f"{cfg.train.output_dir}/results.json is there: nothing to do")
+            return
+        default_setup(cfg, args)
+        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")
+        do_transfer(cfg, resume=args.resume)
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser(epilog=__doc__)
+    args = parser.parse_args()
+    with one_line_errors():
+        launch(main, args)
