@@ -33,7 +33,14 @@ def load_config(path: str, overrides: list[str]):
     whole = (lambda x: type(x) is int and x >= 0, "a whole number >= 0")
     flag = (lambda x: type(x) is bool, "true or false")
     check_values(cfg.dataloader, "dataloader", {"total_batch_size": count, "num_workers": whole})
-    dataset_rules = {"resize": count, "image_size": count, "download": flag, "held_out": flag}
+    few = (lambda x: x is None or count[0](x), "a whole number > 0, or null")
+    dataset_rules = {
+        "resize": count,
+        "image_size": count,
+        "per_class": few,
+        "download": flag,
+        "held_out": flag,
+    }
     check_values(cfg.dataset, "dataset", dataset_rules)
     if cfg.transfer.method == "fixed_feature":
         feature_rules = {"batch_size": count, "flip": flag, "amp": _one_of("fp16", None)}

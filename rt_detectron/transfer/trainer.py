@@ -106,6 +106,7 @@ def build_datasets(cfg) -> tuple[ClassificationDataset, ClassificationDataset]:
             instantiate(transform),
             spec.downscale,
             None if spec.classes is None else list(spec.classes),
+            spec.per_class,
         )
         for split, transform in zip(splits, transforms, strict=True)
     )

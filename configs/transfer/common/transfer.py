@@ -23,6 +23,7 @@ dataset = dict(
     held_out=False,  # train on 80 % of the training images and test on the rest, to choose e.g. the lr
     downscale=None,  # short side in pixels that larger images are reduced to first, such as 32
     classes=None,  # only these, by name or index
+    per_class=None,  # only so many training images of each class
     resize=256,  # short side of a test image, of which the centre is taken
     image_size=224,
     test_transform=L(T.Compose)(
