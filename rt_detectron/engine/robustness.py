@@ -29,7 +29,7 @@ from rt_detectron.evaluation.robustness import (
 )
 from rt_detectron.files import file_sha256, finite, write_json
 
-from .record import Record
+from .progress import Progress
 from .results import config_sha256, provenance
 from .trainer import Trainer
 
@@ -56,7 +56,7 @@ def evaluate_robustness(cfg: CfgNode, model: nn.Module, resume: bool = False) ->
         os.remove(path)  # there is one only of a finished evaluation
     evaluation = _Evaluation(cfg, model)
     if resume:
-        evaluation.record.resume()
+        evaluation.progress.resume()
     content = evaluation.run()
     if not comm.is_main_process():
         return {}
@@ -85,7 +85,7 @@ class _Evaluation:
             self.mapper,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
-        self.record = Record(os.path.join(self.folder, "progress.json"), _identity(cfg))
+        self.progress = Progress(os.path.join(self.folder, "progress.json"), _identity(cfg))
 
     def run(self) -> dict:
         """The content of robustness.json."""
@@ -100,8 +100,10 @@ class _Evaluation:
             "clean": {"images": len(self.images.dicts), "metrics": clean},
             "attack": attacked,
             "corruption": corrupted,
-            "pictures": [picture for found in self.record.measured.values() for picture in found["pictures"]],
-            **provenance(robustness_config(self.cfg), self.record.wall_time_s),
+            "pictures": [
+                picture for found in self.progress.measured.values() for picture in found["pictures"]
+            ],
+            **provenance(robustness_config(self.cfg), self.progress.wall_time_s),
         }
 
     def _clean(self, images: TestImages) -> Metrics:
@@ -194,7 +196,7 @@ class _Evaluation:
             ]
             return {"metrics": metrics, "pictures": pictures}
 
-        return self.record.get(name, found)["metrics"]
+        return self.progress.get(name, found)["metrics"]
 
 
 def robustness_config(cfg: CfgNode) -> CfgNode:

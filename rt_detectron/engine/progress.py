@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Record:
+class Progress:
     """What was measured so far, kept in a file, so that an interrupted evaluation goes on.
 
     Attributes:
