@@ -185,12 +185,12 @@ def fixed_feature(cfg, classifier: Classifier, train, test, finish: Finish, resu
 @torch.no_grad()
 def evaluate_head(head: nn.Linear, features: Features, evaluator: TransferEvaluator) -> dict:
     """What ``evaluator`` makes of a layer on features, printed and returned."""
-    if not comm.is_main_process():
-        return {}
     evaluator.reset()
-    evaluator.process((None, features.labels, features.keys), head(features.views[0]))
+    if comm.is_main_process():  # all have the same layer and the same features
+        evaluator.process((None, features.labels, features.keys), head(features.views[0]))
     results = evaluator.evaluate()
-    print_csv_format(results)
+    if comm.is_main_process():
+        print_csv_format(results)
     return results
 
 

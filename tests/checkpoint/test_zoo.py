@@ -238,6 +238,13 @@ class TestMirror:
         (mirror / f"{NAME}.pkl").write_bytes(b"weights")
         assert zoo.backbone(NAME) == str(mirror / f"{NAME}.pkl")
 
+    def test_weights_are_the_classifier_where_there_is_one(self, mirror, content):
+        for name in (NAME, "mine"):
+            (mirror / f"{name}.pkl").write_bytes(b"a backbone")
+            assert zoo.weights(name) == str(mirror / f"{name}.pkl")
+        (mirror / FILE).write_bytes(content)
+        assert zoo.weights(NAME) == str(mirror / FILE)
+
     @pytest.mark.parametrize("name", [NAME, f"{NAME}-bgr"])
     def test_a_ckpt_is_converted_once(self, mirror, cache, content, expected, caplog, name):
         (mirror / FILE).write_bytes(content)

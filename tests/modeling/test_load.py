@@ -143,3 +143,40 @@ def test_wrong_requests_are_named(publish, mirror, tmp_path, backbone_file):
         load_classifier("resnet50_train_60_epochs-c8e5653e.pth.tar")
     with pytest.raises(InputError, match="backbone without the classifier's last layer"):
         load_classifier(backbone_file)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet", "mnasnet", "shufflenet"])
+def test_a_fresh_last_layer_and_all_else_from_the_file(arch, publish, mirror):
+    network = publish(arch)
+    for name in (f"{arch}_l2_eps3", f"robust://{arch}_l2_eps3.pkl"):
+        classifier = load_classifier(name, num_classes=3)
+        last = classifier.network.get_submodule(classifier.last_linear)
+        assert (last.out_features, classifier.num_classes) == (3, 3)
+        found = classifier.network.state_dict()
+        for key, tensor in network.state_dict().items():
+            assert key.startswith(classifier.last_linear) or torch.equal(found[key], tensor), key
+    assert {key: classifier.metadata[key] for key in ("arch", "norm", "eps")} == {
+        "arch": arch,
+        "norm": "l2",
+        "eps": 3.0,
+    }
+
+
+def test_a_backbone_becomes_a_classifier_if_a_last_layer_is_all_it_lacks(random_classifier, mirror, tmp_path):
+    for arch in ("resnet18", "vgg16_bn"):
+        source = tmp_path / f"{arch}.pth"
+        torch.save(random_classifier(arch).state_dict(), source)
+        convert_checkpoint(str(source), str(mirror / f"my_{arch}.pkl"))
+    expected = torch.load(tmp_path / "resnet18.pth", weights_only=True)
+    for name in (str(mirror / "my_resnet18.pkl"), "robust://my_resnet18.pkl"):
+        found = load_classifier(name, num_classes=3).network.state_dict()
+        assert torch.equal(found["layer4.1.conv2.weight"], expected["layer4.1.conv2.weight"])
+        assert torch.equal(found["bn1.running_var"], expected["bn1.running_var"])
+    with pytest.raises(InputError, match=r"a backbone without classifier\.0\.weight: give the classifier's"):
+        load_classifier(str(mirror / "my_vgg16_bn.pkl"), num_classes=3)
+
+
+def test_a_timm_network_gets_a_fresh_last_layer(tmp_path, random_classifier):
+    torch.save(random_classifier("timm/convnext_atto", 7).state_dict(), tmp_path / "c.pth")
+    classifier = load_classifier(str(tmp_path / "c.pth"), "timm/convnext_atto", num_classes=3)
+    assert classifier(torch.rand(1, 3, 32, 32)).shape == (1, 3)

@@ -8,17 +8,21 @@ from pathlib import Path
 
 import pytest
 
+from rt_detectron.transfer.config import load_config
+from rt_detectron.transfer.trainer import do_transfer
+
 REPOSITORY = Path(__file__).parents[2]
 TOOL = str(REPOSITORY / "tools" / "transfer.py")
 CONFIGS = REPOSITORY / "configs" / "transfer"
 
 
 @pytest.fixture
-def transfer(digit_folders, backbone_file, tmp_path):
-    """``transfer(METHOD, FOLDER, argument ...)``: the results of a process of its own."""
+def overrides(digit_folders, backbone_file, tmp_path, monkeypatch):
+    """``overrides(FOLDER)``: of a transfer to digits of 16 pixels, for seconds; its features are its own."""
 
-    def transfer(method: str, folder: str, *arguments: str) -> dict:
-        overrides = [
+    def overrides(folder: str) -> list[str]:
+        monkeypatch.setenv("RT_DETECTRON_CACHE", f"{tmp_path}/{folder}-cache")
+        return [
             f"weights={backbone_file}",
             "dataset.name=folder",
             f"dataset.root={digit_folders}",
@@ -26,46 +30,51 @@ def transfer(digit_folders, backbone_file, tmp_path):
             "dataset.image_size=16",
             "dataloader.num_workers=0",
             "dataloader.total_batch_size=16",
+            "train.device=cpu",
             "train.epochs=2",
-            "train.log_period=1",
-            f"train.output_dir={folder}",
+            f"train.output_dir={tmp_path}/{folder}",
         ]
-        environment = {"RT_DETECTRON_CACHE": f"{tmp_path}/{folder}-cache", "OMP_NUM_THREADS": "1"}
-        environment |= {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
+
+    return overrides
+
+
+@pytest.fixture
+def in_two_processes(overrides, tmp_path):
+    """``in_two_processes(METHOD)``: results and predictions of the tool, run in the folder "two"."""
+
+    def run(method: str) -> tuple[dict, dict]:
+        arguments = ["--config-file", str(CONFIGS / f"{method}.py"), "--num-gpus", "2", "--dist-url", "auto"]
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
         finished = subprocess.run(
-            [sys.executable, TOOL, "--config-file", str(CONFIGS / f"{method}.py"), *arguments, *overrides],
+            [sys.executable, TOOL, *arguments, *overrides("two")],
             capture_output=True,
             text=True,
-            cwd=tmp_path,
             env={**os.environ, **environment},
         )
         assert finished.returncode == 0, finished.stderr
-        return json.loads((tmp_path / folder / "results.json").read_text()), finished.stdout
+        return read(tmp_path / "two")
 
-    return transfer
-
-
-TWO_PROCESSES = ("--num-gpus", "2", "--dist-url", "auto")
+    return run
 
 
-def test_two_processes_share_the_features_and_fit_one_layer(transfer, tmp_path):
-    alone, _ = transfer("fixed_feature", "one")
-    together, _ = transfer("fixed_feature", "two", *TWO_PROCESSES)
-    assert alone["metrics"] == together["metrics"]
-    first, second = (
-        json.loads((tmp_path / name / "predictions.json").read_text()) for name in ("one", "two")
-    )
-    assert first == second
+def read(folder: Path) -> tuple[dict, dict]:
+    return tuple(json.loads((folder / f"{name}.json").read_text()) for name in ("results", "predictions"))
+
+
+def test_two_processes_share_the_features_and_fit_one_layer(in_two_processes, overrides, tmp_path):
+    results, predictions = in_two_processes("fixed_feature")
     assert {"config.yaml", "log.txt", "metrics.json", "classifier.pth"} <= set(os.listdir(tmp_path / "two"))
-    again, said = transfer("fixed_feature", "one", "--resume")
-    assert again == alone
-    assert "one/results.json is there: nothing to do" in said
+    (tmp_path / "one").mkdir()
+    do_transfer(load_config(str(CONFIGS / "fixed_feature.py"), overrides("one")))
+    expected = read(tmp_path / "one")
+    assert (results["metrics"], predictions) == (expected[0]["metrics"], expected[1])
+    assert results["config_sha256"] == expected[0]["config_sha256"]
 
 
-def test_two_processes_train_one_network(transfer, tmp_path):
-    results, _ = transfer("full_network", "out", *TWO_PROCESSES)
+@pytest.mark.slow
+def test_two_processes_train_one_network(in_two_processes):
+    results, predictions = in_two_processes("full_network")
     assert results["iterations"] == 8
-    predictions = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert len(predictions["keys"]) == len(set(predictions["keys"])) == 40
     assert predictions["labels"] == sorted(predictions["labels"])  # folders in order
 

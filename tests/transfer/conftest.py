@@ -13,9 +13,9 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def classifier_file(tmp_path_factory, random_classifier) -> str:
-    """A ResNet-18 that was trained for five other classes, or could have been."""
-    path = tmp_path_factory.mktemp("classifier") / "resnet18_l2_eps3.pth"
-    torch.save(random_classifier("resnet18").state_dict(), path)
+    """A ShuffleNet, the smallest network of the zoo, as if trained for five other classes."""
+    path = tmp_path_factory.mktemp("classifier") / "shufflenet_l2_eps3.pth"
+    torch.save(random_classifier("shufflenet").state_dict(), path)
     return str(path)
 
 
@@ -36,6 +36,7 @@ def make_cfg(digit_folders, classifier_file, tmp_path):
             "train.epochs=6",
             "train.log_period=1",
             "train.checkpoint_epochs=1",
+            "train.export=false",
             f"train.output_dir={tmp_path}/out",
         ]
         cfg = load_config(f"configs/transfer/{method}.py", [*usual, *overrides])

@@ -84,7 +84,7 @@ def test_the_cache_is_hit_by_the_same_and_missed_by_anything_else(
     assert is_computed(flip=True)
     assert is_computed(dataset=photographs(32))
     with torch.no_grad():
-        classifier.network.bn1.running_mean[0] += 1
+        classifier.network.conv5[1].running_mean[0] += 1
     assert is_computed()
     classifier.pixel_std = [1.0, 1.0, 1.0]
     assert is_computed()
@@ -138,7 +138,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(classifier_file, photographs
 def test_features_that_are_not_finite_are_not_kept(classifier_file, photographs, cache):
     classifier = load_classifier(classifier_file, num_classes=2)
     with torch.no_grad():
-        classifier.network.layer4[1].bn2.bias.fill_(np.inf)
+        classifier.network.conv5[1].bias.fill_(np.inf)
     with pytest.raises(InputError, match="the features are not finite"):
         compute(classifier, photographs())
     assert not list(cache.glob("*.npz"))
