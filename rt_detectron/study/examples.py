@@ -9,9 +9,11 @@ from PIL import Image
 from rt_detectron.study.figures import Figure
 from rt_detectron.study.grid import FINAL
 from rt_detectron.study.matching import f1_per_image
+from rt_detectron.study.measurements import CLEAN, Quantity
 from rt_detectron.study.record import Outcome
 from rt_detectron.study.statistics import Row
 from rt_detectron.study.table import UNREADABLE, load_matches, one_reason, test_sets_of
+from rt_detectron.study.words import main_task
 from rt_detectron.visualization.coco import (
     ground_truth_instances,
     load_coco,
@@ -23,8 +25,8 @@ from rt_detectron.visualization.draw import draw_instances, panel
 
 SCORE_THRESHOLD = 0.3  # of the predictions shown, and of those that the F1 of an image counts
 _EACH = 2  # best and worst images of a comparison, and attacked ones of an arm
-_MANY = 6  # comparisons, from which on it is one each
-_WIDTH = 1200  # pixels of a picture on the page
+_MANY = 6  # comparisons, from which on only the greatest difference of each target has pictures, one each
+_WIDTH = 960  # pixels of a picture on the page
 
 
 def best_and_worst(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> tuple[list[Figure], list[str]]:
@@ -37,7 +39,9 @@ def best_and_worst(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> tuple[li
     """
     figures, notes = [], []
     compared = [row for row in rows if not row.is_baseline]
-    each = _EACH if len(compared) < _MANY else 1
+    each = _EACH
+    if len(compared) >= _MANY:
+        compared, each = _greatest(compared), 1
     finished = {_key(o): o for o in outcomes if o.trial.stage == FINAL and o.results}
     for row in compared:
         seeds = [seed for seed in row.seeds if (row.baseline, row.target, seed) in finished]
@@ -53,6 +57,17 @@ def best_and_worst(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> tuple[li
         if not found:
             notes.append(f"{row.arm}, {row.target}: F1 differs on no image, so no pictures.")
     return figures, notes
+
+
+def _greatest(rows: Sequence[Row]) -> list[Row]:
+    """Of each target the arm whose main number differs most from its baseline's."""
+    found: dict[str, tuple[float, Row]] = {}
+    for row in rows:
+        change = row.changes.get(Quantity(CLEAN, main_task([row])))
+        size = abs(change.differences.mean) if change else -1.0
+        if row.target not in found or size > found[row.target][0]:
+            found[row.target] = size, row
+    return [row for _, row in found.values()]
 
 
 def _key(outcome: Outcome) -> tuple[str, str, int]:
@@ -117,5 +132,5 @@ def _jpeg(name: str, caption: str, alt: str, picture: Image.Image) -> Figure:
         size = (_WIDTH, round(picture.height * _WIDTH / picture.width))
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    picture.save(stream, format="JPEG", quality=80, optimize=True)
+    picture.save(stream, format="JPEG", quality=75, optimize=True)
     return Figure(name, caption, alt, "image/jpeg", stream.getvalue())

@@ -1,4 +1,4 @@
-"""The plots of a report, each for a light and a dark page."""
+"""The plots of a report."""
 
 import json
 from collections.abc import Sequence
@@ -35,15 +35,13 @@ class Figure:
     Attributes:
         name: of its file, without ending.
         kind: of the content, such as "image/svg+xml".
-        light: the content; ``dark`` that for a dark page, where it differs.
     """
 
     name: str
     caption: str
     alt: str
     kind: str
-    light: bytes
-    dark: bytes | None = None
+    content: bytes
 
 
 class Figures:
@@ -315,4 +313,4 @@ def _loss_curve(folder: Path) -> tuple[list[int], list[float]]:
 
 
 def _plot(name: str, caption: str, alt: str, svg: bytes) -> Figure:
-    return Figure(name, caption, alt, "image/svg+xml", svg, plots.for_dark_page(svg))
+    return Figure(name, caption, alt, "image/svg+xml", svg)

@@ -131,7 +131,7 @@ def _write_figures(folder: Path, page: dict[str, Any]) -> None:
     figures += [figure for chapter in page["chapters"] for figure in chapter["figures"] + chapter["details"]]
     for figure in figures + page["examples"] + page["pictures"] + page["curves"]:
         with replaced_atomically(folder / f"{figure.name}.{_SUFFIXES[figure.kind]}") as temporary:
-            Path(temporary).write_bytes(figure.light)
+            Path(temporary).write_bytes(figure.content)
 
 
 def _trial_record(outcome: Outcome) -> dict[str, Any]:

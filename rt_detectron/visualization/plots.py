@@ -1,4 +1,4 @@
-"""Small plots: SVG, for a light page or turned into one for a dark page, and PNG for a light one."""
+"""Small plots: SVG, whose text and axes follow a page from light to dark, and PNG for a light one."""
 
 import io
 import itertools
@@ -19,10 +19,14 @@ _RC = {
     "svg.hashsalt": "rt_detectron",  # the same input gives the same file
     "font.size": 11,
     "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "sans-serif"],  # the whole list would stand at every text
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
 _INK, _INK_ON_DARK = "#3a3f47", "#c9ced6"
+_INK_BY_PAGE = (
+    f"<style>svg{{color:{_INK}}}@media(prefers-color-scheme:dark){{svg{{color:{_INK_ON_DARK}}}}}</style>"
+)
 _LEGEND_LETTERS = 52  # that fit beside each other, with the handles counted as five
 _UPRIGHT_TICKS = 7  # so many fit beside each other on a logarithmic axis
 _MARKERS, _LINES = ("o", "s", "D", "^"), ("-", "--", "-.", (0, (5, 1, 1, 1)))
@@ -258,11 +262,6 @@ def accuracy_plot(eps: Sequence[float], accuracy: Sequence[float], trained_eps: 
         return stream.getvalue()
 
 
-def for_dark_page(svg: bytes) -> bytes:
-    """A plot of this module with light text and axes; its colours stay."""
-    return svg.replace(_INK.encode(), _INK_ON_DARK.encode())
-
-
 @contextmanager
 def _axes(height: float, width: float = 4.6) -> Iterator[Axes]:
     """The axes of a figure, by default as wide as a phone shows it readably; sizes in inches."""
@@ -310,5 +309,7 @@ def _svg(figure: Figure) -> bytes:
     stream = io.BytesIO()
     for axes in figure.axes:
         axes.set_facecolor("none")
-    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    return stream.getvalue()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
+    svg = stream.getvalue().replace(_INK.encode(), b"currentColor")
+    return svg.replace(b"<defs>", b"<defs>\n  " + _INK_BY_PAGE.encode(), 1)

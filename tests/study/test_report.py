@@ -87,14 +87,6 @@ def test_every_figure_has_words_and_its_command_and_is_a_file(page, whole_report
         assert re.search(r"figures/(\S+)", figure["text"])[1] in files
 
 
-def test_plots_come_light_and_dark(page):
-    sources = [attrs for tag, attrs in page.tags if tag == "source"]
-    plots = [f for f in page.figures if f["images"][0]["src"].startswith("data:image/svg")]
-    assert len(sources) == len(plots) > 15
-    assert all("dark" in source["media"] for source in sources)
-    assert not {source["srcset"] for source in sources} & {f["images"][0]["src"] for f in plots}
-
-
 def test_numbers_are_the_same_in_all_files(page, whole_report):
     outcomes = [o for o in whole_report.outcomes if o.trial.stage == "final"]
     values = {

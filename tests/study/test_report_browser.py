@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+from PIL import Image
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(
@@ -27,7 +28,6 @@ frame.onload = () => {{
     broken: [...page.images].filter(image => !image.naturalWidth).map(image => image.alt),
     requests: view.performance.getEntriesByType("resource").map(entry => entry.name),
     background: view.getComputedStyle(page.body).backgroundColor,
-    plot: page.images[0].currentSrc,
   }});
 }};
 </script>
@@ -35,33 +35,53 @@ frame.onload = () => {{
 
 
 @pytest.fixture
-def look(tmp_path):
+def browse(tmp_path):
+    """``browse(*options, dark)``: the browser's finished process."""
+
+    def browse(*options, dark):
+        command = [
+            CHROMIUM,
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+            *("--disable-dev-shm-usage", "--enable-logging=stderr", "--allow-file-access-from-files"),
+            *("--virtual-time-budget=20000", f"--user-data-dir={tmp_path / 'profile'}"),
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            *options,
+        ]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    return browse
+
+
+@pytest.fixture
+def look(tmp_path, browse):
     """``look(page, width, dark)``: what the browser finds on the page, and what its console says."""
 
     def look(page, width=390, dark=False):
         wrapper = tmp_path / "wrapper.html"
         wrapper.write_text(WRAPPER.format(page=page.as_uri(), width=width))
-        finished = subprocess.run(
-            [
-                CHROMIUM,
-                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-                *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-                *("--disable-dev-shm-usage", "--enable-logging=stderr", "--allow-file-access-from-files"),
-                *("--virtual-time-budget=20000", f"--user-data-dir={tmp_path / 'profile'}"),
-                f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-                "--dump-dom",
-                wrapper.as_uri(),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        finished = browse("--dump-dom", wrapper.as_uri(), dark=dark)
         title = re.search("<title>(.*?)</title>", finished.stdout, re.DOTALL)
         assert title, finished.stderr
         console = [line for line in finished.stderr.splitlines() if ":CONSOLE" in line]
         return json.loads(html.unescape(title[1])), console
 
     return look
+
+
+@pytest.fixture
+def colors(tmp_path, browse):
+    """``colors(page, dark)``: those of the pixels of the page's first 2,000 lines, enlarged for pure ones."""
+
+    def colors(page, dark):
+        picture = tmp_path / f"{dark}.png"
+        options = ("--window-size=800,2000", "--force-device-scale-factor=2", f"--screenshot={picture}")
+        finished = browse(*options, page.as_uri(), dark=dark)
+        assert picture.exists(), finished.stderr
+        with Image.open(picture) as image:
+            return {color for _, color in image.convert("RGB").getcolors(maxcolors=2**24)}
+
+    return colors
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -75,12 +95,15 @@ def test_page_fits_the_screen_and_asks_the_network_for_nothing(look, whole_repor
     assert console == []
 
 
-def test_dark_mode_changes_page_and_plots(look, whole_report):
+def test_dark_mode_changes_page_and_plots(look, colors, whole_report):
     light, dark = (look(whole_report.page, dark=dark)[0] for dark in (False, True))
     assert light["background"] == "rgb(255, 255, 255)"
     assert dark["background"] == "rgb(20, 23, 27)"
     assert dark["broken"] == []
-    assert light["plot"] != dark["plot"]
+    # What a plot's axes are drawn in, where it is an image of the page.
+    ink = {(58, 63, 71), (201, 206, 214)}
+    assert colors(whole_report.page, dark=False) & ink == {(58, 63, 71)}
+    assert colors(whole_report.page, dark=True) & ink == {(201, 206, 214)}
 
 
 def test_this_test_would_notice(look, whole_report, tmp_path):

@@ -32,18 +32,21 @@ PLOTS = {
     "group": lambda: plots.group_plot([A, B], ["small", "large"], [[[1.0], [2.0]], [[3.0], []]], "AP"),
     "line": lambda: plots.line_plot([A], [{0: [3.0], 1: [1.0, 2.0]}], [{0: 3.0, 1: 2.5}], LABELS),
     "radius": lambda: plots.radius_plot({"family": [(A, 0, [3.0]), (B, 3, [1.0])]}, LABELS),
+    "fit": lambda: plots.fit_plot(
+        [(A, 70.0, 50.0), (B, 60.0, 55.0)], {"at eps 0": [(60, 1), (70, 2)]}, LABELS
+    ),
     "curve": lambda: plots.curve_plot([A, B], [[([1, 2], [3.0, 2.0])], []]),
 }
 
 
 @pytest.mark.parametrize("name", PLOTS)
-def test_plots_are_reproducible_and_readable_on_a_dark_page(name):
+def test_plots_are_reproducible_and_follow_the_page_to_dark(name):
     svg = PLOTS[name]()
     assert svg == PLOTS[name]()
-    dark = plots.for_dark_page(svg)
-    assert svg_text(dark) == svg_text(svg)
-    assert b"#3a3f47" in svg
-    assert b"#3a3f47" not in dark
+    assert svg_text(svg)
+    assert svg.count(b"#3a3f47") == svg.count(b"#c9ced6") == 1  # the style alone says what the ink is
+    assert svg.count(b"currentColor") > 5
+    assert svg.index(b"prefers-color-scheme:dark") < svg.index(b"currentColor")
 
 
 def test_dot_plot_has_a_dot_per_value():
@@ -59,7 +62,7 @@ def test_dot_plot_has_a_dot_per_value():
 def test_difference_plot_draws_the_interval_and_zero():
     svg = plots.difference_plot({"": [Difference("robust", 1, 1.0, -1.0, 2.0)]}, "AP")
     (low, high), *_ = lines_of(svg, "#e69f00")
-    ((zero, _),) = lines_of(svg, "#3a3f47; stroke-linecap")  # not a line of the grid, which is transparent
+    ((zero, _),) = lines_of(svg, "currentColor; stroke-linecap")  # not a line of the grid, which is transparent
     assert (zero - low) / (high - low) == pytest.approx(1 / 3, abs=1e-3)  # from -1 to 2
 
 
