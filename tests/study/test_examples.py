@@ -20,7 +20,7 @@ def test_the_images_with_the_largest_change_are_shown(tmp_path, build_study):
     assert figures[0].alt.startswith("ground truth: 3; standard: F1 0 %, 0 found; robust: F1 ")
     assert notes == []
     picture = Image.open(io.BytesIO(figures[0].content))
-    assert picture.width == 1200  # three pictures of 480 pixels, made smaller
+    assert picture.width == 960  # three pictures of 480 pixels, made smaller
 
 
 def test_equal_arms_have_no_pictures(tmp_path, build_study):
