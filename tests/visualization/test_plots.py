@@ -62,7 +62,7 @@ def test_dot_plot_has_a_dot_per_value():
 def test_difference_plot_draws_the_interval_and_zero():
     svg = plots.difference_plot({"": [Difference("robust", 1, 1.0, -1.0, 2.0)]}, "AP")
     (low, high), *_ = lines_of(svg, "#e69f00")
-    ((zero, _),) = lines_of(svg, "currentColor; stroke-linecap")  # not a line of the grid, which is transparent
+    ((zero, _),) = lines_of(svg, "currentColor; stroke-linecap")  # no line of the grid, which is transparent
     assert (zero - low) / (high - low) == pytest.approx(1 / 3, abs=1e-3)  # from -1 to 2
 
 
