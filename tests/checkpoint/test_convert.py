@@ -51,7 +51,11 @@ def largest_difference(found, expected):
     return max(float((found[s] - expected[s]).abs().max() / expected[s].abs().max()) for s in STAGES)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+# The widest has the other wide one's layout and takes longest.
+WIDEST = pytest.param("wide_resnet50_4", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("arch", [WIDEST if arch == WIDEST.values[0] else arch for arch in ARCHITECTURES])
 def test_features_equal_torchvision(arch, tmp_path, random_classifier, make_cfg, photograph):
     network = random_classifier(arch)
     expected = torchvision_features(arch, network, photograph)

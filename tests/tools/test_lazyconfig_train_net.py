@@ -17,6 +17,7 @@ def run(run, tiny_lazy_opts):
     return lambda *arguments: run(*arguments, *sets, *tiny_lazy_opts)
 
 
+@pytest.mark.slow  # what is distributed about it is the other tool's, too
 def test_two_processes_train_then_one_evaluates_the_same(run, tmp_path):
     trained = run("--num-gpus", "2", "--dist-url", "auto", "train.output_dir=trained", "train.seed=1")
     assert trained.returncode == 0, trained.stderr

@@ -79,6 +79,7 @@ def command(tiny_datasets, tmp_path):
     return command
 
 
+@pytest.mark.slow  # test_accumulating_trains_as_more_processes_do has two processes, too
 def test_two_processes_train_one_classifier(command, tmp_path):
     (tmp_path / "recording_config.py").write_text(RECORDING)
     (tmp_path / "recording.py").write_text(RECORDING_EVALUATOR)
@@ -208,7 +209,10 @@ def test_an_interrupted_training_leaves_a_checkpoint_but_no_classifier(start, tm
     assert list((tmp_path / "out").glob("model_*.pth"))
 
 
-@pytest.mark.parametrize("launcher", [[], TWO_PROCESSES, ["torchrun"]], ids=["one", "launch", "torchrun"])
+TORCHRUN = pytest.param(["torchrun"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("launcher", [[], TWO_PROCESSES, TORCHRUN], ids=["one", "launch", "torchrun"])
 def test_a_preempted_training_saves_and_ends_well_within_seconds(start, tmp_path, launcher):
     process = start(*ENDLESS, "train.checkpoint_epochs=10000", *launcher, wait_for="metrics.json")
     assert not (tmp_path / "out/last_checkpoint").exists()
