@@ -222,6 +222,18 @@ def test_the_published_grid_has_every_l2_eps_of_both_families():
     assert len(study.targets) == 2
 
 
+def test_the_published_transfers_are_every_eps_of_four_widths_to_twelve_sets():
+    study = load_study("configs/study/paper_transfer.yaml")
+    assert study.count_trials() == 4800
+    tops = {f"robust://{entry.name}.pkl": entry.top1 for entry in zoo.list(norm="l2")}
+    assert [arm.source_accuracy for arm in study.arms] == [tops[arm.weights] for arm in study.arms]
+    granularity = load_study("configs/study/paper_transfer_granularity.yaml")
+    names = {target.name for target in granularity.targets}
+    assert {name.removesuffix("-32px") for name in names if name.endswith("-32px")} == {
+        name for name in names if not name.endswith("-32px")
+    }
+
+
 def test_the_shipped_subset_study_is_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
