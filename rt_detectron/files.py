@@ -30,7 +30,7 @@ def replaced_atomically(path: str | os.PathLike) -> Iterator[str]:
             os.remove(temporary)
 
 
-def write_json(path: str, content: dict) -> None:
+def write_json(path: str | os.PathLike, content: dict) -> None:
     """Write ``content``, without NaN in it, atomically."""
     with replaced_atomically(path) as temporary, open(temporary, "w") as file:
         json.dump(content, file, indent=2, allow_nan=False)

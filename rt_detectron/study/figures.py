@@ -8,6 +8,7 @@ from statistics import fmean
 
 from rt_detectron.study.analyses import Fit
 from rt_detectron.study.grid import FINAL, Study
+from rt_detectron.study.kinds import is_number
 from rt_detectron.study.measurements import (
     ATTACK,
     CLEAN,
@@ -15,7 +16,6 @@ from rt_detectron.study.measurements import (
     TASKS,
     UNATTACKED,
     Quantity,
-    is_number,
     measurements,
     reported,
 )

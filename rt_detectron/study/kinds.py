@@ -160,6 +160,11 @@ class Transfer(Kind):
         return _finite(results["metrics"].get("accuracy", {}).get("accuracy"))
 
 
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite number. Undefined AP is NaN or null, by who wrote it: that is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def by_test_set(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Task -> metric -> value for each test set; of several sets Detectron2 nests one deeper."""
     is_nested = any(isinstance(value, Mapping) for task in metrics.values() for value in task.values())
@@ -187,7 +192,7 @@ def _processes(resources: "Resources") -> tuple[str, ...]:
 
 
 def _finite(score: Any) -> float | None:
-    return score if isinstance(score, (int, float)) and math.isfinite(score) else None
+    return score if is_number(score) else None
 
 
 def _names(value: Any) -> tuple[str, ...]:

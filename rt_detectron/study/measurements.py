@@ -1,12 +1,11 @@
 """Every number that a trial measured, by what it is: AP on clean, attacked and corrupted images, accuracy."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from rt_detectron.study.kinds import by_test_set
+from rt_detectron.study.kinds import by_test_set, is_number
 from rt_detectron.study.record import Outcome
 
 # Detectron2's names, and that of classification -> what people call the main number.
@@ -51,11 +50,6 @@ class Quantity:
         """Of what category alone it is the main number, if it is."""
         start = f"{self._main}-"
         return self.metric.removeprefix(start) if self.metric.startswith(start) else None
-
-
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number. Undefined AP is NaN or null, by who wrote it: that is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def measurements(outcome: Outcome) -> dict[Quantity, float | None]:

@@ -12,7 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from rt_detectron.errors import InputError
-from rt_detectron.files import replaced_atomically
+from rt_detectron.files import replaced_atomically, write_json
 from rt_detectron.study.grid import Trial
 from rt_detectron.study.kinds import RESULTS, ROBUSTNESS
 from rt_detectron.study.worker import PROCESSES, read_json
@@ -61,7 +61,7 @@ def prepare(output: Path, trial: Trial) -> Path:
     if _has_other_evaluations(folder, trial):
         (folder / ROBUSTNESS[0]).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / SPECIFICATION, json.dumps(trial.specification(), indent=2))
+    write_json(folder / SPECIFICATION, trial.specification())
     return folder
 
 

@@ -3,7 +3,6 @@
 import base64
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from rt_detectron.files import replaced_atomically
+from rt_detectron.files import replaced_atomically, write_json
 from rt_detectron.study import analyses
 from rt_detectron.study.examples import SCORE_THRESHOLD, attacked, best_and_worst
 from rt_detectron.study.figures import Figure, Figures
@@ -115,8 +114,7 @@ def write_report(study: Study, outcomes: Sequence[Outcome], output: Path, comman
         ],
         "fits": [asdict(fit) for fit in fits],
     }
-    # NaN is no JSON: _without_nan gives null, and allow_nan=False proves it.
-    write_atomically(output / "results.json", json.dumps(_without_nan(content), indent=2, allow_nan=False))
+    write_json(output / "results.json", _without_nan(content))
     write_atomically(output / "results.csv", _csv(outcomes))
     write_atomically(output / "tables.md", markdown(tables, note + _PLAIN_NOTE))
     write_atomically(output / "tables.tex", latex(tables, note + _PLAIN_NOTE))

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from rt_detectron.study.measurements import Quantity, is_number, measurements, reported
+from rt_detectron.study.kinds import is_number
+from rt_detectron.study.measurements import Quantity, measurements, reported
 from rt_detectron.study.record import Outcome
 
 
