@@ -1,44 +1,153 @@
-"""Convolutions on maps of few pixels, as a network's last stage has them on small images."""
+"""Convolutions on maps of few pixels, as a network's last stages have them on small images.
 
-import torch.nn.functional as F
+There most of what a direct convolution multiplies is padding, and oneDNN reaches a fraction of the speed of
+a matrix product. So such a convolution is computed as what it is, bilinear in few pixels and few taps:
+
+    y = outputs @ ((taps @ weight) * (pixels @ x))
+
+where each of the products ``*`` is a matrix product over all images and channels. Fewest products are needed
+by the algorithms of Winograd (1980; for convolutional networks Lavin & Gray 2016).
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
 from torch import Tensor, nn
+
+MAX_SIDE = 4  # of a map in pixels; a larger one is faster directly
+
+
+@dataclass(frozen=True)
+class SmallMap:
+    """A convolution of a map of a certain size as a bilinear algorithm.
+
+    Attributes:
+        pixels: (products, pixels of the input).
+        taps: (products, taps of the kernel).
+        outputs: (pixels of the output, products).
+        size: height and width of the output.
+    """
+
+    pixels: Tensor
+    taps: Tensor
+    outputs: Tensor
+    size: tuple[int, int]
+
+    def transform(self, weight: Tensor) -> Tensor:
+        """(O, C, *kernel) to (O, products, C)."""
+        return _each(self.taps, weight.permute(0, 2, 3, 1).flatten(1, 2))
+
+    def convolve(self, x: Tensor, transformed: Tensor) -> Tensor:
+        """(N, C, height, width) and a transformed weight to (N, O, *size), channels_last."""
+        products = torch.bmm(self._pixels_of(x).transpose(0, 1), transformed.permute(1, 2, 0))
+        y = _each(self.outputs, products.transpose(0, 1))
+        return y.unflatten(1, self.size).permute(0, 3, 1, 2)
+
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a loss with respect to ``x`` and ``weight``, from that to the output."""
+        products = _each(self.outputs.T, grad.permute(0, 2, 3, 1).flatten(1, 2)).transpose(0, 1)
+        grad_x = torch.bmm(products, self.transform(weight).transpose(0, 1))
+        grad_x = _each(self.pixels.T, grad_x.transpose(0, 1)).unflatten(1, x.shape[2:])
+        grad_weight = torch.bmm(products.transpose(1, 2), self._pixels_of(x).transpose(0, 1))
+        grad_weight = _each(self.taps.T, grad_weight.transpose(0, 1)).unflatten(1, weight.shape[2:])
+        return grad_x.permute(0, 3, 1, 2), grad_weight.permute(0, 3, 1, 2)
+
+    def _pixels_of(self, x: Tensor) -> Tensor:
+        return _each(self.pixels, x.permute(0, 2, 3, 1).flatten(1, 2))
+
+
+def _each(matrix: Tensor, batch: Tensor) -> Tensor:
+    """``matrix @ each`` of the batch; unlike matmul it copies nothing."""
+    return torch.bmm(matrix.expand(len(batch), -1, -1), batch)
+
+
+def small_map(x: Tensor, convolution: nn.Conv2d) -> SmallMap | None:
+    """How to compute the convolution of ``x``, or None where it is better computed directly."""
+    if (
+        x.device.type != "cpu"
+        or x.dtype not in (torch.float32, torch.float64)
+        or max(x.shape[2:]) > MAX_SIDE
+        or max(convolution.kernel_size) == 1
+        or convolution.groups != 1
+        or convolution.padding_mode != "zeros"
+        or isinstance(convolution.padding, str)
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    geometry = convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation
+    return _build(tuple(x.shape[2:]), *geometry, x.dtype)
+
+
+@functools.cache
+def _build(size, kernel, stride, padding, dilation, dtype: torch.dtype) -> SmallMap | None:
+    axes = list(zip(size, kernel, stride, padding, dilation, strict=True))
+    out = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
+    if min(out) < 1:  # torch has a message for that
+        return None
+    vertical, horizontal = (_line(*each) for each in zip(out, *zip(*axes, strict=True), strict=True))
+    pixels, taps, outputs = (
+        torch.from_numpy(np.kron(*matrices)).to(dtype) for matrices in zip(vertical, horizontal, strict=True)
+    )
+    return SmallMap(pixels, taps, outputs, out)
+
+
+def _line(out: int, size: int, kernel: int, stride: int, padding: int, dilation: int):
+    """The three matrices in one dimension."""
+    if (kernel, stride, padding, dilation) == (3, 1, 1, 1):
+        if size == 2:  # a Toeplitz matrix of 2x2: Karatsuba's three products
+            pixels = [[1, 1], [0, 1], [1, 0]]
+            taps = [[0, 1, 0], [0, -1, 1], [1, -1, 0]]
+            return np.array(pixels, float), np.array(taps, float), np.array([[1.0, 1, 0], [1, 0, 1]])
+        if size > 2:
+            pixels, taps, outputs = _toom_cook(out, kernel)
+            return pixels[:, padding:-padding], taps, outputs
+    pairs = itertools.product(range(out), range(kernel))
+    places = [(o, t, o * stride - padding + t * dilation) for o, t in pairs]
+    o, t, i = np.array([place for place in places if 0 <= place[2] < size], int).reshape(-1, 3).T
+    return np.eye(size)[i], np.eye(kernel)[t], np.eye(out)[:, o]
+
+
+def _toom_cook(outputs: int, taps: int):
+    """A filter of ``taps`` at ``outputs`` places by evaluation at 0, 1, -1, 2, -2 and infinity (Lavin & Gray
+    2016, section 4.1)."""
+    points = np.array([0.0, 1, -1, 2, -2][: outputs + taps - 2])
+
+    def evaluate(coefficients: int) -> np.ndarray:
+        return np.vstack([np.vander(points, coefficients, increasing=True), np.eye(coefficients)[-1]])
+
+    return np.linalg.inv(evaluate(outputs + taps - 1)).T, evaluate(taps), evaluate(outputs).T
+
+
+class _Convolution(torch.autograd.Function):
+    """Keeps for the backward pass what a convolution keeps, not what it is transformed to."""
+
+    @staticmethod
+    def forward(ctx, x, weight, small):
+        ctx.save_for_backward(x, weight)
+        ctx.small = small
+        return small.convolve(x, small.transform(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *ctx.small.gradients(grad, *ctx.saved_tensors), None
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A convolution that is a matrix product where its output has at most :attr:`MAX_PIXELS` pixels.
-
-    On a CPU, oneDNN's weight gradient of such a map takes several times as long as that product.
-    """
-
-    MAX_PIXELS = 4
+    """A convolution that is a :class:`SmallMap` where it meets one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = self._output_size(x)
-        if x.device.type != "cpu" or height * width > self.MAX_PIXELS:
+        small = small_map(x, self)
+        if small is None:
             return super().forward(x)
-        patches = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)
-        # (N, C*k*k, pixels) to one product over all images
-        patches = patches.transpose(1, 2).reshape(-1, patches.shape[1])
-        output = F.linear(patches, self.weight.flatten(1), self.bias)
-        return output.view(len(x), height, width, -1).permute(0, 3, 1, 2)
-
-    def _output_size(self, x: Tensor) -> list[int]:
-        return [
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, padding, dilation, kernel, stride in zip(
-                x.shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
-            )
-        ]
+        y = _Convolution.apply(x, self.weight, small)
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
 
 def use_small_maps(network: nn.Module) -> None:
-    """Make the plain convolutions of ``network`` over 1x1 :class:`SmallMapConv2d`, in place."""
+    """Make every plain convolution of ``network`` a :class:`SmallMapConv2d`, in place."""
     for module in network.modules():
-        if (
-            type(module) is nn.Conv2d
-            and module.groups == 1
-            and module.padding_mode == "zeros"
-            and not isinstance(module.padding, str)
-            and max(module.kernel_size) > 1
-        ):
+        if type(module) is nn.Conv2d:
             module.__class__ = SmallMapConv2d
