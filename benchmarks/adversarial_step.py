@@ -43,10 +43,14 @@ def network(arch: str) -> nn.Module:
     return build_classifier(arch)
 
 
-def training_step(model: nn.Module, images, labels, attack: Callable, fused: bool = False) -> Step:
+def training_step(
+    model: nn.Module, images, labels, attack: Callable, fused: bool = False, zero_first: bool = False
+) -> Step:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=fused)
 
     def step() -> float:
+        if zero_first:  # the attack can have the gradients' memory
+            optimizer.zero_grad(set_to_none=True)
         adversarial = attack()
         model.train()
         loss = F.cross_entropy(model(adversarial), labels)
@@ -70,19 +74,20 @@ def plain(arch, images, labels) -> Step:
 
 def ours(folded: bool = True, channels_last: bool = True, fused: bool = False) -> Callable[..., Step]:
     def build(arch, images, labels) -> Step:
+        torch.manual_seed(0)  # the weights of the others, by the same numbers
         model = Classifier(arch, 1000)
-        model.network.load_state_dict(network(arch).state_dict())
         if not channels_last:
             model = Normalised(model.network.to(memory_format=torch.contiguous_format))
         target = FoldedNetwork(model) if folded else model
         pgd = PGD(ThreatModel("l2", EPS), STEPS, relative_step_size=2.0)
 
         def attack():
+            adversarial = pgd(target, images, labels)
             if folded:
-                target.refresh()
-            return pgd(target, images, labels)
+                target.forget()
+            return adversarial
 
-        return training_step(model, images, labels, attack, fused)
+        return training_step(model, images, labels, attack, fused, zero_first=True)
 
     return build
 

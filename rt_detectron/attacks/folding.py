@@ -6,8 +6,8 @@ convolution, its norm, a residual sum and the ReLU behind them are one operation
 """
 
 import copy
-import itertools
 import operator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,114 +15,91 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rt_detectron.modeling.small_maps import small_map
+
 from .pgd import eval_mode
 
 
 class FoldedConvolution(nn.Module):
     """``relu(norm(convolution(x)) + residual)``, where norm, residual and ReLU may be missing.
 
-    Its weights are a copy, which :meth:`refresh` takes anew from the modules that it stands for. Two shapes
-    that CPUs are slow at are computed as others that they are fast at:
+    Its weights are a copy, made when they are needed and kept until :meth:`forget`. Two shapes that CPUs are
+    slow at are computed as others that they are fast at:
 
     - few channels and stride 2, as the first convolution has them: as stride 1 on blocks of 2x2 pixels;
-    - a map of few pixels, most of whose neighbours are padding: as the matrix that it is.
+    - a map of few pixels, most of whose neighbours are padding: as a :class:`SmallMap`.
     """
 
     FEW_CHANNELS = 4
-    FEW_PIXELS = 4
 
     def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d | None, relu: bool):
         super().__init__()
         self.source = (convolution, norm)  # a tuple, so that they are no submodules
         self.relu = relu
-        self.geometry = (
-            convolution.padding,
-            convolution.stride,
-            convolution.dilation,
-            convolution.groups,
-        )
-        self.register_buffer("weight", torch.empty_like(convolution.weight), persistent=False)
-        self.register_buffer("bias", convolution.weight.new_zeros(len(convolution.weight)), persistent=False)
-        kernel, padding = convolution.kernel_size, convolution.padding
+        kernel = convolution.kernel_size
         self.in_blocks = (
             convolution.in_channels <= self.FEW_CHANNELS
             and convolution.stride == (2, 2)
             and convolution.dilation == (1, 1)
             and kernel in ((3, 3), (7, 7))
-            and padding == (kernel[0] // 2, kernel[1] // 2)
+            and convolution.padding == (kernel[0] // 2, kernel[1] // 2)
         )
-        self.refresh()
+        self.forget()
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Follow the parameters and statistics that an optimiser step has changed."""
-        self._of_blocks = self._matrix = None
-        convolution, norm = self.source
-        if norm is None:
-            self.weight.copy_(convolution.weight)
-            if convolution.bias is not None:
-                self.bias.copy_(convolution.bias)
-            return
-        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        torch.mul(convolution.weight, scale.view(-1, 1, 1, 1), out=self.weight)
-        shift = -norm.running_mean if convolution.bias is None else convolution.bias - norm.running_mean
-        torch.addcmul(norm.bias, shift, scale, out=self.bias)
+    def forget(self) -> None:
+        """Drop the copy; the next pass makes it of what parameters and statistics are then."""
+        self._folded: tuple[Callable | None, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not _has_fused_kernels(x):
-            padding, stride, dilation, groups = self.geometry
-            x = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
-        elif self.in_blocks and x.shape[2] % 2 == x.shape[3] % 2 == 0:
-            return self._convolve_blocks(x, residual)
-        elif self._is_small(x):
-            x = self._multiply(x)
+        convolution, _ = self.source
+        fused = _has_fused_kernels(x)
+        if fused and (small := small_map(x, convolution)) is not None:
+            weight, bias = self._fold(small.transform)
+            x = small.convolve(x, weight).add_(bias.view(-1, 1, 1))
+        elif fused and self.in_blocks and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+            weight, bias = self._fold(_weight_of_blocks)
+            x, geometry = _blocks(x, weight.shape[2]), ((0, 0), (1, 1), (1, 1), 1)
+            return _FusedConvolution.apply(x, residual, weight, bias, geometry, self.relu)
         else:
-            return _FusedConvolution.apply(x, residual, self.weight, self.bias, self.geometry, self.relu)
+            weight, bias = self._fold(None)
+            padding, stride, dilation = convolution.padding, convolution.stride, convolution.dilation
+            if fused:
+                geometry = (padding, stride, dilation, convolution.groups)
+                return _FusedConvolution.apply(x, residual, weight, bias, geometry, self.relu)
+            x = F.conv2d(x, weight, bias, stride, padding, dilation, convolution.groups)
         if residual is not None:
-            x = x + residual
-        return F.relu(x) if self.relu else x
+            x += residual
+        return F.relu(x, inplace=True) if self.relu else x
 
-    def _is_small(self, x: Tensor) -> bool:
-        groups = self.geometry[-1]
-        return x.shape[2] * x.shape[3] <= self.FEW_PIXELS and self.weight.shape[2:] != (1, 1) and groups == 1
+    @torch.no_grad()
+    def _fold(self, transform: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Weight, in the form that ``transform`` gives it, and bias."""
+        if self._folded is None or self._folded[0] != transform:
+            convolution, norm = self.source
+            weight = convolution.weight.detach()
+            weight = weight if transform is None else transform(weight)
+            bias = weight.new_zeros(len(weight)) if convolution.bias is None else convolution.bias
+            if norm is not None:
+                scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+                weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+                bias = torch.addcmul(norm.bias, bias - norm.running_mean, scale)
+            self._folded = transform, weight, bias
+        return self._folded[1:]
 
-    def _convolve_blocks(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if self._of_blocks is None:
-            # Pixel 2*o + k - p of the kernel's k-th tap (p odd) is in block o + (k + 1)//2 - (p + 1)//2.
-            channels, taps = self.weight.shape[1], (self.weight.shape[2] + 1) // 2
-            weight = F.pad(self.weight, (1, 0, 1, 0)).view(-1, channels, taps, 2, taps, 2)
-            weight = weight.permute(0, 1, 3, 5, 2, 4).reshape(-1, 4 * channels, taps, taps)
-            self._of_blocks = weight.contiguous(memory_format=torch.channels_last)
-        taps = self._of_blocks.shape[2]
-        before, after = taps // 2, taps - 1 - taps // 2
-        x = F.pad(F.pixel_unshuffle(x, 2), (before, after, before, after))
-        geometry = ((0, 0), (1, 1), (1, 1), 1)
-        return _FusedConvolution.apply(x, residual, self._of_blocks, self.bias, geometry, self.relu)
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        if self._matrix is None or self._matrix.shape[3:5] != x.shape[2:]:
-            self._matrix = self._build_matrix(*x.shape[2:])
-        out_height, out_width, channels = self._matrix.shape[:3]
-        x = x.permute(0, 2, 3, 1).reshape(len(x), -1)  # no copy in channels_last
-        x = F.linear(x, self._matrix.view(-1, x.shape[1])).view(-1, out_height, out_width, channels)
-        return (x + self.bias).permute(0, 3, 1, 2)
+def _weight_of_blocks(weight: Tensor) -> Tensor:
+    """(O, C, k, k) of stride 2 and padding k // 2 as the equal (O, 4*C, taps, taps) on blocks."""
+    # Pixel 2*o + k - p of the kernel's k-th tap (p odd) is in block o + (k + 1)//2 - (p + 1)//2.
+    channels, taps = weight.shape[1], (weight.shape[2] + 1) // 2
+    weight = F.pad(weight, (1, 0, 1, 0)).view(-1, channels, taps, 2, taps, 2)
+    weight = weight.permute(0, 1, 3, 5, 2, 4).reshape(-1, 4 * channels, taps, taps)
+    return weight.contiguous(memory_format=torch.channels_last)
 
-    def _build_matrix(self, height: int, width: int) -> Tensor:
-        """(output height, output width, output channels, height, width, input channels)."""
-        padding, stride, dilation, _ = self.geometry
-        channels, in_channels, *kernel = self.weight.shape
-        out_height, out_width = (
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, p, s, d, k in zip((height, width), padding, stride, dilation, kernel, strict=True)
-        )
-        matrix = self.weight.new_zeros(out_height, out_width, channels, height, width, in_channels)
-        places = itertools.product(range(out_height), range(out_width), range(kernel[0]), range(kernel[1]))
-        for oy, ox, ky, kx in places:
-            y = oy * stride[0] - padding[0] + ky * dilation[0]
-            x = ox * stride[1] - padding[1] + kx * dilation[1]
-            if 0 <= y < height and 0 <= x < width:
-                matrix[oy, ox, :, y, x] = self.weight[:, :, ky, kx]
-        return matrix
+
+def _blocks(x: Tensor, taps: int) -> Tensor:
+    """(N, C, H, W) to (N, 4*C, H/2, W/2) and the padding that ``taps`` need."""
+    before, after = taps // 2, taps - 1 - taps // 2
+    return F.pad(F.pixel_unshuffle(x, 2), (before, after, before, after))
 
 
 def _has_fused_kernels(x: Tensor) -> bool:
@@ -174,7 +151,7 @@ class FoldedNetwork(nn.Module):
     """The same function as ``network`` in eval mode, for attacks.
 
     It is in eval mode whatever mode ``network`` is in. Convolutions with what follows them are
-    :class:`FoldedConvolution`; all else has the network's own tensors. Call :meth:`refresh` after every
+    :class:`FoldedConvolution`; all else has the network's own tensors. Call :meth:`forget` after every
     change of the network's parameters or statistics.
 
     Raises:
@@ -199,10 +176,10 @@ class FoldedNetwork(nn.Module):
         self._folded = [module for module in traced.modules() if isinstance(module, FoldedConvolution)]
         self.eval()
 
-    def refresh(self) -> None:
-        """Follow the parameters and statistics that an optimiser step has changed."""
+    def forget(self) -> None:
+        """Drop the copies of the network's weights; the next pass makes them anew."""
         for module in self._folded:
-            module.refresh()
+            module.forget()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)

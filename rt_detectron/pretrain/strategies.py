@@ -46,19 +46,29 @@ class Standard:
     threat_model: ThreatModel | None = None
     replays = 1
 
-    def __call__(
-        self, classifier: nn.Module, target: nn.Module, images: Tensor, labels: Tensor, progress: float
-    ) -> dict[str, Tensor]:
-        """The losses of one step.
+    def perturb(self, target: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+        """The images that an adversary makes of ``images``.
 
         Args:
-            classifier: what learns, in train mode.
-            target: what an adversary attacks: the same function as ``classifier`` in eval mode.
+            target: what it attacks: the same function as the classifier in eval mode.
             images: (N, 3, H, W) in [0, 1].
             labels: (N,).
             progress: share of the training that is done, in [0, 1).
         """
-        return {"loss": F.cross_entropy(classifier(images), labels)}
+        return images
+
+    def losses(
+        self, classifier: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """What a step minimises.
+
+        Args:
+            classifier: what learns, in train mode.
+            images: (N, 3, H, W) in [0, 1].
+            adversarial: what :meth:`perturb` made of them.
+            labels: (N,).
+        """
+        return {"loss": F.cross_entropy(classifier(adversarial), labels)}
 
 
 class Adversarial(Standard):
@@ -80,10 +90,8 @@ class Adversarial(Standard):
         scaled = replace(self.threat_model, scale=self.schedule(progress))
         return replace(self.attack, threat_model=scaled)
 
-    def __call__(self, classifier, target, images, labels, progress):
-        return super().__call__(
-            classifier, target, self.attack_now(progress)(target, images, labels), labels, progress
-        )
+    def perturb(self, target, images, labels, progress):
+        return self.attack_now(progress)(target, images, labels)
 
 
 class Fast(Adversarial):
@@ -110,14 +118,14 @@ class Fast(Adversarial):
         self.check_every = check_every
         self.seen = self.suspicions = 0
 
-    def __call__(self, classifier, target, images, labels, progress):
+    def perturb(self, target, images, labels, progress):
         single = self.attack_now(progress)
         adversarial = single(target, images, labels)
         if self.seen % self.check_every == self.check_every - 1:
             several = replace(single, steps=5, relative_step_size=2.5)
             self._look_out(target, adversarial, several(target, images, labels), labels)
         self.seen += 1
-        return Standard.__call__(self, classifier, target, adversarial, labels, progress)
+        return adversarial
 
     @torch.no_grad()
     def _look_out(self, target, single: Tensor, several: Tensor, labels: Tensor) -> None:
@@ -169,14 +177,13 @@ class Free(Standard):
         self.schedule = schedule
         self.perturbation: Tensor | None = None
 
-    def __call__(self, classifier, target, images, labels, progress):
+    def perturb(self, target, images, labels, progress):
         now = replace(self.threat_model, scale=self.schedule(progress))
         perturbation = self._moved(now, images)
         self.perturbation = perturbation.requires_grad_(True)
         # Its gradient is that of the image, which clamping would cut off at black and white.
         adversarial = images + self.perturbation
-        adversarial = adversarial + (adversarial.clamp(0, 1) - adversarial).detach()
-        return super().__call__(classifier, target, adversarial, labels, progress)
+        return adversarial + (adversarial.clamp(0, 1) - adversarial).detach()
 
     @torch.no_grad()
     def _moved(self, now: ThreatModel, images: Tensor) -> Tensor:
@@ -219,10 +226,12 @@ class Trades(Adversarial):
             raise InputError(f"Trades: beta is {beta!r}; it must be a finite number >= 0")
         self.beta = beta
 
-    def __call__(self, classifier, target, images, labels, progress):
+    def perturb(self, target, images, labels, progress):
         with torch.no_grad(), eval_mode(target):
             clean = target(images).softmax(1)
-        adversarial = self.attack_now(progress)(target, images, clean, loss=_divergence)
+        return self.attack_now(progress)(target, images, clean, loss=_divergence)
+
+    def losses(self, classifier, images, adversarial, labels):
         logits, attacked = classifier(images), classifier(adversarial)
         return {
             "loss_clean": F.cross_entropy(logits, labels),
@@ -311,7 +320,10 @@ class Pretraining(nn.Module):
             images = self.resolution(images, self.progress)
         # Clean training attacks nothing, so it need not keep the target up to date.
         target = self.target() if self.strategy.threat_model is not None else self.classifier
-        return self.strategy(self.classifier, target, images, labels, self.progress)
+        adversarial = self.strategy.perturb(target, images, labels, self.progress)
+        if isinstance(target, FoldedNetwork):
+            target.forget()  # its weights, before the classifier needs the memory
+        return self.strategy.losses(self.classifier, images, adversarial, labels)
 
     def target(self) -> nn.Module:
         """What the inner attack runs against: the classifier in eval mode, with its weights of now."""
@@ -321,8 +333,8 @@ class Pretraining(nn.Module):
             except (fx.proxy.TraceError, TypeError, RuntimeError) as error:  # a network that asks its input
                 logger.warning("attacking %s as it is, not folded: %s", self.classifier.arch, error)
                 self._target.append(self.classifier)
-        elif self._target[0] is not self.classifier:
-            self._target[0].refresh()
+        if isinstance(self._target[0], FoldedNetwork):
+            self._target[0].forget()
         return self._target[0]
 
     def to_device(self, batch) -> tuple[Tensor, Tensor]:

@@ -134,10 +134,11 @@ def test_adversarial_examples_are_those_of_the_plain_loop(norm, random_classifie
     assert moved < (1e-3 if norm == "l2" else 2e-2)
 
 
-def test_refresh_follows_the_optimiser(random_classifier):
+def test_once_it_forgets_it_follows_the_optimiser(random_classifier):
     network = random_classifier("resnet18").train()
     folded = FoldedNetwork(network).eval()
     images, labels = batch(32)
+    folded(images)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
@@ -146,7 +147,7 @@ def test_refresh_follows_the_optimiser(random_classifier):
     with torch.no_grad():
         expected = network.eval()(images)
         assert relative(folded(images), expected) > 1e-2
-        folded.refresh()
+        folded.forget()
         assert relative(folded(images), expected) < 1e-5
 
 
@@ -169,7 +170,7 @@ def test_it_is_in_eval_mode_and_the_network_in_its_own(random_classifier):
     assert not any(module.training for module in folded.modules())
     images, _ = batch(32)
     network(images)  # moves the statistics
-    folded.refresh()
+    folded.forget()
     with torch.no_grad():
         assert relative(folded(images), network.eval()(images)) < 1e-4
 
