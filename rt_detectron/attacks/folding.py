@@ -71,6 +71,7 @@ class FoldedConvolution(nn.Module):
             x += residual
         return F.relu(x, inplace=True) if self.relu else x
 
+    @torch.inference_mode(False)  # an attack may be the next to need it
     @torch.no_grad()
     def _fold(self, transform: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
         """Weight, in the form that ``transform`` gives it, and bias."""

@@ -46,17 +46,21 @@ class SmallMap:
         y = _each(self.outputs, products.transpose(0, 1))
         return y.unflatten(1, self.size).permute(0, 3, 1, 2)
 
-    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a loss with respect to ``x`` and ``weight``, from that to the output."""
-        products = _each(self.outputs.T, grad.permute(0, 2, 3, 1).flatten(1, 2)).transpose(0, 1)
-        grad_x = torch.bmm(products, self.transform(weight).transpose(0, 1))
-        grad_x = _each(self.pixels.T, grad_x.transpose(0, 1)).unflatten(1, x.shape[2:])
-        grad_weight = torch.bmm(products.transpose(1, 2), self._pixels_of(x).transpose(0, 1))
-        grad_weight = _each(self.taps.T, grad_weight.transpose(0, 1)).unflatten(1, weight.shape[2:])
-        return grad_x.permute(0, 3, 1, 2), grad_weight.permute(0, 3, 1, 2)
+    def gradient_of_x(self, grad: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
+        """Of a loss, from its gradient ``grad`` with respect to the output; ``size`` is height and width."""
+        products = torch.bmm(self._products_of(grad), self.transform(weight).transpose(0, 1))
+        return _each(self.pixels.T, products.transpose(0, 1)).unflatten(1, size).permute(0, 3, 1, 2)
+
+    def gradient_of_weight(self, grad: Tensor, x: Tensor, kernel: torch.Size) -> Tensor:
+        """The same with respect to the weight."""
+        products = torch.bmm(self._products_of(grad).transpose(1, 2), self._pixels_of(x).transpose(0, 1))
+        return _each(self.taps.T, products.transpose(0, 1)).unflatten(1, kernel).permute(0, 3, 1, 2)
 
     def _pixels_of(self, x: Tensor) -> Tensor:
         return _each(self.pixels, x.permute(0, 2, 3, 1).flatten(1, 2))
+
+    def _products_of(self, grad: Tensor) -> Tensor:
+        return _each(self.outputs.T, grad.permute(0, 2, 3, 1).flatten(1, 2)).transpose(0, 1)
 
 
 def _each(matrix: Tensor, batch: Tensor) -> Tensor:
@@ -68,6 +72,7 @@ def small_map(x: Tensor, convolution: nn.Conv2d) -> SmallMap | None:
     """How to compute the convolution of ``x``, or None where it is better computed directly."""
     if (
         x.device.type != "cpu"
+        or x.dim() != 4
         or x.dtype not in (torch.float32, torch.float64)
         or max(x.shape[2:]) > MAX_SIDE
         or max(convolution.kernel_size) == 1
@@ -82,6 +87,7 @@ def small_map(x: Tensor, convolution: nn.Conv2d) -> SmallMap | None:
 
 
 @functools.cache
+@torch.inference_mode(False)  # what is kept may meet training next
 def _build(size, kernel, stride, padding, dilation, dtype: torch.dtype) -> SmallMap | None:
     axes = list(zip(size, kernel, stride, padding, dilation, strict=True))
     out = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
@@ -132,7 +138,13 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return *ctx.small.gradients(grad, *ctx.saved_tensors), None
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        return (
+            ctx.small.gradient_of_x(grad, weight, x.shape[2:]) if needs_x else None,
+            ctx.small.gradient_of_weight(grad, x, weight.shape[2:]) if needs_weight else None,
+            None,
+        )
 
 
 class SmallMapConv2d(nn.Conv2d):

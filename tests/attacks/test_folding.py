@@ -151,6 +151,15 @@ def test_once_it_forgets_it_follows_the_optimiser(random_classifier):
         assert relative(folded(images), expected) < 1e-5
 
 
+def test_inference_before_an_attack(random_classifier):
+    folded = FoldedNetwork(random_classifier("resnet18"))
+    images, labels = batch(32)
+    with torch.inference_mode():
+        folded(images)
+    _, grad = logits_and_gradient(folded, images, labels)
+    assert grad.abs().sum() > 0
+
+
 def test_the_network_is_left_alone(random_classifier):
     network = random_classifier("resnet18").train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}

@@ -62,6 +62,27 @@ def test_in_channels_last_as_a_network_has_it():
         assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_only_what_needs_a_gradient_gets_one():
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)).requires_grad_(False)
+    use_small_maps(network)
+    x = torch.randn(2, 4, 2, 3, requires_grad=True)
+    network(x).sum().backward()
+    assert x.grad is not None
+    assert network[0].weight.grad is None
+    network.requires_grad_(True)
+    network(x.detach()).sum().backward()
+    assert network[0].weight.grad is not None
+
+
+def test_it_may_meet_inference_before_training():
+    network = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, stride=2), nn.Conv2d(2, 2, 3, padding=1))
+    use_small_maps(network)
+    with torch.inference_mode():
+        network(torch.randn(1, 2, 4, 2))  # the first time that a map has this size
+    network(torch.randn(1, 2, 4, 2, requires_grad=True)).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
 def test_its_gradient_can_be_differentiated():
     convolution = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False)).double()
     use_small_maps(convolution)
@@ -84,6 +105,7 @@ def test_what_it_cannot_do_is_torchs_own():
         (nn.Conv2d(4, 4, 3, padding="same"), torch.randn(2, 4, 2, 2)),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), torch.randn(2, 4, 2, 2)),
         (nn.Conv2d(4, 4, 3, padding=1).bfloat16(), torch.randn(2, 4, 2, 2).bfloat16()),
+        (nn.Conv2d(4, 4, 3, padding=1), torch.randn(4, 2, 2)),  # a single image
     ):
         expected = convolution(x)
         network = nn.Sequential(convolution)
