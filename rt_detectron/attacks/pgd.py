@@ -107,6 +107,8 @@ class PGD:
             Tensors like ``batches``, in [0, 1], detached.
         """
         batches = [images.detach() for images in batches]
+        if self.threat_model.radius == 0:
+            return batches
         with torch.enable_grad():
             if self.restarts == 1 and not self.best:
                 return self._climb(objective, batches)

@@ -23,20 +23,27 @@ class EpsSchedule:
     """How much of eps an adversary gets while training goes on.
 
     Attributes:
-        warmup: share of the training over which it grows linearly from 0.
+        clean: share of the training that has none of it. Its steps are on clean images, and cost no attack: a
+            network that has learned something is made robust in less time than one that starts from nothing.
+        warmup: share of the training over which it then grows linearly from 0.
         random: of what the warm-up allows, every batch gets a uniformly random part.
     """
 
+    clean: float = 0.0
     warmup: float = 0.0
     random: bool = False
 
     def __post_init__(self):
-        if type(self.warmup) not in (int, float) or not 0 <= self.warmup <= 1:
-            raise InputError(f"eps schedule: warmup is {self.warmup!r}; it is a share of training, 0 to 1")
+        for name in ("clean", "warmup"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise InputError(f"eps schedule: {name} is {value!r}; it is a share of training, 0 to 1")
 
     def __call__(self, progress: float) -> float:
         """The part of eps, in [0, 1], after the share ``progress`` of the training."""
-        scale = min(progress / self.warmup, 1.0) if self.warmup else 1.0
+        if progress < self.clean:
+            return 0.0
+        scale = min((progress - self.clean) / self.warmup, 1.0) if self.warmup else 1.0
         return scale * torch.rand(()).item() if self.random else scale
 
 

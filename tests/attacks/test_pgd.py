@@ -115,6 +115,8 @@ def test_the_model_gets_its_modes_back_when_the_attack_fails(batch):
 def test_eps_0_changes_nothing(batch):
     images, labels = batch
     assert torch.equal(PGD(ThreatModel("l2", 0.0), steps=3)(small_network(), images, labels), images)
+    no_network = nn.Identity()  # whose logits would be of a wrong shape: eps 0 costs no pass
+    assert torch.equal(PGD(ThreatModel("linf", 8.0, scale=0.0), steps=3)(no_network, images, labels), images)
 
 
 def misclassified_and_loss(model, images, labels):

@@ -107,8 +107,9 @@ def test_eval_mode_gives_the_clean_logits():
         Fast(ThreatModel("linf", 0.0)),
         Free(ThreatModel("linf", 0.0)),
         Adversarial(PGD(L2, steps=1), EpsSchedule(warmup=1.0)),  # at progress 0
+        Adversarial(PGD(L2, steps=1), EpsSchedule(clean=0.5)),
     ],
-    ids=["adversarial", "fast", "free", "warm-up"],
+    ids=["adversarial", "fast", "free", "warm-up", "clean"],
 )
 def test_without_eps_all_are_standard_training(strategy):
     assert torch.allclose(make(strategy).train()(batch())["loss"], make().train()(batch())["loss"], atol=1e-5)
@@ -291,6 +292,8 @@ def test_eps_grows_over_the_warm_up_and_is_then_all_of_it():
     schedule = EpsSchedule(warmup=0.5)
     assert [schedule(progress) for progress in (0.0, 0.25, 0.5, 0.9)] == [0.0, 0.5, 1.0, 1.0]
     assert EpsSchedule()(0.0) == 1.0
+    later = EpsSchedule(clean=0.25, warmup=0.5)
+    assert [later(progress) for progress in (0.0, 0.2, 0.5, 0.75, 0.9)] == [0.0, 0.0, 0.5, 1.0, 1.0]
     torch.manual_seed(0)
     drawn = [EpsSchedule(warmup=0.5, random=True)(0.25) for _ in range(200)]
     assert 0 <= min(drawn) < 0.05 < 0.45 < max(drawn) <= 0.5
@@ -303,7 +306,7 @@ def test_eps_grows_over_the_warm_up_and_is_then_all_of_it():
     ("build", "message"),
     [
         (lambda: EpsSchedule(warmup=2), "0 to 1"),
-        (lambda: EpsSchedule("a"), "warmup is 'a'"),
+        (lambda: EpsSchedule("a"), "clean is 'a'"),
         (lambda: Resolution(start=0, until=0.5), "start is 0"),
         (lambda: Resolution(start=128, until=2), "until is 2"),
         (lambda: Resolution(start=128, until=0.5, multiple="8"), "multiple is '8'"),
