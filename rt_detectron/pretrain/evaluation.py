@@ -36,7 +36,7 @@ class AccuracyEvaluator(DatasetEvaluator):
             left = self.max_attacked // comm.get_world_size() - self.attacked
             images, labels = images[: max(left, 0)], labels[: max(left, 0)]
         if len(labels):
-            adversarial = self.attack(self.model.classifier, images, labels)
+            adversarial = self.attack(self.model.target(), images, labels)
             self.attacked += len(labels)
             self.withstood += (self.model.classifier(adversarial).argmax(1) == labels).sum().item()
 
