@@ -31,6 +31,7 @@ from tqdm import tqdm
 from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.attacks.folding import FoldedNetwork
 from rt_detectron.checkpoint.architectures import build_classifier
+from rt_detectron.modeling import small_maps
 from rt_detectron.modeling.classifier import Classifier
 
 EPS, STEPS = 3.0, 3
@@ -90,6 +91,19 @@ def ours(folded: bool = True, channels_last: bool = True, fused: bool = False) -
         return training_step(model, images, labels, attack, fused, zero_first=True)
 
     return build
+
+
+def ours_without_small_maps(arch, images, labels) -> Step:
+    step, side = ours()(arch, images, labels), small_maps.MAX_SIDE
+
+    def directly() -> float:
+        small_maps.MAX_SIDE = 0
+        try:
+            return step()
+        finally:
+            small_maps.MAX_SIDE = side
+
+    return directly
 
 
 def robustness(use_best: bool) -> Callable[..., Step]:
@@ -161,6 +175,7 @@ def art(arch, images, labels) -> Step:
 SIDES: dict[str, Callable[..., Step]] = {
     "ours": ours(),
     "ours, optimiser fused": ours(fused=True),
+    "ours, small maps convolved directly": ours_without_small_maps,
     "ours, not folded": ours(folded=False),
     "ours, not folded, not channels_last": ours(folded=False, channels_last=False),
     "plain loop": plain,

@@ -151,13 +151,13 @@ def farthest(one: dict, other: dict) -> float:
 
 def test_two_processes_of_torchrun_with_sync_bn_train_as_one(command, tmp_path):
     # One step: in a second one an attack on weights that differ by rounding already goes elsewhere, how far
-    # depends on the machine.
+    # depends on the machine. Already the first makes more of rounding than a standard step.
     once = [*BRIEFLY, "train.epochs=1", "optimizer.lr=0.2"]
     alone = trained(command, tmp_path / "one", *once)
     together = trained(command, tmp_path / "two", *once, "torchrun", "train.sync_bn=True")
-    assert farthest(alone, together) < 1e-5
+    assert farthest(alone, together) < 1e-4
     local = trained(command, tmp_path / "local", *once, "torchrun")
-    assert farthest(alone, local) > 1e-4  # what it would be without synchronising
+    assert farthest(alone, local) > 1e-2  # what it would be without synchronising
 
 
 def test_accumulating_trains_as_more_processes_do(command, tmp_path):
