@@ -21,6 +21,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -94,16 +95,7 @@ def ours(folded: bool = True, channels_last: bool = True, fused: bool = False) -
 
 
 def ours_without_small_maps(arch, images, labels) -> Step:
-    step, side = ours()(arch, images, labels), small_maps.MAX_SIDE
-
-    def directly() -> float:
-        small_maps.MAX_SIDE = 0
-        try:
-            return step()
-        finally:
-            small_maps.MAX_SIDE = side
-
-    return directly
+    return mock.patch.object(small_maps, "MAX_SIDE", 0)(ours()(arch, images, labels))
 
 
 def robustness(use_best: bool) -> Callable[..., Step]:

@@ -1,4 +1,4 @@
-"""Wall time until a classifier is robust: the peers' recipe against ours, on CIFAR-10 with two CPU cores.
+"""Wall time until a classifier is robust: the peers' recipes against ours, on CIFAR-10 with two CPU cores.
 
     python benchmarks/time_to_robustness.py --data FOLDER_OF_SHARDS [--budget 300 --seeds 0 1 2]
 
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05, help="peak learning rate of ours")
     parser.add_argument("--peer-lr", type=float, default=0.025, help="and of the peer")
     parser.add_argument("--clean", type=float, default=0.5, help="share of ours' time on clean images")
-    parser.add_argument("--eps", type=float, default=1.0, help="of ours' training; 0.5 is what both face")
+    parser.add_argument("--eps", type=float, default=1.0, help="of ours' training; 0.5 is what all face")
     parser.add_argument(
         "--start", type=int, default=16, help="side of ours' images at first; 32: always full"
     )

@@ -117,8 +117,10 @@ def _line(out: int, size: int, kernel: int, stride: int, padding: int, dilation:
 
 
 def _toom_cook(outputs: int, taps: int):
-    """A filter of ``taps`` at ``outputs`` places by evaluation at 0, 1, -1, 2, -2 and infinity (Lavin & Gray
-    2016, section 4.1)."""
+    """A filter of ``taps`` at ``outputs`` places (Lavin & Gray 2016, section 4.1).
+
+    By evaluation at 0, 1, -1, 2, -2 and infinity.
+    """
     points = np.array([0.0, 1, -1, 2, -2][: outputs + taps - 2])
 
     def evaluate(coefficients: int) -> np.ndarray:
