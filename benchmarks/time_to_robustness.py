@@ -1,6 +1,6 @@
 """Wall time until a classifier is robust: the peers' recipes against ours, on CIFAR-10 with two CPU cores.
 
-    python benchmarks/time_to_robustness.py --data FOLDER_OF_SHARDS [--budget 300 --seeds 0 1 2]
+    python benchmarks/time_to_robustness.py --data FOLDER_OF_SHARDS [--budget 300 --seeds 0 1 2 --sides ours peer]
 
 All train torchvision's ResNet-18 from scratch on 32 px, against L2 eps 0.5, with the same augmentation, batch
 size, momentum and weight decay; then PGD-20 attacks all on the same 2,000 images.
@@ -8,9 +8,10 @@ size, momentum and weight decay; then PGD-20 attacks all on the same 2,000 image
 - published: PGD with 3 steps in the plain loop, whose speed is that of the other packages
   (benchmarks/adversarial_step.py), and the published learning rate: 0.1, divided by 10 after each third of
   its time. That is --budget seconds.
-- peer: the same with ours' one-cycle schedule, and a learning rate chosen for it.
-- ours has a third of that: clean images for the first half of it, then strategy Fast (a single step), with
-  images that grow from 16 px; on the kernels that the package has for small maps and for the attack.
+- peer: the same with ours' one-cycle schedule and Nesterov's momentum, and a learning rate chosen for it.
+- ours has a third of that: clean images at first, then strategy Fast (a single step) on more and more images
+  of each batch, all of which grow from 16 px; on the kernels that the package has for small maps and for the
+  attack.
 
 Each result is written to --output as soon as it is there; what is found there is not run again.
 """
@@ -58,12 +59,11 @@ def read(pattern: str, count: int, data: Path) -> tuple[Tensor, Tensor]:
 def batches(images: Tensor, labels: Tensor, seed: int):
     """Endless batches in [0, 1], cropped and flipped at random."""
     generator = torch.Generator().manual_seed(seed)
-    padded = pad(images, [4, 4, 4, 4])
+    crops = pad(images, [4, 4, 4, 4]).unfold(2, 32, 1).unfold(3, 32, 1)  # (N, 3, 9, 9, 32, 32), a view
     while True:
         for places in torch.randperm(len(images), generator=generator).split(BATCH)[:-1]:
-            # One place for the whole batch: fast, and the same for both sides.
-            x, y = torch.randint(0, 9, (2,), generator=generator).tolist()
-            crop = padded[places, :, y : y + 32, x : x + 32].float() / 255
+            y, x = torch.randint(0, 9, (2, len(places)), generator=generator)
+            crop = crops[places, :, y, x].float() / 255
             flip = torch.rand(len(places), 1, 1, 1, generator=generator) < 0.5
             yield torch.where(flip, crop.flip(3), crop), labels[places]
 
@@ -79,7 +79,7 @@ def peer(args: argparse.Namespace) -> tuple[nn.Module, Callable]:
 
 
 def ours(args: argparse.Namespace) -> tuple[nn.Module, Callable]:
-    strategy = Fast(ThreatModel("l2", args.eps), EpsSchedule(clean=args.clean))
+    strategy = Fast(ThreatModel("l2", args.eps), EpsSchedule(args.clean, args.warmup, grows="images"))
     resolution = Resolution(args.start, args.until, multiple=4)
     model = Pretraining(Classifier("resnet18", 10), strategy, resolution)
 
@@ -113,8 +113,14 @@ def train(name: str, data, seconds: float, seed: int, args: argparse.Namespace) 
     }[name]
     model, loss_of = build(args)
     model.train()
-    fused = build is ours
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, fused=fused)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=lr,
+        momentum=0.9,
+        weight_decay=5e-4,
+        nesterov=name != "published",
+        fused=name == "ours",
+    )
     stream = batches(*data, seed)
     seen = 0
     start = time.perf_counter()
@@ -186,18 +192,24 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of cifar10-{train,val}-*.tar.gz")
     parser.add_argument("--budget", type=float, default=300, help="the peer's seconds; ours has a third")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=Path("output/time-to-robustness.json"))
     parser.add_argument("--lr", type=float, default=0.05, help="peak learning rate of ours")
-    parser.add_argument("--peer-lr", type=float, default=0.025, help="and of the peer")
-    parser.add_argument("--clean", type=float, default=0.5, help="share of ours' time on clean images")
+    parser.add_argument("--peer-lr", type=float, default=0.05, help="and of the peer")
+    parser.add_argument("--clean", type=float, default=0.3, help="share of ours' time on clean images")
+    parser.add_argument(
+        "--warmup", type=float, default=0.5, help="share over which more and more are attacked"
+    )
     parser.add_argument("--eps", type=float, default=1.0, help="of ours' training; 0.5 is what all face")
     parser.add_argument(
         "--start", type=int, default=16, help="side of ours' images at first; 32: always full"
     )
     parser.add_argument("--until", type=float, default=0.6, help="share of the time until they are 32 px")
     args = parser.parse_args()
-    settings = {key: value for key, value in vars(args).items() if key not in ("data", "seeds", "output")}
+    settings = {
+        key: value for key, value in vars(args).items() if key not in ("data", "seeds", "sides", "output")
+    }
     stored = (
         json.loads(args.output.read_text()) if args.output.exists() else {"settings": settings, "seeds": {}}
     )
@@ -208,7 +220,7 @@ def main() -> None:
     todo = [
         (seed, name)
         for seed in args.seeds
-        for name in SIDES
+        for name in args.sides
         if name not in stored["seeds"].get(str(seed), {})
     ]
     if todo:

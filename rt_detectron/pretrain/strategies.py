@@ -20,17 +20,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EpsSchedule:
-    """How much of eps an adversary gets while training goes on.
+    """What an adversary may do while training goes on.
 
     Attributes:
-        clean: share of the training that has none of it. Its steps are on clean images, and cost no attack: a
-            network that has learned something is made robust in less time than one that starts from nothing.
-        warmup: share of the training over which it then grows linearly from 0.
-        random: of what the warm-up allows, every batch gets a uniformly random part.
+        clean: share of the training in which it may do nothing. Its steps are on clean images, and cost no
+            attack: a network that has learned something is made robust in less time than one that starts
+            from nothing.
+        warmup: share of the training over which it then gains its full strength, linearly from 0.
+        grows: in the warm-up. "eps": all images are attacked, with a part of eps. "images": a part of each
+            batch is attacked, with all of eps, which costs as much less.
+        random: of the eps that the warm-up allows, every batch gets a uniformly random part.
     """
 
     clean: float = 0.0
     warmup: float = 0.0
+    grows: str = "eps"
     random: bool = False
 
     def __post_init__(self):
@@ -38,13 +42,22 @@ class EpsSchedule:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value <= 1:
                 raise InputError(f"eps schedule: {name} is {value!r}; it is a share of training, 0 to 1")
+        if self.grows not in ("eps", "images"):
+            raise InputError(f"eps schedule: grows is {self.grows!r}; it must be 'eps' or 'images'")
 
     def __call__(self, progress: float) -> float:
         """The part of eps, in [0, 1], after the share ``progress`` of the training."""
+        scale = self._strength(progress) if self.grows == "eps" else 1.0
+        return scale * torch.rand(()).item() if self.random else scale
+
+    def attacked(self, images: int, progress: float) -> int:
+        """How many of a batch's ``images`` are attacked."""
+        return round(images * self._strength(progress)) if self.grows == "images" else images
+
+    def _strength(self, progress: float) -> float:
         if progress < self.clean:
             return 0.0
-        scale = min((progress - self.clean) / self.warmup, 1.0) if self.warmup else 1.0
-        return scale * torch.rand(()).item() if self.random else scale
+        return min((progress - self.clean) / self.warmup, 1.0) if self.warmup else 1.0
 
 
 class Standard:
@@ -98,7 +111,15 @@ class Adversarial(Standard):
         return replace(self.attack, threat_model=scaled)
 
     def perturb(self, target, images, labels, progress):
-        return self.attack_now(progress)(target, images, labels)
+        count = self.schedule.attacked(len(images), progress)
+        if count == 0:
+            return images
+        adversarial = self._perturb(self.attack_now(progress), target, images[:count], labels[:count])
+        return torch.cat([adversarial, images[count:]]) if count < len(images) else adversarial
+
+    def _perturb(self, attack: PGD, target: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The images that are attacked, after the attack of now."""
+        return attack(target, images, labels)
 
 
 class Fast(Adversarial):
@@ -125,11 +146,10 @@ class Fast(Adversarial):
         self.check_every = check_every
         self.seen = self.suspicions = 0
 
-    def perturb(self, target, images, labels, progress):
-        single = self.attack_now(progress)
-        adversarial = single(target, images, labels)
+    def _perturb(self, attack, target, images, labels):
+        adversarial = attack(target, images, labels)
         if self.seen % self.check_every == self.check_every - 1:
-            several = replace(single, steps=5, relative_step_size=2.5)
+            several = replace(attack, steps=5, relative_step_size=2.5)
             self._look_out(target, adversarial, several(target, images, labels), labels)
         self.seen += 1
         return adversarial
@@ -179,6 +199,8 @@ class Free(Standard):
             raise InputError(f"Free: threat_model is {threat_model!r}; it must be a ThreatModel, l2 or linf")
         if type(replays) is not int or replays < 1:
             raise InputError(f"Free: replays is {replays!r}; it must be a whole number >= 1")
+        if schedule.grows != "eps":
+            raise InputError("Free: whole batches are attacked, at no cost; grows must be 'eps'")
         self.threat_model = threat_model
         self.replays = replays
         self.schedule = schedule
@@ -233,10 +255,10 @@ class Trades(Adversarial):
             raise InputError(f"Trades: beta is {beta!r}; it must be a finite number >= 0")
         self.beta = beta
 
-    def perturb(self, target, images, labels, progress):
+    def _perturb(self, attack, target, images, labels):
         with torch.no_grad(), eval_mode(target):
             clean = target(images).softmax(1)
-        return self.attack_now(progress)(target, images, clean, loss=_divergence)
+        return attack(target, images, clean, loss=_divergence)
 
     def losses(self, classifier, images, adversarial, labels):
         logits, attacked = classifier(images), classifier(adversarial)

@@ -108,8 +108,9 @@ def test_eval_mode_gives_the_clean_logits():
         Free(ThreatModel("linf", 0.0)),
         Adversarial(PGD(L2, steps=1), EpsSchedule(warmup=1.0)),  # at progress 0
         Adversarial(PGD(L2, steps=1), EpsSchedule(clean=0.5)),
+        Fast(L2, EpsSchedule(clean=0.5, grows="images")),
     ],
-    ids=["adversarial", "fast", "free", "warm-up", "clean"],
+    ids=["adversarial", "fast", "free", "warm-up", "clean", "no images"],
 )
 def test_without_eps_all_are_standard_training(strategy):
     assert torch.allclose(make(strategy).train()(batch())["loss"], make().train()(batch())["loss"], atol=1e-5)
@@ -302,10 +303,39 @@ def test_eps_grows_over_the_warm_up_and_is_then_all_of_it():
     assert attack.step_size == pytest.approx(2.5 * 4 / 255 / 2)
 
 
+@pytest.mark.parametrize("build", [lambda s: Adversarial(PGD(L2, steps=2), s), lambda s: Fast(L2, s)])
+def test_attacked_images_grow_over_the_warm_up_each_with_all_of_eps(build):
+    images, labels = batch()
+    images = images.float() / 255
+    schedule = EpsSchedule(clean=0.2, warmup=0.4, grows="images")
+    classifier = make().classifier.eval()
+    for progress, attacked in ((0.1, 0), (0.2, 0), (0.4, 3), (0.6, 6), (0.9, 6)):
+        assert schedule.attacked(6, progress) == attacked
+        strategy = build(schedule)
+        torch.manual_seed(1)
+        perturbed = strategy.perturb(classifier, images, labels, progress)
+        torch.manual_seed(1)
+        alone = strategy.attack(classifier, images[:attacked], labels[:attacked]) if attacked else images[:0]
+        assert torch.equal(perturbed, torch.cat([alone, images[attacked:]]))
+    assert (alone - images).flatten(1).norm(dim=1).min() > 0.5
+
+
+def test_trades_takes_the_predictions_of_the_attacked_images_only():
+    images, labels = batch()
+    schedule = EpsSchedule(warmup=0.5, grows="images")
+    model = make(Trades(PGD(L2, steps=1, random_start=True), schedule=schedule)).train()
+    seen = []
+    model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    model.strategy.perturb(model.classifier, images / 255, labels, 0.25)
+    assert seen == [3, 3]  # the predictions, and the attack's one step
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: EpsSchedule(warmup=2), "0 to 1"),
+        (lambda: EpsSchedule(grows="img"), "grows is 'img'; it must be 'eps' or 'images'"),
+        (lambda: Free(L2, schedule=EpsSchedule(grows="images")), "grows must be 'eps'"),
         (lambda: EpsSchedule("a"), "clean is 'a'"),
         (lambda: Resolution(start=0, until=0.5), "start is 0"),
         (lambda: Resolution(start=128, until=2), "until is 2"),

@@ -28,7 +28,7 @@ model = L(Pretraining)(
     # A step is relative_step_size * eps / steps long.
     strategy=L(Adversarial)(
         attack=L(PGD)(threat_model="${threat_model}", steps=3, relative_step_size=2.0, random_start=False),
-        schedule=L(EpsSchedule)(clean=0.0, warmup=0.0, random=False),
+        schedule=L(EpsSchedule)(clean=0.0, warmup=0.0, grows="eps", random=False),
     ),
     resolution=None,  # or L(Resolution)(start=128, until=0.6): smaller images at first
 )
