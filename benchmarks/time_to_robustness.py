@@ -1,6 +1,6 @@
 """Wall time until a classifier is robust: the peers' recipes against ours, on CIFAR-10 with two CPU cores.
 
-    python benchmarks/time_to_robustness.py --data FOLDER_OF_SHARDS [--budget 300 --seeds 0 1 2 --sides ours peer]
+    python benchmarks/time_to_robustness.py --data FOLDER_OF_SHARDS [--seeds 0 1 2 --sides ours peer]
 
 All train torchvision's ResNet-18 from scratch on 32 px, against L2 eps 0.5, with the same augmentation, batch
 size, momentum and weight decay; then PGD-20 attacks all on the same 2,000 images.
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=Path("output/time-to-robustness.json"))
     parser.add_argument("--lr", type=float, default=0.05, help="peak learning rate of ours")
-    parser.add_argument("--peer-lr", type=float, default=0.05, help="and of the peer")
+    parser.add_argument("--peer-lr", type=float, default=0.1, help="and of the peer")
     parser.add_argument("--clean", type=float, default=0.3, help="share of ours' time on clean images")
     parser.add_argument(
         "--warmup", type=float, default=0.5, help="share over which more and more are attacked"
