@@ -46,21 +46,22 @@ class SmallMap:
         y = _each(self.outputs, products.transpose(0, 1))
         return y.unflatten(1, self.size).permute(0, 3, 1, 2)
 
+    def gradient_of_products(self, grad: Tensor) -> Tensor:
+        """(products, N, O) of a loss, from its gradient with respect to the output."""
+        return _each(self.outputs.T, grad.permute(0, 2, 3, 1).flatten(1, 2)).transpose(0, 1)
+
     def gradient_of_x(self, grad: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
-        """Of a loss, from its gradient ``grad`` with respect to the output; ``size`` is height and width."""
-        products = torch.bmm(self._products_of(grad), self.transform(weight).transpose(0, 1))
+        """From that of the products; ``size`` is height and width."""
+        products = torch.bmm(grad, self.transform(weight).transpose(0, 1))
         return _each(self.pixels.T, products.transpose(0, 1)).unflatten(1, size).permute(0, 3, 1, 2)
 
     def gradient_of_weight(self, grad: Tensor, x: Tensor, kernel: torch.Size) -> Tensor:
         """The same with respect to the weight."""
-        products = torch.bmm(self._products_of(grad).transpose(1, 2), self._pixels_of(x).transpose(0, 1))
+        products = torch.bmm(grad.transpose(1, 2), self._pixels_of(x).transpose(0, 1))
         return _each(self.taps.T, products.transpose(0, 1)).unflatten(1, kernel).permute(0, 3, 1, 2)
 
     def _pixels_of(self, x: Tensor) -> Tensor:
         return _each(self.pixels, x.permute(0, 2, 3, 1).flatten(1, 2))
-
-    def _products_of(self, grad: Tensor) -> Tensor:
-        return _each(self.outputs.T, grad.permute(0, 2, 3, 1).flatten(1, 2)).transpose(0, 1)
 
 
 def _each(matrix: Tensor, batch: Tensor) -> Tensor:
@@ -142,6 +143,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
+        grad = ctx.small.gradient_of_products(grad)
         return (
             ctx.small.gradient_of_x(grad, weight, x.shape[2:]) if needs_x else None,
             ctx.small.gradient_of_weight(grad, x, weight.shape[2:]) if needs_weight else None,
