@@ -30,9 +30,9 @@ from torch import nn
 from tqdm import tqdm
 
 from rt_detectron.attacks import PGD, ThreatModel
-from rt_detectron.attacks.folding import FoldedNetwork
 from rt_detectron.checkpoint.architectures import build_classifier
-from rt_detectron.modeling import small_maps
+from rt_detectron.layers import small_maps
+from rt_detectron.layers.folding import FoldedNetwork
 from rt_detectron.modeling.classifier import Classifier
 
 EPS, STEPS = 3.0, 3

@@ -22,8 +22,8 @@ from rt_detectron.checkpoint.architectures import ARCHITECTURES, IMAGENET_MEAN, 
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.config import add_robust_config
-from rt_detectron.errors import one_line_errors
 from rt_detectron.modeling.backbone import build_robust_torchvision_fpn_backbone
+from rt_detectron.utils.errors import one_line_errors
 
 STAGES = ["res2", "res3", "res4", "res5"]
 

@@ -22,8 +22,8 @@ from pycocotools import mask as rle_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rt_detectron.errors import InputError, one_line_errors
 from rt_detectron.evaluation import evaluate_detections
+from rt_detectron.utils.errors import InputError, one_line_errors
 
 HEIGHT, WIDTH = 480, 640
 CATEGORIES = 80

@@ -26,7 +26,7 @@ from rt_detectron.attacks import PGD, DetectorAttack, ThreatModel
 from rt_detectron.attacks.detection import LOSSES
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.engine import load_config
-from rt_detectron.errors import one_line_errors
+from rt_detectron.utils.errors import one_line_errors
 
 CONFIG = "configs/coco_subset/mask_rcnn_r18_fpn.yaml"
 OBJECTS = 6

@@ -37,10 +37,10 @@ from tqdm import tqdm
 
 from rt_detectron.checkpoint.architectures import build_classifier, get_architecture
 from rt_detectron.checkpoint.convert import read_network
-from rt_detectron.errors import one_line_errors
 from rt_detectron.transfer.config import load_config
 from rt_detectron.transfer.datasets import classification_dataset
 from rt_detectron.transfer.trainer import do_transfer
+from rt_detectron.utils.errors import one_line_errors
 
 CONFIG = Path(__file__).parents[1] / "configs" / "transfer" / "fixed_feature.py"
 BATCH = 64

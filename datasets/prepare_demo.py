@@ -21,7 +21,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
-from rt_detectron.errors import InputError, one_line_errors
+from rt_detectron.utils.errors import InputError, one_line_errors
 
 # Only photographs that lie inside the wheels, so that no loader reaches for the network. Each is listed
 # under exactly one split. Pictures that show writing (page, text, color) are left out: they hold glyphs.

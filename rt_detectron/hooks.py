@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from torch.optim.swa_utils import AveragedModel
 
 from rt_detectron.checkpoint.atomic import AtomicCheckpointer, periodic_checkpoints
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 

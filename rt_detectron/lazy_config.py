@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from rt_detectron.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 

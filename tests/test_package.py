@@ -75,7 +75,7 @@ for name in ("robust_resnet", "robust_resnet_fpn", "retinanet_robust_resnet_fpn"
     assert f"build_{name}_backbone" in BACKBONE_REGISTRY, name
 try:
     PathManager.get_local_path("robust://resnet50_l2_eps3.pkl")
-except rt_detectron.errors.InputError as error:
+except rt_detectron.utils.errors.InputError as error:
     assert "RT_DETECTRON_ZOO is not set" in str(error)
 else:
     raise SystemExit("robust:// is not handled")
@@ -133,7 +133,7 @@ for name in {MODULES}:
 def test_rooms_import_only_downward(module):
     room = (*module.split("."), "__init__")[1]
     forbidden = imported_rooms(module) - ROOMS[room] - {room, *EVERYONES}
-    if module == "rt_detectron.versions":
+    if module == "rt_detectron.utils.versions":
         forbidden -= {"__init__"}  # for __version__
     assert not forbidden, f"{module} imports {', '.join(sorted(forbidden))}"
 
@@ -171,7 +171,7 @@ def imported_names(path: Path, package: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            # `from rt_detectron import modeling` names a room, `from rt_detectron.errors import X` does not
+            # `from rt_detectron import modeling` names a room, `from rt_detectron.utils import x` does not
             names.update(f"{module}.{a.name}" for a in node.names if module == "rt_detectron")
             if module != "rt_detectron":
                 names.add(module)

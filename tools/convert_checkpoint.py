@@ -9,7 +9,7 @@ import argparse
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, TIMM, get_architecture
 from rt_detectron.checkpoint.convert import NORMS, Conversion, convert_checkpoint
 from rt_detectron.checkpoint.preprocessing import preprocessing_lines
-from rt_detectron.errors import one_line_errors
+from rt_detectron.utils.errors import one_line_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

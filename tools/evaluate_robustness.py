@@ -38,9 +38,9 @@ from rt_detectron.engine.robustness import (
     robustness_config,
     robustness_table,
 )
-from rt_detectron.errors import one_line_errors
 from rt_detectron.evaluation.plan import robustness_plan
 from rt_detectron.launch import launch
+from rt_detectron.utils.errors import one_line_errors
 
 
 def main(args: argparse.Namespace) -> None:

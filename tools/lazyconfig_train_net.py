@@ -20,8 +20,8 @@ from detectron2.utils.logger import setup_logger
 
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.engine import build_lazy_model, do_test, do_train, load_lazy_config, write_lazy_results
-from rt_detectron.errors import one_line_errors
 from rt_detectron.launch import launch
+from rt_detectron.utils.errors import one_line_errors
 
 
 def main(args: argparse.Namespace) -> None:

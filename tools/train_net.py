@@ -22,8 +22,8 @@ import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
 from rt_detectron.engine import Trainer, load_config, write_results
-from rt_detectron.errors import one_line_errors
 from rt_detectron.launch import launch
+from rt_detectron.utils.errors import one_line_errors
 
 
 def main(args: argparse.Namespace) -> None:

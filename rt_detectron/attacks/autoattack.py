@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rt_detectron.errors import InputError
-
-from .pgd import eval_mode
-from .threat_model import ThreatModel
+from rt_detectron.attacks.threat_model import ThreatModel
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.modes import eval_mode
 
 NORMS = {"l1": "L1", "l2": "L2", "linf": "Linf"}  # as the package spells them
 MIN_CLASSES = 4  # of the loss that its targeted attack has

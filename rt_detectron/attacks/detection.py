@@ -17,10 +17,9 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from rt_detectron.errors import InputError
-
-from .pgd import PGD
-from .threat_model import ThreatModel
+from rt_detectron.attacks.pgd import PGD
+from rt_detectron.attacks.threat_model import ThreatModel
+from rt_detectron.utils.errors import InputError
 
 # The training losses that each objective sums, by what their names contain: loss_rpn_cls, loss_cls_stage2, ..
 TERMS = {

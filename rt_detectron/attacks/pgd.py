@@ -2,17 +2,16 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rt_detectron.errors import InputError
-
-from .threat_model import ThreatModel
+from rt_detectron.attacks.threat_model import ThreatModel
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.modes import eval_mode
 
 cross_entropy = functools.partial(F.cross_entropy, reduction="none")
 # See PGD.maximize.
@@ -166,15 +165,3 @@ class _Strongest:
         self.images = torch.where(better.view(-1, 1, 1, 1), images, self.images)
         self.losses = torch.where(better, losses, self.losses)
         self.fooled = self.fooled | fooled
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in eval mode; afterwards every submodule has its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 
 @dataclass(frozen=True)

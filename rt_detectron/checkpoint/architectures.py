@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 TIMM = "timm/"  # before the name of a network of timm's
 

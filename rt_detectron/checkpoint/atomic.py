@@ -6,8 +6,8 @@ import re
 from detectron2.checkpoint import DetectionCheckpointer
 
 from rt_detectron.checkpoint.writers import save_atomically
-from rt_detectron.errors import InputError
-from rt_detectron.files import replaced_atomically
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import replaced_atomically
 
 
 class AtomicCheckpointer(DetectionCheckpointer):

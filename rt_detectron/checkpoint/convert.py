@@ -13,8 +13,8 @@ from rt_detectron.checkpoint.architectures import TIMM, build_classifier, get_ar
 from rt_detectron.checkpoint.formats import ClassifierFile, read_classifier
 from rt_detectron.checkpoint.names import backbone_names, check_architecture, detect_architecture
 from rt_detectron.checkpoint.writers import WRITERS
-from rt_detectron.errors import InputError, one_line
-from rt_detectron.files import file_sha256, replaced_atomically
+from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.files import file_sha256, replaced_atomically
 
 NORMS = ("l1", "l2", "linf")
 

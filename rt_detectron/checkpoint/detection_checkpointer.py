@@ -11,7 +11,7 @@ from rt_detectron.checkpoint.architectures import get_architecture
 from rt_detectron.checkpoint.atomic import AtomicCheckpointer
 from rt_detectron.checkpoint.formats import check_archive, check_file, read_pickle, unreadable
 from rt_detectron.checkpoint.preprocessing import check_preprocessing
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 # What a backbone's file fills, and the stage that a tensor belongs to. A network that is not Detectron2's
 # sits in its backbone as `trunk` with names of its own, of which two words tell one stage from another.

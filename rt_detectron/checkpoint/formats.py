@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rt_detectron.checkpoint.architectures import ARCHITECTURES
 from rt_detectron.checkpoint.names import backbone_names
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 # Where a file keeps the network's own names. The robustness package stores the network twice, plainly and
 # inside its attacker: only the plain copy is listed, so exactly one is taken.

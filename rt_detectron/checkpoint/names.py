@@ -13,7 +13,7 @@ from rt_detectron.checkpoint.architectures import (
     get_architecture,
     import_timm,
 )
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 # torchvision's ResNets -> Detectron2's, each rule on the outcome of the one before it.
 _TO_DETECTRON2 = (

@@ -3,7 +3,7 @@
 from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
 from torch import nn
 
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 # Of 0..255. Lets configs round (57.38 for 57.375), yet tells any two conventions apart.
 TOLERANCE = 0.01

@@ -6,8 +6,8 @@ import pickle
 import torch
 from torch import Tensor
 
-from rt_detectron.errors import InputError
-from rt_detectron.files import replaced_atomically
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import replaced_atomically
 
 
 def save_atomically(content: dict, path: str) -> None:

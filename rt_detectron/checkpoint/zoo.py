@@ -14,8 +14,8 @@ from iopath.common.file_io import PathHandler, get_cache_dir
 
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.checkpoint.formats import check_file
-from rt_detectron.errors import InputError, one_line
-from rt_detectron.files import file_sha256, locked
+from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.files import file_sha256, locked
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import numpy as np
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 COMMON_CORRUPTIONS = (
     "gaussian_noise",

@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.data.datasets import register_coco_instances
 
 from rt_detectron.data.derived import register_derived
-from rt_detectron.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, one_line
 
 
 def _register_demo(root: str) -> None:

@@ -9,8 +9,8 @@ from functools import partial
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from rt_detectron.errors import InputError, one_line
-from rt_detectron.files import cache_folder, locked, replaced_atomically
+from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.files import cache_folder, locked, replaced_atomically
 
 _VERSION = 1  # of the derivations below: part of the cache's key
 _HELD_OUT = 0.2

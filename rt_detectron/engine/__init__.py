@@ -1,10 +1,10 @@
 """Detectron2's DefaultTrainer and DefaultPredictor with our checkpointer, checks and options."""
 
-from .lazy import build_lazy_model, do_test, do_train, load_lazy_config, write_lazy_results
-from .optimizer import backbone_factor
-from .predictor import Predictor, load_predictors
-from .results import write_results
-from .trainer import Trainer, load_config
+from rt_detectron.engine.lazy import build_lazy_model, do_test, do_train, load_lazy_config, write_lazy_results
+from rt_detectron.engine.optimizer import backbone_factor
+from rt_detectron.engine.predictor import Predictor, load_predictors
+from rt_detectron.engine.results import write_results
+from rt_detectron.engine.trainer import Trainer, load_config
 
 __all__ = [
     "Predictor",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rt_detectron.attacks import ThreatModel
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 
 class FreeReplays:

@@ -9,8 +9,8 @@ from detectron2.utils import comm
 from torch import nn
 
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
-from rt_detectron.errors import InputError
 from rt_detectron.hooks import ExponentialMovingAverage, SafeCheckpointing
+from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -15,16 +15,15 @@ from torch import nn
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.preprocessing import check_preprocessing
 from rt_detectron.data import check_datasets
-from rt_detectron.errors import InputError
-from rt_detectron.files import finite, write_json
+from rt_detectron.engine.adversarial import replayed
+from rt_detectron.engine.hooks import build_average, training_hooks
+from rt_detectron.engine.results import describe_dataset
+from rt_detectron.engine.steps import DIVERGED, build_trainer, fast
 from rt_detectron.hooks import SafeCheckpointing
 from rt_detectron.lazy_config import config_sha256, read_lazy_config
-from rt_detectron.versions import versions
-
-from .adversarial import replayed
-from .hooks import build_average, training_hooks
-from .results import describe_dataset
-from .steps import DIVERGED, build_trainer, fast
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import finite, write_json
+from rt_detectron.utils.versions import versions
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from torch import nn
 
 from rt_detectron.checkpoint.detection_checkpointer import TRUNK
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 
 def backbone_factor(multiplier: float) -> Callable[[str], float]:

@@ -10,7 +10,7 @@ from detectron2.structures import Instances
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
 from rt_detectron.engine.trainer import load_config
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 
 class Predictor(DefaultPredictor):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from detectron2.utils import comm
 
-from rt_detectron.files import write_json
+from rt_detectron.utils.files import write_json
 
 logger = logging.getLogger(__name__)
 

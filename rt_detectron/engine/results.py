@@ -6,10 +6,9 @@ import os
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from rt_detectron.files import finite, write_json
-from rt_detectron.versions import versions
-
-from .trainer import inference_folder
+from rt_detectron.engine.trainer import inference_folder
+from rt_detectron.utils.files import finite, write_json
+from rt_detectron.utils.versions import versions
 
 
 def write_results(cfg: CfgNode, results: dict, wall_time_s: float, iterations: int) -> str:

@@ -16,6 +16,9 @@ from torch import nn
 
 from rt_detectron.attacks import DetectorAttack, RandomNoise
 from rt_detectron.data.corruptions import CorruptionMapper
+from rt_detectron.engine.progress import Progress
+from rt_detectron.engine.results import config_sha256, provenance
+from rt_detectron.engine.trainer import Trainer
 from rt_detectron.evaluation.pictures import BeforeAfter
 from rt_detectron.evaluation.plan import robustness_plan
 from rt_detectron.evaluation.robustness import (
@@ -27,11 +30,7 @@ from rt_detectron.evaluation.robustness import (
     performance_under_corruption,
     spread,
 )
-from rt_detectron.files import file_sha256, finite, write_json
-
-from .progress import Progress
-from .results import config_sha256, provenance
-from .trainer import Trainer
+from rt_detectron.utils.files import file_sha256, finite, write_json
 
 logger = logging.getLogger(__name__)
 

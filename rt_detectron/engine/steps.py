@@ -8,8 +8,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from rt_detectron.errors import InputError, one_line
-from rt_detectron.modeling.frozen_norm import fold_frozen_norms
+from rt_detectron.layers.frozen_norm import fold_frozen_norms
+from rt_detectron.utils.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 

@@ -24,14 +24,13 @@ from yaml import YAMLError
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.config import add_robust_config
 from rt_detectron.data import check_datasets, load_training_set
-from rt_detectron.errors import InputError, one_line
+from rt_detectron.engine.adversarial import replayed
+from rt_detectron.engine.hooks import build_average, training_hooks
+from rt_detectron.engine.optimizer import build_optimizer
+from rt_detectron.engine.steps import DIVERGED, build_trainer, fast
 from rt_detectron.evaluation import COCOEvaluator, LVISEvaluator
 from rt_detectron.hooks import SafeCheckpointing
-
-from .adversarial import replayed
-from .hooks import build_average, training_hooks
-from .optimizer import build_optimizer
-from .steps import DIVERGED, build_trainer, fast
+from rt_detectron.utils.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rt_detectron.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, one_line
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from pycocotools import mask as rle_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rt_detectron.errors import InputError, one_line
 from rt_detectron.evaluation.annotations import check_annotations, readable
 from rt_detectron.evaluation.matching import (
     Objects,
@@ -25,7 +24,8 @@ from rt_detectron.evaluation.matching import (
     mask_iou,
     precision_and_recall,
 )
-from rt_detectron.files import replaced_atomically
+from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.files import replaced_atomically
 
 SHAPES = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # the field of each task
 

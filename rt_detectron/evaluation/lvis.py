@@ -13,10 +13,10 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import LVISEvaluator as Detectron2LVISEvaluator
 from detectron2.utils.logger import create_small_table
 
-from rt_detectron.errors import InputError
 from rt_detectron.evaluation.annotations import check_annotations, readable
 from rt_detectron.evaluation.coco import SHAPES, restore_category_ids, write_results
 from rt_detectron.evaluation.matching import Objects, box_iou, column, mask_iou, precision_and_recall
+from rt_detectron.utils.errors import InputError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 MAX_DETS = 300  # of an image, over all categories

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from rt_detectron.attacks import PGD, DetectorAttack, ThreatModel
 from rt_detectron.attacks.detection import LOSSES
 from rt_detectron.data.corruptions import SEVERITIES, corruption_names
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 
 @dataclass(frozen=True)

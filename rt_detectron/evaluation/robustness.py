@@ -13,8 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from rt_detectron.attacks import DetectorAttack, RandomNoise
-from rt_detectron.attacks.pgd import eval_mode
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.modes import eval_mode
 
 Metrics = dict[str, dict[str, float]]  # {"bbox": {"AP": 38.6, ...}, "segm": {...}}, in percent
 # Called after each batch with the detector's inputs and its outputs.

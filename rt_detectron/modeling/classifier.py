@@ -11,8 +11,8 @@ from rt_detectron.checkpoint.architectures import (
     build_classifier,
     get_architecture,
 )
-from rt_detectron.errors import InputError
-from rt_detectron.modeling.small_maps import use_small_maps
+from rt_detectron.layers.small_maps import use_small_maps
+from rt_detectron.utils.errors import InputError
 
 
 def versioned(state_dict: dict[str, Tensor], network: nn.Module) -> OrderedDict[str, Tensor]:

@@ -16,8 +16,8 @@ from rt_detectron.checkpoint.formats import read_pickle
 from rt_detectron.checkpoint.names import is_counter
 from rt_detectron.checkpoint.writers import WRITERS
 from rt_detectron.config import add_robust_config
-from rt_detectron.errors import InputError
 from rt_detectron.modeling.classifier import Classifier, versioned
+from rt_detectron.utils.errors import InputError
 
 _BUILDERS = {
     None: "build_robust_{family}_backbone",

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from rt_detectron.checkpoint.atomic import AtomicCheckpointer, periodic_checkpoints
 from rt_detectron.checkpoint.formats import check_archive, unreadable
-from rt_detectron.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from rt_detectron.errors import InputError
 from rt_detectron.lazy_config import read_lazy_config
+from rt_detectron.utils.errors import InputError
 
 KEYS = ("model", "dataloader", "optimizer", "lr_multiplier", "evaluator", "train")  # of a recipe
 

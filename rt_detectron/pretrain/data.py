@@ -14,10 +14,8 @@ import tarfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 
-import numpy as np
 import torch
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
@@ -27,7 +25,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
-from rt_detectron.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.seeds import seeded, seeded_generator
 
 logger = logging.getLogger(__name__)
 
@@ -324,23 +323,6 @@ class TrainLoader:
             )
         finally:
             closing.set()
-
-
-def seeded_generator(*seed: int) -> torch.Generator:
-    """Random numbers on the CPU that follow from these numbers."""
-    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> 1))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers on the CPU from ``seed``; afterwards the global ones go on as if nothing had been."""
-    state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch GPUs, too
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)
 
 
 def _leave_signals_to_the_trainer(closing: Event, worker_id: int) -> None:

@@ -5,8 +5,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from rt_detectron.attacks import PGD
-
-from .strategies import Pretraining
+from rt_detectron.pretrain.strategies import Pretraining
 
 
 class AccuracyEvaluator(DatasetEvaluator):

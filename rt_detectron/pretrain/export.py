@@ -4,13 +4,12 @@ import os
 
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.checkpoint.writers import save_atomically
-from rt_detectron.errors import InputError
-from rt_detectron.files import file_sha256, replaced_atomically
 from rt_detectron.lazy_config import as_yaml
 from rt_detectron.modeling.classifier import Classifier
-from rt_detectron.versions import versions
-
-from .strategies import Pretraining
+from rt_detectron.pretrain.strategies import Pretraining
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import file_sha256, replaced_atomically
+from rt_detectron.utils.versions import versions
 
 
 class Metadata:

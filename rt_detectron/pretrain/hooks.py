@@ -6,7 +6,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from tqdm import tqdm
 
-from .strategies import Pretraining
+from rt_detectron.pretrain.strategies import Pretraining
 
 
 class StepState(HookBase):

@@ -3,7 +3,7 @@
 import json
 import os
 
-from rt_detectron.files import replaced_atomically
+from rt_detectron.utils.files import replaced_atomically
 from rt_detectron.visualization.plots import accuracy_plot
 
 

@@ -18,14 +18,13 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from rt_detectron.attacks import PGD, AutoAttack, ThreatModel
-from rt_detectron.errors import InputError
-from rt_detectron.files import file_sha256
-from rt_detectron.versions import versions
-
-from .data import ShardDataset
-from .report import write_report
-from .strategies import Pretraining
-from .trainer import build_model, load_weights
+from rt_detectron.pretrain.data import ShardDataset
+from rt_detectron.pretrain.report import write_report
+from rt_detectron.pretrain.strategies import Pretraining
+from rt_detectron.pretrain.trainer import build_model, load_weights
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import file_sha256
+from rt_detectron.utils.versions import versions
 
 logger = logging.getLogger(__name__)
 

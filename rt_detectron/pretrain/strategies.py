@@ -10,10 +10,10 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, fx, nn
 
 from rt_detectron.attacks import PGD, ThreatModel
-from rt_detectron.attacks.folding import FoldedNetwork
-from rt_detectron.attacks.pgd import eval_mode
-from rt_detectron.errors import InputError
+from rt_detectron.layers.folding import FoldedNetwork
 from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.modes import eval_mode
 
 logger = logging.getLogger(__name__)
 

@@ -17,17 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from rt_detectron.checkpoint.formats import read_classifier
-from rt_detectron.errors import InputError, one_line
 from rt_detectron.hooks import ExponentialMovingAverage
+from rt_detectron.layers.sync_bn import use_sync_bn
 from rt_detectron.modeling.classifier import versioned
-from rt_detectron.modeling.sync_bn import use_sync_bn
-
-from .checkpoint import TrainingCheckpointer, has_checkpoint
-from .data import TrainLoader, check_same_classes
-from .export import Metadata, export
-from .hooks import StepState
-from .strategies import Pretraining
-from .training import build_optimizer, refuse_other_training, run
+from rt_detectron.pretrain.checkpoint import TrainingCheckpointer, has_checkpoint
+from rt_detectron.pretrain.data import TrainLoader, check_same_classes
+from rt_detectron.pretrain.export import Metadata, export
+from rt_detectron.pretrain.hooks import StepState
+from rt_detectron.pretrain.strategies import Pretraining
+from rt_detectron.pretrain.training import build_optimizer, refuse_other_training, run
+from rt_detectron.utils.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,10 @@ from detectron2.utils import comm
 from torch import nn
 
 from rt_detectron.checkpoint.atomic import periodic_checkpoints
-from rt_detectron.errors import InputError
 from rt_detectron.hooks import SafeCheckpointing
-
-from .checkpoint import TO_KEEP, TrainingCheckpointer
-from .hooks import ProgressBar
+from rt_detectron.pretrain.checkpoint import TO_KEEP, TrainingCheckpointer
+from rt_detectron.pretrain.hooks import ProgressBar
+from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rt_detectron.errors import InputError, one_line
 from rt_detectron.study import worker
 from rt_detectron.study.grid import Resources
+from rt_detectron.utils.errors import InputError, one_line
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least: trials exchange files, not objects
 # What the trials' processes get from the driver, wherever they run.

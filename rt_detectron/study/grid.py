@@ -6,10 +6,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rt_detectron.errors import InputError
-from rt_detectron.files import file_sha256
 from rt_detectron.study import schema
 from rt_detectron.study.kinds import KINDS, Kind, read_digest
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import file_sha256
 
 SELECTION, FINAL = "selection", "final"  # a trial's stage
 

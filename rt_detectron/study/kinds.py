@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fvcore.common.config import CfgNode
 
-from rt_detectron.errors import InputError, one_line
 from rt_detectron.study.worker import Step
+from rt_detectron.utils.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from rt_detectron.study.grid import Resources, Target, Trial

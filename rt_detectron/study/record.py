@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from rt_detectron.errors import InputError
-from rt_detectron.files import replaced_atomically, write_json
 from rt_detectron.study.grid import Trial
 from rt_detectron.study.kinds import RESULTS, ROBUSTNESS
 from rt_detectron.study.worker import PROCESSES, read_json
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import replaced_atomically, write_json
 
 SPECIFICATION, RECORD = "trial.json", "record.json"
 

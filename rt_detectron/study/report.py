@@ -11,7 +11,6 @@ from typing import Any
 
 import jinja2
 
-from rt_detectron.files import replaced_atomically, write_json
 from rt_detectron.study import analyses
 from rt_detectron.study.examples import SCORE_THRESHOLD, attacked, best_and_worst
 from rt_detectron.study.figures import Figure, Figures
@@ -24,6 +23,7 @@ from rt_detectron.study.statistics import Row
 from rt_detectron.study.table import study_table
 from rt_detectron.study.tables import latex, make_tables, markdown, terminal_table
 from rt_detectron.study.words import answers, cautions, main_task
+from rt_detectron.utils.files import replaced_atomically, write_json
 
 __all__ = ["study_table", "terminal_table", "write_report"]
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rt_detectron.errors import one_line
 from rt_detectron.study.cluster import parallel_trials, ray_session, trial_task
 from rt_detectron.study.grid import FINAL, Study, Trial
 from rt_detectron.study.kinds import KINDS
 from rt_detectron.study.record import Outcome, git_state, is_finished, prepare, read_outcome, write_record
 from rt_detectron.study.selection import choose
 from rt_detectron.study.worker import LOG
+from rt_detectron.utils.errors import one_line
 
 _STOP_S = 10.0
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from rt_detectron.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, one_line
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names of arms and detectors become folders
 

@@ -1,8 +1,8 @@
 """Transfer recipes: LazyConfig files under configs/transfer."""
 
-from rt_detectron.errors import InputError
 from rt_detectron.lazy_config import read_lazy_config
 from rt_detectron.pretrain.config import check_train, check_values
+from rt_detectron.utils.errors import InputError
 
 METHODS = ("fixed_feature", "full_network")
 SOLVERS = ("sgd", "logistic_regression")

@@ -17,11 +17,10 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import resize
 
-from rt_detectron.errors import InputError, one_line
-from rt_detectron.files import locked
 from rt_detectron.pretrain.data import decode
-
-from .sets import TRANSFER_SETS, Listing
+from rt_detectron.transfer.sets import TRANSFER_SETS, Listing
+from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.files import locked
 
 logger = logging.getLogger(__name__)
 

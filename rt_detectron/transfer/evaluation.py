@@ -8,7 +8,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import Tensor
 
-from rt_detectron.files import write_json
+from rt_detectron.utils.files import write_json
 
 
 def accuracies(

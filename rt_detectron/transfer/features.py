@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rt_detectron.checkpoint.names import is_counter
-from rt_detectron.errors import InputError
-from rt_detectron.files import cache_folder, locked, replaced_atomically
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.data import build_test_loader
 from rt_detectron.pretrain.strategies import Pretraining, Standard
-
-from .datasets import ClassificationDataset
+from rt_detectron.transfer.datasets import ClassificationDataset
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import cache_folder, locked, replaced_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from detectron2.engine import SimpleTrainer
 from torch import Tensor, nn
 
-from rt_detectron.errors import InputError, one_line
-from rt_detectron.pretrain.data import seeded, seeded_generator
-
-from .features import Features
+from rt_detectron.transfer.features import Features
+from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.seeds import seeded, seeded_generator
 
 HELD_OUT = 0.2  # of the training images, to choose the penalty by
 

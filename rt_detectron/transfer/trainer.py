@@ -12,24 +12,23 @@ from detectron2.evaluation import print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
-from rt_detectron.errors import InputError
-from rt_detectron.files import finite, write_json
+from rt_detectron.layers.sync_bn import use_sync_bn
 from rt_detectron.lazy_config import config_sha256
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.modeling.load import load_classifier
-from rt_detectron.modeling.sync_bn import use_sync_bn
 from rt_detectron.pretrain.checkpoint import TrainingCheckpointer
 from rt_detectron.pretrain.data import TrainLoader, build_test_loader
 from rt_detectron.pretrain.export import write_classifier
 from rt_detectron.pretrain.strategies import Pretraining, Standard
 from rt_detectron.pretrain.trainer import AMP, evaluate, train_classifier
 from rt_detectron.pretrain.training import build_optimizer, refuse_other_training, run
-from rt_detectron.versions import versions
-
-from .datasets import ClassificationDataset, classification_dataset
-from .evaluation import TransferEvaluator, predictions_file
-from .features import Features, compute_features
-from .head import HeadTrainer, fit_logistic_regression, fresh_linear
+from rt_detectron.transfer.datasets import ClassificationDataset, classification_dataset
+from rt_detectron.transfer.evaluation import TransferEvaluator, predictions_file
+from rt_detectron.transfer.features import Features, compute_features
+from rt_detectron.transfer.head import HeadTrainer, fit_logistic_regression, fresh_linear
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import finite, write_json
+from rt_detectron.utils.versions import versions
 
 logger = logging.getLogger(__name__)
 

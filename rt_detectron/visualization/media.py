@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from rt_detectron.errors import InputError, one_line
-from rt_detectron.files import replaced_atomically
+from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.files import replaced_atomically
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rt_detectron.attacks import PGD, AutoAttack, ThreatModel
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 pytest.importorskip("pyautoattack", reason='the extra "autoattack" is not installed')
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rt_detectron.attacks import PGD, ThreatModel
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 
 def small_network():

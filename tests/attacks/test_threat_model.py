@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rt_detectron.attacks import ThreatModel
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 SHAPE = (5, 3, 8, 8)
 

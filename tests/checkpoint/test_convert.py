@@ -15,7 +15,7 @@ from rt_detectron.checkpoint import convert
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint, parse_threat_model
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 STAGES = ("res2", "res3", "res4", "res5")
 TAPPED = [arch for arch, architecture in ARCHITECTURES.items() if architecture.taps]

@@ -12,7 +12,7 @@ from detectron2.modeling import build_backbone, build_model
 
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from rt_detectron.checkpoint.formats import PREFIXES, read_classifier, read_pickle
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 

@@ -8,7 +8,7 @@ from detectron2.modeling.backbone import build_resnet_backbone
 
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, build_classifier
 from rt_detectron.checkpoint.names import backbone_names, check_architecture, detect_architecture
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 
 def shapes(arch):

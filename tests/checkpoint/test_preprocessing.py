@@ -8,7 +8,7 @@ from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
 from rt_detectron.checkpoint.preprocessing import check_preprocessing, preprocessing_lines
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 RGB = {
     "arch": "resnet50",

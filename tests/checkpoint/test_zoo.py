@@ -23,7 +23,7 @@ import rt_detectron  # noqa: F401  (registers the handler)
 from rt_detectron.checkpoint import zoo
 from rt_detectron.checkpoint.architectures import ARCHITECTURES
 from rt_detectron.checkpoint.convert import convert_checkpoint, parse_threat_model
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]
 HUB = "madrylab/robust-imagenet-models"

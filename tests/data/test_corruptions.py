@@ -14,7 +14,7 @@ from PIL import Image
 
 from rt_detectron.data import CorruptionMapper, corruption_names
 from rt_detectron.data.corruptions import COMMON_CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES, corrupt
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 imagecorruptions = pytest.importorskip("imagecorruptions")
 EVERYTHING = COMMON_CORRUPTIONS + EXTRA_CORRUPTIONS

@@ -10,7 +10,7 @@ from detectron2.data.datasets import register_coco_instances
 
 from rt_detectron.data import check_datasets, load_training_set
 from rt_detectron.data.datasets import _register_demo
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 NAME = "rt_test_datasets"
 BOX = [10.0, 20.0, 30.0, 40.0]

@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 
 from rt_detectron.data import check_datasets
 from rt_detectron.data.derived import register_derived
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 BASE = "rt_test_derived"
 CATEGORIES = [{"id": 9, "name": "dog"}, {"id": 7, "name": "traffic light"}, {"id": 3, "name": "person"}]

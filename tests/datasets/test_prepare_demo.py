@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "prepare_demo.py"
 pytest.importorskip("skimage")

@@ -7,7 +7,7 @@ from torch import nn
 
 from rt_detectron.attacks import ThreatModel
 from rt_detectron.engine.adversarial import FreeReplays, replayed
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 MODELS = [ThreatModel("l2", 0.5), ThreatModel("linf", 8)]
 

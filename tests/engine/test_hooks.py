@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from rt_detectron.engine import Trainer, load_config
 from rt_detectron.engine.hooks import build_average
 from rt_detectron.engine.steps import DetectorTrainer
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 CONFIG = "configs/demo/mask_rcnn_r18_fpn.yaml"
 WEIGHT = "backbone.fpn_output2.weight"

@@ -8,7 +8,7 @@ from detectron2 import model_zoo
 
 from rt_detectron.engine import build_lazy_model, do_train, load_lazy_config, write_lazy_results
 from rt_detectron.engine.lazy import dataset_names
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 CONFIG = "configs/lazy/mask_rcnn_robust_r50_eps3.py"
 SPLITS = {"train": "train", "test": "val"}

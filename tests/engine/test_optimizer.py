@@ -6,7 +6,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer as detectron2_build_optimizer
 
 from rt_detectron.engine.optimizer import backbone_factor, build_optimizer
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 
 def solver(cfg, **keys):

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 
 from rt_detectron.engine import Predictor, load_predictors
 from rt_detectron.engine.predictor import class_names
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 NAME = "rt_test_predictor"
 

@@ -10,8 +10,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from rt_detectron.engine.steps import EXPLOSION, WINDOW, DetectorTrainer, build_trainer, fast
-from rt_detectron.errors import InputError
-from rt_detectron.modeling.frozen_norm import FrozenNormConv2d
+from rt_detectron.layers.frozen_norm import FrozenNormConv2d
+from rt_detectron.utils.errors import InputError
 
 
 class Losses(nn.Module):

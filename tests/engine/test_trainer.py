@@ -14,8 +14,8 @@ from detectron2.modeling import build_model
 from rt_detectron.checkpoint import zoo
 from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.engine import Trainer, load_config, write_results
-from rt_detectron.errors import InputError
 from rt_detectron.evaluation import COCOEvaluator
+from rt_detectron.utils.errors import InputError
 
 CONFIG = "configs/demo/mask_rcnn_r18_fpn.yaml"
 SHIPPED = sorted(path for path in Path("configs").rglob("*.yaml") if "study" not in path.parts)

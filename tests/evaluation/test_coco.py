@@ -14,8 +14,8 @@ from pycocotools import mask as rle_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rt_detectron.errors import InputError
 from rt_detectron.evaluation import COCOEvaluator, evaluate_detections
+from rt_detectron.utils.errors import InputError
 
 SEEDS = range(20)
 TASKS = ("bbox", "segm", "keypoints")

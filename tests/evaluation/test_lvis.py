@@ -10,9 +10,9 @@ from detectron2.config import get_cfg
 from detectron2.evaluation import LVISEvaluator as Detectron2LVISEvaluator
 
 from rt_detectron.engine import Trainer
-from rt_detectron.errors import InputError
 from rt_detectron.evaluation import LVISEvaluator
 from rt_detectron.evaluation.lvis import METRICS, evaluate_lvis_detections
+from rt_detectron.utils.errors import InputError
 
 lvis = pytest.importorskip("lvis", reason="the lvis package is not installed")
 SEEDS = range(15)

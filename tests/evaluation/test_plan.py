@@ -3,8 +3,8 @@ from detectron2.config import get_cfg
 
 from rt_detectron.attacks import ThreatModel
 from rt_detectron.config import add_robust_config
-from rt_detectron.errors import InputError
 from rt_detectron.evaluation.plan import robustness_plan
+from rt_detectron.utils.errors import InputError
 
 
 def plan(**keys):

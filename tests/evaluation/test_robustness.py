@@ -14,7 +14,6 @@ from pycocotools.cocoeval import COCOeval
 from rt_detectron.attacks import PGD, DetectorAttack, RandomNoise, ThreatModel
 from rt_detectron.data.corruptions import CorruptionMapper
 from rt_detectron.engine import Trainer
-from rt_detectron.errors import InputError
 from rt_detectron.evaluation.robustness import (
     TestImages,
     annotated_test_mapper,
@@ -24,6 +23,7 @@ from rt_detectron.evaluation.robustness import (
     spread,
     zero_where_nothing_is_found,
 )
+from rt_detectron.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

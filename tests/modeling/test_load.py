@@ -8,7 +8,7 @@ from rt_detectron import load_backbone, load_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.checkpoint.names import backbone_names
 from rt_detectron.checkpoint.writers import write_pickle
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from rt_detectron.checkpoint.atomic import periodic_checkpoints
-from rt_detectron.errors import InputError
 from rt_detectron.pretrain.checkpoint import locked
 from rt_detectron.pretrain.strategies import Adversarial
 from rt_detectron.pretrain.trainer import do_train
+from rt_detectron.utils.errors import InputError
 
 
 @pytest.fixture

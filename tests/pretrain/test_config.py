@@ -4,8 +4,8 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 
-from rt_detectron.errors import InputError
 from rt_detectron.pretrain.config import load_config
+from rt_detectron.utils.errors import InputError
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs/pretrain").glob("*.py")), ids=lambda p: p.stem)

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2 as T
 
-from rt_detectron.errors import InputError
 from rt_detectron.pretrain.data import (
     FolderDataset,
     Lighting,
@@ -21,6 +20,7 @@ from rt_detectron.pretrain.data import (
     check_same_classes,
     decode,
 )
+from rt_detectron.utils.errors import InputError
 
 as_is = T.Identity()
 

@@ -3,9 +3,9 @@ import pickle
 import yaml
 from detectron2.config import LazyCall as L
 
-from rt_detectron.files import file_sha256
 from rt_detectron.pretrain.strategies import Standard
 from rt_detectron.pretrain.trainer import do_train
+from rt_detectron.utils.files import file_sha256
 
 
 def test_a_training_leaves_a_backbone_and_a_card_about_it(digits_cfg):

@@ -4,7 +4,6 @@ from detectron2.evaluation import inference_on_dataset
 from torch import nn
 
 from rt_detectron.attacks import PGD, ThreatModel
-from rt_detectron.errors import InputError
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.robustness import (
     WORST_CASE,
@@ -17,6 +16,7 @@ from rt_detectron.pretrain.robustness import (
     wilson_interval,
 )
 from rt_detectron.pretrain.strategies import Pretraining, Standard
+from rt_detectron.utils.errors import InputError
 
 LINF = ThreatModel("linf", 1.0)
 

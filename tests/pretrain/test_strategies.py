@@ -8,7 +8,6 @@ from torchvision.transforms import v2
 
 from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD, build_classifier
-from rt_detectron.errors import InputError
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.strategies import (
     Adversarial,
@@ -20,6 +19,7 @@ from rt_detectron.pretrain.strategies import (
     Standard,
     Trades,
 )
+from rt_detectron.utils.errors import InputError
 
 L2 = ThreatModel("l2", 1.0)
 

@@ -7,7 +7,6 @@ from detectron2.config import LazyConfig
 
 from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
-from rt_detectron.errors import InputError
 from rt_detectron.pretrain.export import write_classifier
 from rt_detectron.pretrain.strategies import Free, Standard
 from rt_detectron.pretrain.trainer import (
@@ -16,6 +15,7 @@ from rt_detectron.pretrain.trainer import (
     do_train,
     load_weights,
 )
+from rt_detectron.utils.errors import InputError
 
 
 def metrics(cfg):

@@ -3,9 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from rt_detectron.errors import InputError
 from rt_detectron.study import cluster
 from rt_detectron.study.grid import Resources
+from rt_detectron.utils.errors import InputError
 
 MACHINES = [{"CPU": 16.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 6.0}]
 

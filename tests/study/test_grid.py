@@ -5,8 +5,8 @@ import pytest
 import yaml
 
 from rt_detectron.checkpoint import zoo
-from rt_detectron.errors import InputError
 from rt_detectron.study.grid import load_study
+from rt_detectron.utils.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 from detectron2.config import LazyConfig
 
-from rt_detectron.errors import InputError
 from rt_detectron.study.grid import Resources, load_study
 from rt_detectron.study.kinds import KINDS
+from rt_detectron.utils.errors import InputError
 
 TOOLS, FOLDER = Path("tools"), Path("out/x")
 DETECTION, TRANSFER = KINDS["detectors"], KINDS["transfers"]

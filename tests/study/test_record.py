@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from rt_detectron.errors import InputError
 from rt_detectron.study.record import (
     git_state,
     is_finished,
@@ -15,6 +14,7 @@ from rt_detectron.study.record import (
     write_atomically,
     write_record,
 )
+from rt_detectron.utils.errors import InputError
 
 OUT = Path("out")
 

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from rt_detectron.errors import InputError
 from rt_detectron.study.record import is_finished
 from rt_detectron.study.run import run_study
+from rt_detectron.utils.errors import InputError
 
 OUT = Path("out")
 EVALUATIONS = "evaluations: {attack: [TEST.ATTACK.L2_EPS, [0.5, 1], TEST.ATTACK.STEPS, 5]}"

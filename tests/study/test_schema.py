@@ -1,8 +1,8 @@
 import pytest
 
-from rt_detectron.errors import InputError
 from rt_detectron.study.grid import load_study
 from rt_detectron.study.schema import number, read_yaml
+from rt_detectron.utils.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from rt_detectron.errors import InputError
 from rt_detectron.transfer.config import load_config
+from rt_detectron.utils.errors import InputError
 
 
 @pytest.mark.parametrize("method", ["fixed_feature", "full_network"])

@@ -20,11 +20,11 @@ from torchvision import datasets as tv
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from rt_detectron.errors import InputError
 from rt_detectron.pretrain.data import TrainLoader, build_test_loader
 from rt_detectron.transfer import sets
 from rt_detectron.transfer.datasets import classification_dataset
 from rt_detectron.transfer.sets import TRANSFER_SETS
+from rt_detectron.utils.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]
 MODES = ("RGB", "L", "CMYK")  # web images are of all three

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2 as T
 
-from rt_detectron.errors import InputError
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.modeling.load import load_classifier
 from rt_detectron.transfer.datasets import classification_dataset
 from rt_detectron.transfer.features import compute_features
+from rt_detectron.utils.errors import InputError
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

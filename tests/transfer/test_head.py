@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from detectron2.utils.events import EventStorage
 from sklearn.linear_model import LogisticRegression
 
-from rt_detectron.errors import InputError
-from rt_detectron.pretrain.data import seeded_generator
 from rt_detectron.transfer.features import Features
 from rt_detectron.transfer.head import HeadTrainer, fit_logistic_regression, fresh_linear
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.seeds import seeded_generator
 
 
 def drawn(classes: int, images: int = 150, views: int = 2) -> Features:

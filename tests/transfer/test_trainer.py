@@ -6,11 +6,11 @@ import torch
 from detectron2.config import LazyConfig
 
 from rt_detectron.checkpoint.architectures import build_classifier
-from rt_detectron.errors import InputError
 from rt_detectron.modeling.load import load_classifier
 from rt_detectron.pretrain.trainer import ClassifierTrainer
 from rt_detectron.transfer.head import HeadTrainer
 from rt_detectron.transfer.trainer import build_datasets, do_transfer, is_finished
+from rt_detectron.utils.errors import InputError
 
 
 def results(cfg, file="results.json"):

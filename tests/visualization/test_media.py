@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 from rt_detectron.visualization.media import annotate_files, find_media, output_paths, read_upright
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)

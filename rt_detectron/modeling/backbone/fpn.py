@@ -7,11 +7,11 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
-from rt_detectron.errors import InputError
 from rt_detectron.modeling.backbone.resnet import build_robust_resnet_backbone
 from rt_detectron.modeling.backbone.timm import build_robust_timm_backbone
 from rt_detectron.modeling.backbone.torchvision import build_robust_torchvision_backbone
 from rt_detectron.modeling.backbone.trunk import STRIDES
+from rt_detectron.utils.errors import InputError
 
 Builder = Callable[[CfgNode, ShapeSpec], Backbone]
 

@@ -15,7 +15,7 @@ from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.modeling.roi_heads import Res5ROIHeads
 
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, TIMM, get_architecture
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
 from rt_detectron.checkpoint.architectures import TIMM, get_architecture, import_timm
-from rt_detectron.errors import InputError, one_line
 from rt_detectron.modeling.backbone.trunk import (
     STAGES,
     STRIDES,
@@ -16,6 +15,7 @@ from rt_detectron.modeling.backbone.trunk import (
     chosen_arch,
     set_norms,
 )
+from rt_detectron.utils.errors import InputError, one_line
 
 # Multiples of 32 that no window, patch grid or pretraining size of another number divides.
 PROBE = (96, 160)

@@ -7,9 +7,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import fx
 
 from rt_detectron.checkpoint.architectures import TIMM, build_classifier, get_architecture
-from rt_detectron.errors import InputError
 from rt_detectron.modeling.backbone.resnet import build_robust_resnet_backbone
 from rt_detectron.modeling.backbone.trunk import STAGES, Trunk, checked_features, chosen_arch, set_norms
+from rt_detectron.utils.errors import InputError
 
 
 @BACKBONE_REGISTRY.register()

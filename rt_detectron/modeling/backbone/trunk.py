@@ -7,8 +7,8 @@ from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
-from rt_detectron.errors import InputError
 from rt_detectron.modeling.backbone.resnet import has_c4_head
+from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.modeling import build_backbone, build_model
 
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 NETWORKS = {"resnet": "resnet18", "torchvision": "shufflenet", "timm": "timm/convnext_atto"}
 LEVELS = {"fpn": ["p2", "p3", "p4", "p5", "p6"], "retinanet": ["p3", "p4", "p5", "p6", "p7"]}

@@ -12,9 +12,9 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.projects.deeplab import add_deeplab_config
 
 from rt_detectron.checkpoint.architectures import ARCHITECTURES
-from rt_detectron.errors import InputError
 from rt_detectron.modeling.backbone import resolve_resnet
 from rt_detectron.modeling.backbone.resnet import RESNETS
+from rt_detectron.utils.errors import InputError
 
 BOTTLENECK = ("resnet50", "wide_resnet50_2", "resnext50_32x4d")
 

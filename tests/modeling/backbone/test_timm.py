@@ -9,7 +9,7 @@ from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 timm = pytest.importorskip("timm")
 

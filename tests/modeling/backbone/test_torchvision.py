@@ -10,8 +10,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from rt_detectron.errors import InputError
 from rt_detectron.modeling.backbone import build_robust_resnet_backbone
+from rt_detectron.utils.errors import InputError
 
 STAGES = ["res2", "res3", "res4", "res5"]
 CHANNELS = {

@@ -5,7 +5,7 @@ import torch
 from detectron2.engine import launch
 from torch import nn
 
-from rt_detectron.modeling.sync_bn import CpuSyncBatchNorm, use_sync_bn
+from rt_detectron.layers.sync_bn import CpuSyncBatchNorm, use_sync_bn
 
 
 def batches():

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rt_detectron.attacks import PGD, ThreatModel
-from rt_detectron.attacks.folding import FoldedConvolution, FoldedNetwork
-from rt_detectron.modeling.sync_bn import use_sync_bn
+from rt_detectron.layers.folding import FoldedConvolution, FoldedNetwork
+from rt_detectron.layers.sync_bn import use_sync_bn
 
 ARCHS = [
     "resnet18",

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rt_detectron.checkpoint.architectures import build_classifier
-from rt_detectron.modeling.small_maps import MAX_SIDE, SmallMapConv2d, small_map, use_small_maps
+from rt_detectron.layers.small_maps import MAX_SIDE, SmallMapConv2d, small_map, use_small_maps
 
 
 @pytest.mark.parametrize(

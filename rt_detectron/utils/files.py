@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from filelock import AcquireReturnProxy, FileLock
 
-from rt_detectron.errors import InputError
+from rt_detectron.utils.errors import InputError
 
 
 @contextmanager

@@ -15,9 +15,8 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rt_detectron.modeling.small_maps import small_map
-
-from .pgd import eval_mode
+from rt_detectron.layers.small_maps import small_map
+from rt_detectron.utils.modes import eval_mode
 
 
 class FoldedConvolution(nn.Module):

@@ -3,7 +3,7 @@ import logging
 import pytest
 from torch._utils import ExceptionWrapper
 
-from rt_detectron.errors import InputError, one_line_errors
+from rt_detectron.utils.errors import InputError, one_line_errors
 
 
 def printed(capsys, action) -> str:
@@ -38,7 +38,7 @@ def test_from_a_loaders_worker(capsys):
 def test_from_a_launched_process(capsys):
     # As torch.multiprocessing's ProcessRaisedException gives it.
     text = "\n\n-- Process 1 terminated with the following error:\nTraceback (most recent call last):\n"
-    text += "rt_detectron.errors.InputError: x: do y\n"
+    text += "rt_detectron.utils.errors.InputError: x: do y\n"
     assert printed(capsys, lambda: throw(RuntimeError(text))) == "error: x: do y\n"
 
 
@@ -47,7 +47,7 @@ def test_from_a_launched_process(capsys):
     [
         ValueError("x"),
         RuntimeError(""),
-        RuntimeError("see rt_detectron.errors.InputError: x"),
+        RuntimeError("see rt_detectron.utils.errors.InputError: x"),
         KeyboardInterrupt(),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 
-from rt_detectron.modeling.frozen_norm import FrozenNormConv2d, fold_frozen_norms
+from rt_detectron.layers.frozen_norm import FrozenNormConv2d, fold_frozen_norms
 
 
 @pytest.fixture
