@@ -19,8 +19,8 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, build_classifier
+from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.convert import convert_checkpoint
-from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.config import add_robust_config
 from rt_detectron.modeling.backbone import build_robust_torchvision_fpn_backbone
 from rt_detectron.utils.errors import one_line_errors

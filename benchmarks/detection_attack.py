@@ -24,8 +24,8 @@ from torch import nn
 import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.attacks import PGD, DetectorAttack, ThreatModel
 from rt_detectron.attacks.detection import LOSSES
-from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
-from rt_detectron.engine import load_config
+from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
+from rt_detectron.detection import load_config
 from rt_detectron.utils.errors import one_line_errors
 
 CONFIG = "configs/coco_subset/mask_rcnn_r18_fpn.yaml"

@@ -36,10 +36,9 @@ from tqdm import tqdm
 
 from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.checkpoint.architectures import build_classifier
+from rt_detectron.data.shards import ShardDataset
 from rt_detectron.modeling.classifier import Classifier
-from rt_detectron.pretrain.data import ShardDataset
-from rt_detectron.pretrain.evaluation import AccuracyEvaluator
-from rt_detectron.pretrain.robustness import wilson_interval
+from rt_detectron.pretrain.evaluation import AccuracyEvaluator, wilson_interval
 from rt_detectron.pretrain.strategies import EpsSchedule, Fast, Pretraining, Resolution, Standard
 from rt_detectron.utils.errors import one_line_errors
 from rt_detectron.utils.files import replaced_atomically

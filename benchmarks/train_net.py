@@ -22,7 +22,7 @@ from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
 import rt_detectron  # noqa: F401  (registers the backbones)
-from rt_detectron.engine import Trainer, load_config
+from rt_detectron.detection import Trainer, load_config
 
 SEED = 1
 

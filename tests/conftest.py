@@ -185,7 +185,7 @@ class ThreeConvolutions(Backbone):
 def learned(tiny_datasets, tmp_path_factory):
     """The config of a Mask R-CNN that knows the six pictures of the tiny training set by heart, of which they
     are DATASETS.TEST, and that detector in eval mode."""
-    from rt_detectron.engine import Trainer, load_config  # here: most test files do without
+    from rt_detectron.detection import Trainer, load_config  # here: most test files do without
 
     name = "rt_test_learned"
     folder = tiny_datasets / "demo" / "detection"

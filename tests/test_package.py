@@ -14,30 +14,36 @@ MODULES = sorted(
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
 )
-# Each room may import itself, these, and the rooms listed below; arrows only point downward.
-EVERYONES = ("errors", "files", "versions")
-ROOMS = {
-    "errors": set(),
-    "files": set(),
-    "versions": set(),
-    "launch": set(),
-    "config": set(),
-    "lazy_config": set(),
-    "checkpoint": set(),
-    "hooks": {"checkpoint"},
-    "data": set(),
-    "visualization": set(),
-    "modeling": {"checkpoint", "config"},
-    "attacks": {"modeling"},
-    "pretrain": {"attacks", "checkpoint", "hooks", "lazy_config", "modeling", "visualization"},
-    "evaluation": {"attacks", "data", "visualization"},
-    "study": {"visualization"},
-    "transfer": {"attacks", "checkpoint", "hooks", "lazy_config", "modeling", "pretrain"},
-    "engine": {"evaluation", "attacks", "checkpoint", "config", "data", "hooks", "lazy_config", "modeling"},
-    "__init__": {"modeling", "checkpoint"},
-}
+# Each room stands on a floor, and knows only the rooms below it that are listed with it.
+FLOORS = (
+    {"utils": set(), "config": set()},
+    {
+        "checkpoint": {"utils"},
+        "attacks": {"utils"},
+        "layers": {"utils"},
+        "data": {"utils"},
+        "visualization": {"utils"},
+    },
+    {
+        "engine": {"checkpoint", "utils"},
+        "modeling": {"checkpoint", "config", "layers", "utils"},
+        "evaluation": {"attacks", "data", "utils", "visualization"},
+        "study": {"utils", "visualization"},
+    },
+    {
+        "__init__": {"checkpoint", "modeling", "utils"},
+        "pretrain": {
+            "attacks", "checkpoint", "data", "engine", "layers", "modeling", "utils", "visualization",
+        },
+        "detection": {
+            "attacks", "checkpoint", "config", "data", "engine", "evaluation", "layers", "modeling", "utils",
+        },
+    },
+    {"transfer": {"checkpoint", "data", "engine", "layers", "modeling", "pretrain", "utils"}},
+)  # fmt: skip
+ROOMS = {room: known for floor in FLOORS for room, known in floor.items()}
 # Rooms that read files only: comparing results must not wait for, or need, what made them.
-WITHOUT_TORCH = ("study", "visualization", "errors", "files")
+WITHOUT_TORCH = ("study", "visualization", "utils.errors", "utils.files")
 
 
 def python(code: str, *arguments: str, blocked=()) -> subprocess.CompletedProcess:
@@ -83,7 +89,7 @@ loaded = [name for name in sys.modules if name.startswith("rt_detectron.")]
 for room in ("engine", "pretrain", "transfer", "study", "data", "attacks", "visualization"):
     assert f"rt_detectron.{room}" not in loaded, room
 # The rest of what a detector's training needs does without them, too.
-import rt_detectron.checkpoint.convert, rt_detectron.engine, rt_detectron.attacks
+import rt_detectron.checkpoint.convert, rt_detectron.detection, rt_detectron.attacks
 print(rt_detectron.__version__)
 """
     environment = {key: os.environ.pop(key) for key in ("RT_DETECTRON_ZOO",) if key in os.environ}
@@ -108,7 +114,11 @@ def test_setup_reads_without_torch_and_detectron2():
 
 
 def test_every_module_imports_and_the_reading_rooms_need_no_torch():
-    light = [name for name in MODULES if name.split(".")[1:2] and name.split(".")[1] in WITHOUT_TORCH]
+    light = [
+        name
+        for name in MODULES
+        if any(f"{name}.".startswith(f"rt_detectron.{room}.") for room in WITHOUT_TORCH)
+    ]
     # The package's own __init__ needs Detectron2, so the light rooms are imported below a bare stand-in.
     code = f"""
 import importlib, types
@@ -129,22 +139,34 @@ for name in {MODULES}:
     assert finished.returncode == 0, finished.stderr
 
 
+def test_the_rooms_are_those_of_the_plan():
+    rooms = {(*module.split("."), "__init__")[1] for module in MODULES}
+    assert rooms == set(ROOMS)
+    assert len(FLOORS) + 1 == 6  # with tools and benchmarks on top
+
+
+def test_every_arrow_of_the_plan_points_down():
+    below: set[str] = set()
+    for floor in FLOORS:
+        for room, known in floor.items():
+            assert known <= below, f"{room} knows {known - below}, on its own floor or above"
+        below |= floor.keys()
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_rooms_import_only_downward(module):
+def test_rooms_import_only_what_the_plan_allows(module):
     room = (*module.split("."), "__init__")[1]
-    forbidden = imported_rooms(module) - ROOMS[room] - {room, *EVERYONES}
-    if module == "rt_detectron.utils.versions":
-        forbidden -= {"__init__"}  # for __version__
+    forbidden = imported_rooms(module) - ROOMS[room] - {room}
     assert not forbidden, f"{module} imports {', '.join(sorted(forbidden))}"
 
 
-def test_the_table_has_no_circle():
-    left = {room: allowed - {room} for room, allowed in ROOMS.items()}
+def test_modules_import_each_other_without_a_circle():
+    left = {module: imported_modules(module) - {module} for module in MODULES}
     while left:
-        free = [room for room, allowed in left.items() if not allowed & left.keys()]
+        free = [module for module, imported in left.items() if not imported & left.keys()]
         assert free, f"a circle among {', '.join(left)}"
-        for room in free:
-            del left[room]
+        for module in free:
+            del left[module]
 
 
 @pytest.mark.parametrize("tool", sorted((REPOSITORY / "tools").glob("*.py")), ids=lambda path: path.name)
@@ -155,11 +177,20 @@ def test_no_tool_imports_another(tool):
 
 def imported_rooms(module: str) -> set[str]:
     """The first part below rt_detectron of everything that the module imports."""
+    return {(*name.split("."), "__init__")[1] for name in _ours(module)}
+
+
+def imported_modules(module: str) -> set[str]:
+    """The modules of the package that the module imports."""
+    return {name if name in MODULES else name.rpartition(".")[0] for name in _ours(module)}
+
+
+def _ours(module: str) -> set[str]:
     path = REPOSITORY.joinpath(*module.split("."))
     is_package = path.is_dir()
     path = path / "__init__.py" if is_package else path.with_suffix(".py")
     names = imported_names(path, module if is_package else module.rpartition(".")[0])
-    return {(*name.split("."), "__init__")[1] for name in names if name.split(".")[0] == "rt_detectron"}
+    return {name for name in names if name.split(".")[0] == "rt_detectron"}
 
 
 def imported_names(path: Path, package: str) -> set[str]:
@@ -171,10 +202,9 @@ def imported_names(path: Path, package: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            # `from rt_detectron import modeling` names a room, `from rt_detectron.utils import x` does not
-            names.update(f"{module}.{a.name}" for a in node.names if module == "rt_detectron")
-            if module != "rt_detectron":
-                names.add(module)
+            # `from rt_detectron.checkpoint import zoo` names a module, `... import Checkpointer` not
+            inside = {f"{module}.{alias.name}" for alias in node.names}
+            names |= (inside & set(MODULES)) or {module}
     return names
 
 
@@ -188,6 +218,6 @@ def test_the_reader_of_imports_sees_every_form(tmp_path):
         "rt_detectron.study.grid",
         "rt_detectron.modeling",
         "rt_detectron.attacks",
-        "rt_detectron.engine",
+        "rt_detectron.detection",
         "rt_detectron.data",
     }

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 import rt_detectron  # noqa: F401  (registers the backbones)
-from rt_detectron.engine import load_predictors
+from rt_detectron.detection import load_predictors
 from rt_detectron.utils.errors import InputError, one_line_errors
 from rt_detectron.visualization.detections import detected_instances, side_by_side
 from rt_detectron.visualization.media import annotate_files, find_media, output_paths

@@ -23,9 +23,9 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from rt_detectron.launch import launch
+from rt_detectron.engine.launch import launch
 from rt_detectron.pretrain.config import load_config
-from rt_detectron.pretrain.robustness import evaluate_classifier
+from rt_detectron.pretrain.evaluation import evaluate_classifier
 from rt_detectron.utils.errors import one_line_errors
 
 

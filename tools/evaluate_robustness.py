@@ -30,16 +30,16 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import rt_detectron  # noqa: F401  (registers the backbones)
-from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
+from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
-from rt_detectron.engine import Trainer, load_config
-from rt_detectron.engine.robustness import (
+from rt_detectron.detection import Trainer, load_config
+from rt_detectron.engine.launch import launch
+from rt_detectron.evaluation.robustness.evaluate import (
     evaluate_robustness,
     robustness_config,
     robustness_table,
 )
-from rt_detectron.evaluation.plan import robustness_plan
-from rt_detectron.launch import launch
+from rt_detectron.evaluation.robustness.plan import robustness_plan
 from rt_detectron.utils.errors import one_line_errors
 
 

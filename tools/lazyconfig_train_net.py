@@ -18,9 +18,9 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
-from rt_detectron.engine import build_lazy_model, do_test, do_train, load_lazy_config, write_lazy_results
-from rt_detectron.launch import launch
+from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
+from rt_detectron.detection import build_lazy_model, do_test, do_train, load_lazy_config, write_lazy_results
+from rt_detectron.engine.launch import launch
 from rt_detectron.utils.errors import one_line_errors
 
 

@@ -19,10 +19,11 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import rt_detectron  # noqa: F401  (registers the backbones)
-from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
+from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
-from rt_detectron.engine import Trainer, load_config, write_results
-from rt_detectron.launch import launch
+from rt_detectron.detection import Trainer, load_config
+from rt_detectron.engine.launch import launch
+from rt_detectron.evaluation.results import write_results
 from rt_detectron.utils.errors import one_line_errors
 
 

@@ -23,8 +23,8 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from rt_detectron.launch import launch
-from rt_detectron.pretrain.checkpoint import locked
+from rt_detectron.engine.launch import launch
+from rt_detectron.engine.loop import locked
 from rt_detectron.transfer.config import load_config
 from rt_detectron.transfer.trainer import do_transfer, is_finished
 from rt_detectron.utils.errors import one_line_errors

@@ -11,8 +11,8 @@ import os
 import re
 from pathlib import Path
 
+from rt_detectron.checkpoint.architectures import check_architecture
 from rt_detectron.checkpoint.formats import read_classifier
-from rt_detectron.checkpoint.names import check_architecture
 from rt_detectron.checkpoint.zoo import TABLE
 from rt_detectron.utils.errors import InputError, one_line_errors
 from rt_detectron.utils.files import file_sha256, replaced_atomically

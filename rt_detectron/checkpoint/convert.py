@@ -9,10 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rt_detectron.checkpoint.architectures import TIMM, build_classifier, get_architecture
-from rt_detectron.checkpoint.formats import ClassifierFile, read_classifier
-from rt_detectron.checkpoint.names import backbone_names, check_architecture, detect_architecture
-from rt_detectron.checkpoint.writers import WRITERS
+from rt_detectron.checkpoint.architectures import (
+    TIMM,
+    backbone_names,
+    build_classifier,
+    check_architecture,
+    detect_architecture,
+    get_architecture,
+)
+from rt_detectron.checkpoint.formats import WRITERS, ClassifierFile, read_classifier
 from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import file_sha256, replaced_atomically
 

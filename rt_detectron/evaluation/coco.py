@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,6 @@ from pycocotools import mask as rle_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rt_detectron.evaluation.annotations import check_annotations, readable
 from rt_detectron.evaluation.matching import (
     Objects,
     box_iou,
@@ -248,3 +249,43 @@ def _objects(dicts: list[dict[str, Any]], shapes: list, records: list[dict], par
         column(shapes) if params.iouType == "segm" else np.array(shapes, float),
         column(records),
     )
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """What goes wrong while a library reads ``path`` becomes an :class:`InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise InputError(
+            f"{path}: not usable annotations ({one_line(error)[:200]}); datasets/README.md names the format"
+        ) from None
+
+
+def check_annotations(dataset: dict[str, Any], path: str) -> None:
+    """Stop unless every annotation can be evaluated; "iscrowd" becomes 0 where it is not given.
+
+    Args:
+        dataset: the content of a COCO or LVIS file.
+        path: its name in messages.
+
+    Raises:
+        InputError: for missing images or categories, or an annotation without a box or an area.
+    """
+    for key in ("images", "categories"):
+        if not dataset.get(key):
+            raise InputError(f"{path}: '{key}' is missing or empty; datasets/README.md names the format")
+    for annotation in dataset["annotations"]:
+        try:
+            numbers = [*annotation["bbox"], annotation["area"]]
+            usable = len(numbers) == 5 and all(map(math.isfinite, numbers))
+        except (KeyError, TypeError):
+            usable = False
+        if not usable:
+            raise InputError(
+                f"{path}: annotation {annotation['id']} needs a 'bbox' (x, y, width, height) and an 'area' "
+                "in pixels; AP is undefined without them"
+            )
+        annotation.setdefault("iscrowd", 0)

@@ -13,8 +13,13 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import LVISEvaluator as Detectron2LVISEvaluator
 from detectron2.utils.logger import create_small_table
 
-from rt_detectron.evaluation.annotations import check_annotations, readable
-from rt_detectron.evaluation.coco import SHAPES, restore_category_ids, write_results
+from rt_detectron.evaluation.coco import (
+    SHAPES,
+    check_annotations,
+    readable,
+    restore_category_ids,
+    write_results,
+)
 from rt_detectron.evaluation.matching import Objects, box_iou, column, mask_iou, precision_and_recall
 from rt_detectron.utils.errors import InputError
 

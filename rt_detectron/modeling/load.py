@@ -9,12 +9,10 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.utils.file_io import PathManager
 
 from rt_detectron.checkpoint import zoo
-from rt_detectron.checkpoint.architectures import TIMM, get_architecture
+from rt_detectron.checkpoint.architectures import TIMM, get_architecture, is_counter
+from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.convert import read_network
-from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
-from rt_detectron.checkpoint.formats import read_pickle
-from rt_detectron.checkpoint.names import is_counter
-from rt_detectron.checkpoint.writers import WRITERS
+from rt_detectron.checkpoint.formats import WRITERS, read_pickle
 from rt_detectron.config import add_robust_config
 from rt_detectron.modeling.classifier import Classifier, versioned
 from rt_detectron.utils.errors import InputError

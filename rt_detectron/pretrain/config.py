@@ -2,7 +2,7 @@
 
 import torch
 
-from rt_detectron.lazy_config import read_lazy_config
+from rt_detectron.engine.lazy_config import read_lazy_config
 from rt_detectron.utils.errors import InputError
 
 KEYS = ("model", "dataloader", "optimizer", "lr_multiplier", "evaluator", "train")  # of a recipe

@@ -3,8 +3,8 @@
 import os
 
 from rt_detectron.checkpoint.convert import convert_checkpoint
-from rt_detectron.checkpoint.writers import save_atomically
-from rt_detectron.lazy_config import as_yaml
+from rt_detectron.checkpoint.formats import save_atomically
+from rt_detectron.engine.lazy_config import as_yaml
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.strategies import Pretraining
 from rt_detectron.utils.errors import InputError

@@ -7,25 +7,26 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import SimpleTrainer, create_ddp_model
+from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from rt_detectron.checkpoint.checkpointer import TrainingCheckpointer, has_checkpoint
 from rt_detectron.checkpoint.formats import read_classifier
-from rt_detectron.hooks import ExponentialMovingAverage
+from rt_detectron.data.images import check_same_classes
+from rt_detectron.data.loader import TrainLoader
+from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
+from rt_detectron.engine.train_hooks import ExponentialMovingAverage
 from rt_detectron.layers.sync_bn import use_sync_bn
 from rt_detectron.modeling.classifier import versioned
-from rt_detectron.pretrain.checkpoint import TrainingCheckpointer, has_checkpoint
-from rt_detectron.pretrain.data import TrainLoader, check_same_classes
 from rt_detectron.pretrain.export import Metadata, export
-from rt_detectron.pretrain.hooks import StepState
 from rt_detectron.pretrain.strategies import Pretraining
-from rt_detectron.pretrain.training import build_optimizer, refuse_other_training, run
 from rt_detectron.utils.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
@@ -278,3 +279,21 @@ class ClassifierTrainer(SimpleTrainer):
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.grad_scaler.load_state_dict(state["grad_scaler"])
+
+
+class StepState(HookBase):
+    """Everything that a step depends on beside weights and batch: the share of training done, and the seed.
+
+    The random numbers of a step follow from the training's seed, the iteration and the process, so a resumed
+    training draws those that an uninterrupted one does.
+    """
+
+    def __init__(self, model: Pretraining, seed: int):
+        self.model = model
+        self.seed = seed
+
+    def before_step(self):
+        iteration = self.trainer.iter
+        self.model.progress = iteration / self.trainer.max_iter
+        sequence = np.random.SeedSequence([self.seed, iteration, comm.get_rank()])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))

@@ -1,6 +1,6 @@
 """Transfer recipes: LazyConfig files under configs/transfer."""
 
-from rt_detectron.lazy_config import read_lazy_config
+from rt_detectron.engine.lazy_config import read_lazy_config
 from rt_detectron.pretrain.config import check_train, check_values
 from rt_detectron.utils.errors import InputError
 

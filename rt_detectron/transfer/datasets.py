@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import resize
 
-from rt_detectron.pretrain.data import decode
+from rt_detectron.data.images import decode
 from rt_detectron.transfer.sets import TRANSFER_SETS, Listing
 from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import locked

@@ -15,9 +15,9 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rt_detectron.checkpoint.names import is_counter
+from rt_detectron.checkpoint.architectures import is_counter
+from rt_detectron.data.loader import build_test_loader
 from rt_detectron.modeling.classifier import Classifier
-from rt_detectron.pretrain.data import build_test_loader
 from rt_detectron.pretrain.strategies import Pretraining, Standard
 from rt_detectron.transfer.datasets import ClassificationDataset
 from rt_detectron.utils.errors import InputError

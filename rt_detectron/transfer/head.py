@@ -26,7 +26,7 @@ class HeadTrainer(SimpleTrainer):
 
     An iteration is a whole epoch, since a step is less work than what an engine does around it. So the
     learning rate changes between epochs only. The order of the images, and which of them an incomplete
-    last batch leaves out, is that of :class:`rt_detectron.pretrain.data.TrainLoader`.
+    last batch leaves out, is that of :class:`rt_detectron.data.loader.TrainLoader`.
 
     Args:
         head: what is trained.

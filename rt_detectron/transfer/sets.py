@@ -17,7 +17,8 @@ import numpy as np
 from torch.utils.data import Dataset
 from torchvision import datasets as tv
 
-from rt_detectron.pretrain.data import FolderDataset, ShardDataset, check_same_classes
+from rt_detectron.data.images import FolderDataset, check_same_classes
+from rt_detectron.data.shards import ShardDataset
 from rt_detectron.utils.errors import InputError
 
 _MOST_CLASSES = 100_000  # a class index of shards beyond it is a mistake

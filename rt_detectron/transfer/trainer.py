@@ -12,16 +12,16 @@ from detectron2.evaluation import print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
+from rt_detectron.checkpoint.checkpointer import TrainingCheckpointer
+from rt_detectron.data.loader import TrainLoader, build_test_loader
+from rt_detectron.engine.lazy_config import config_sha256
+from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
 from rt_detectron.layers.sync_bn import use_sync_bn
-from rt_detectron.lazy_config import config_sha256
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.modeling.load import load_classifier
-from rt_detectron.pretrain.checkpoint import TrainingCheckpointer
-from rt_detectron.pretrain.data import TrainLoader, build_test_loader
 from rt_detectron.pretrain.export import write_classifier
 from rt_detectron.pretrain.strategies import Pretraining, Standard
 from rt_detectron.pretrain.trainer import AMP, evaluate, train_classifier
-from rt_detectron.pretrain.training import build_optimizer, refuse_other_training, run
 from rt_detectron.transfer.datasets import ClassificationDataset, classification_dataset
 from rt_detectron.transfer.evaluation import TransferEvaluator, predictions_file
 from rt_detectron.transfer.features import Features, compute_features

@@ -3,6 +3,7 @@
 import platform
 from importlib import metadata
 
+VERSION = "0.1.0"  # of rt_detectron
 PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "faster-coco-eval")
 
 
@@ -10,11 +11,9 @@ def versions() -> dict[str, str]:
     """Python's, ours, Detectron2's and those of the packages that numbers depend on."""
     import detectron2
 
-    import rt_detectron
-
     return {
         "python": platform.python_version(),
-        "rt_detectron": rt_detectron.__version__,
+        "rt_detectron": VERSION,
         "detectron2": detectron2.__version__,
         **{name: metadata.version(name) for name in PACKAGES},
     }

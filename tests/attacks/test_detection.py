@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 
 from rt_detectron.attacks import PGD, DetectorAttack, RandomNoise, ThreatModel
 from rt_detectron.attacks.detection import LOSSES
-from rt_detectron.evaluation.robustness import annotated_test_mapper
+from rt_detectron.evaluation.robustness.images import annotated_test_mapper
 from rt_detectron.utils.errors import InputError
 
 BALLS = [ThreatModel("l2", 1.0), ThreatModel("linf", 4.0)]

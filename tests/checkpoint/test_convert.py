@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from rt_detectron.checkpoint import convert
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, build_classifier
+from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.convert import convert_checkpoint, parse_threat_model
-from rt_detectron.checkpoint.detection_checkpointer import RobustCheckpointer
 from rt_detectron.utils.errors import InputError
 
 STAGES = ("res2", "res3", "res4", "res5")

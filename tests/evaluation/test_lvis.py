@@ -9,7 +9,7 @@ import pytest
 from detectron2.config import get_cfg
 from detectron2.evaluation import LVISEvaluator as Detectron2LVISEvaluator
 
-from rt_detectron.engine import Trainer
+from rt_detectron.detection import Trainer
 from rt_detectron.evaluation import LVISEvaluator
 from rt_detectron.evaluation.lvis import METRICS, evaluate_lvis_detections
 from rt_detectron.utils.errors import InputError

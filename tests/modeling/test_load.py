@@ -5,9 +5,9 @@ import torch
 from detectron2.modeling import FPN
 
 from rt_detectron import load_backbone, load_classifier
+from rt_detectron.checkpoint.architectures import backbone_names
 from rt_detectron.checkpoint.convert import convert_checkpoint
-from rt_detectron.checkpoint.names import backbone_names
-from rt_detectron.checkpoint.writers import write_pickle
+from rt_detectron.checkpoint.formats import write_pickle
 from rt_detectron.utils.errors import InputError
 
 

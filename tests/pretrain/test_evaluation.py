@@ -1,8 +1,29 @@
+import io
+import json
+
 import pytest
+import torch
 from detectron2.evaluation import inference_on_dataset
+from PIL import Image
+from torch import nn
 
 from rt_detectron.attacks import PGD, ThreatModel
-from rt_detectron.pretrain.evaluation import AccuracyEvaluator
+from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.pretrain.evaluation import (
+    WORST_CASE,
+    AccuracyEvaluator,
+    RobustnessEvaluator,
+    attack_named,
+    eps_curve,
+    evaluate_classifier,
+    findings,
+    grey_eps,
+    markdown,
+    wilson_interval,
+    write_report,
+)
+from rt_detectron.pretrain.strategies import Pretraining, Standard
+from rt_detectron.utils.errors import InputError
 
 
 def test_counts_equal_the_plain_loop(model_and_batches):
@@ -34,3 +55,202 @@ def test_a_large_eps_leaves_nothing(model_and_batches):
     model, batches = model_and_batches
     attack = PGD(ThreatModel("l2", 10.0), steps=10)
     assert inference_on_dataset(model, batches, AccuracyEvaluator(model, attack))["accuracy"]["pgd10"] == 0.0
+
+
+@pytest.fixture
+def results():
+    row = {"value": 50.0, "low": 23.66, "high": 76.34, "images": 10}
+    return {
+        "accuracy": {"clean": row, "pgd20": row | {"value": 25.0}},
+        "per_class": {
+            0: {"images": 6, "clean": 50.0, "pgd20": 20.0},
+            1: {"images": 4, "clean": 5.0, "pgd20": 1.0},
+        },
+        "curve": {
+            "attack": "pgd20",
+            "images": 10,
+            "eps": [0.0, 2.0, 4.0, 127.5],
+            "value": [50.0, 30.0, 25.0, 0.0],
+        },
+        "findings": [],
+        "classifier": "resnet18 of classifier.pth",
+        "threat_model": {"norm": "linf", "eps": 4.0},
+        "classes": {0: "cat", 1: "dog"},
+        "versions": {"torch": "2"},
+    }
+
+
+def test_writes_json_markdown_and_a_picture(results, tmp_path):
+    paths = write_report(results, str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "eps_curve.png",
+        "evaluation.json",
+        "evaluation.md",
+    ]
+    assert len(paths) == 3
+    assert json.loads((tmp_path / "evaluation.json").read_text())["accuracy"] == results["accuracy"]
+    assert (tmp_path / "evaluation.md").read_text() == markdown(results)
+    with Image.open(io.BytesIO((tmp_path / "eps_curve.png").read_bytes())) as image:
+        assert image.convert("L").getextrema()[0] < 100  # something is drawn
+
+
+def test_says_what_it_was_and_how_sure(results):
+    text = markdown(results)
+    assert "Under linf eps 4/255." in text
+    assert "| pgd20 | 25.00 | 23.66 to 76.34 | 10 |" in text
+    assert "| dog | 4 | 5.0 | 1.0 |" in text
+    assert "No sign of masked gradients: accuracy under pgd20 falls to 0.0 % at eps 127.5" in text
+    assert "AutoAttack" not in text
+
+
+def test_says_when_not_to_trust_it(results):
+    results["findings"] = ["the attack is misled"]
+    text = markdown(results)
+    assert "Gradients may be masked, and the numbers too good:\n\n- the attack is misled\n" in text
+    assert "No sign" not in text
+    del results["curve"]
+    results["findings"] = []
+    assert "Not looked into" in markdown(results)
+    assert "eps_curve.png" not in markdown(results)
+
+
+LINF = ThreatModel("linf", 1.0)
+
+
+def test_every_number_equals_the_plain_loops(model_and_batches):
+    model, batches = model_and_batches
+    attacks = [PGD(LINF, steps=1), PGD(LINF, steps=3)]
+    evaluator = RobustnessEvaluator(model, attacks, curve=PGD(LINF, steps=2), curve_images=10)
+    results = inference_on_dataset(model, batches, evaluator)
+
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    right = torch.arange(20) >= 5
+
+    def withstood(attack, number=20):
+        adversarial = attack(model.classifier, images[:number], labels[:number])
+        return (model.classifier(adversarial).argmax(1) == labels[:number]) & right[:number]
+
+    one, three = map(withstood, attacks)
+    expected = {"clean": right, "pgd1": one, "pgd3": three, WORST_CASE: one & three}
+    assert list(results["accuracy"]) == list(expected)
+    for name, values in expected.items():
+        assert results["accuracy"][name]["value"] == pytest.approx(100 * values.float().mean().item())
+        assert results["accuracy"][name]["images"] == 20
+        for label, row in results["per_class"].items():
+            mine = labels == label
+            assert row["images"] == mine.sum()
+            assert row[name] == pytest.approx(100 * values[mine].float().mean().item())
+    curve = results["curve"]
+    assert (curve["attack"], curve["images"]) == ("pgd2", 10)
+    assert curve["eps"] == [0.0, *(threat_model.eps for threat_model in eps_curve(LINF, 3072))]
+    for eps, value in zip(curve["eps"], curve["value"], strict=True):
+        found = withstood(PGD(ThreatModel("linf", eps), steps=2), 10)
+        assert value == pytest.approx(100 * found.float().mean().item())
+    assert curve["value"][-1] == 0.0
+    assert results["findings"] == []
+
+
+def test_so_many_images_and_no_more(model_and_batches):
+    model, batches = model_and_batches
+    evaluator = RobustnessEvaluator(model, [PGD(LINF, steps=1)], max_images=10)
+    results = inference_on_dataset(model, batches, evaluator)
+    assert results["accuracy"]["clean"] == pytest.approx(
+        {"value": 50.0, "images": 10, "low": 23.66, "high": 76.34}, abs=0.01
+    )
+    assert "curve" not in results
+
+
+def test_processes_are_put_together(model_and_batches, monkeypatch):
+    model, batches = model_and_batches
+    evaluator = RobustnessEvaluator(model, [PGD(LINF, steps=1)], PGD(LINF, steps=1), curve_images=8)
+    alone = inference_on_dataset(model, batches, evaluator)
+    monkeypatch.setattr("detectron2.utils.comm.gather", lambda part: [part, part])
+    together = evaluator.evaluate()
+    assert together["accuracy"]["pgd1"]["value"] == alone["accuracy"]["pgd1"]["value"]
+    assert together["accuracy"]["pgd1"]["images"] == 40
+    assert together["curve"]["images"] == 16
+
+
+class Masked(nn.Module):
+    """A linear network on images of few grey values: there is no gradient to follow."""
+
+    def forward(self, images):
+        steps = (images * 4).round() / 4
+        score = (steps[:, :, :, :16].mean((1, 2, 3)) - steps[:, :, :, 16:].mean((1, 2, 3))) * 50
+        return torch.stack([score, -score], 1) + 0 * images.mean()
+
+
+def test_masked_gradients_are_found_out():
+    torch.manual_seed(0)
+    model = Pretraining(Classifier("resnet18", num_classes=2), Standard()).eval()
+    model.classifier.network = Masked()
+    model.classifier.mean.zero_()
+    model.classifier.std.fill_(1)
+    images = torch.rand(8, 3, 32, 32)
+    images[:4, :, :, :16] += 0.5
+    images[4:, :, :, 16:] += 0.5
+    batches = [(images.clamp(0, 1), torch.tensor([0] * 4 + [1] * 4))]
+    results = inference_on_dataset(model, batches, RobustnessEvaluator(model, [], PGD(LINF, steps=5)))
+    assert results["curve"]["value"][-1] == 100.0
+    assert results["findings"] == [
+        "100.0 % withstand pgd5 at eps 127.5, which can turn every image grey: the attack is misled"
+    ]
+
+
+def test_the_other_findings():
+    curve = {"attack": "pgd20", "eps": [0, 1, 2, 4], "value": [80, 40, 45, 0.0]}
+    accuracy = {"clean": {"value": 80}, "pgd20": {"value": 50}, "pgd100x5": {"value": 48}}
+    assert findings(accuracy, curve) == ["more withstand pgd20 at eps 2 than at a smaller one"]
+    accuracy["autoattack"] = {"value": 30}
+    assert findings(accuracy, None) == ["AutoAttack turns 18.0 % of the images over that PGD does not"]
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (3, 7), (500, 1000)])
+def test_the_interval_is_wilsons(successes, trials):
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(successes, trials).proportion_ci(method="wilson")
+    assert wilson_interval(successes, trials) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+def test_grey_is_within_reach_of_every_image(norm):
+    eps = grey_eps(norm, 3 * 8 * 8)
+    for corner in (0.0, 1.0):
+        perturbation = torch.full((1, 3, 8, 8), 0.5 - corner)
+        projected = ThreatModel(norm, eps).project(perturbation)
+        assert torch.allclose(projected, perturbation)
+        assert not torch.allclose(ThreatModel(norm, eps * 0.9).project(perturbation), perturbation)
+
+
+def test_the_curve_starts_below_eps_and_ends_in_grey():
+    assert [threat_model.eps for threat_model in eps_curve(ThreatModel("linf", 32), 9)] == [
+        8,
+        16,
+        32,
+        64,
+        127.5,
+    ]
+    assert len(eps_curve(ThreatModel("l2", 0.0), 3072)) > 3  # of a standard recipe
+
+
+def test_attacks_have_names():
+    assert attack_named("pgd20", LINF) == PGD(LINF, 20)
+    assert attack_named("pgd100x5", LINF) == PGD(LINF, 100, random_start=True, restarts=5)
+    for name in ("pgd", "pgdx", "fgsm", "", "pgd20x"):
+        with pytest.raises(InputError, match="is unknown; use"):
+            attack_named(name, LINF)
+    with pytest.raises(InputError, match="steps is 0"):
+        attack_named("pgd0", LINF)
+
+
+@pytest.mark.parametrize(
+    ("attacks", "images", "words"),
+    [
+        (["pgd2", "pgd2"], 5, "one is there twice"),
+        (["pgd2"], 0, "--images is 0"),
+        (["x"], 5, "'x' is unknown"),
+    ],
+)
+def test_bad_input_is_one_line(digits_cfg, attacks, images, words):
+    with pytest.raises(InputError, match=words):
+        evaluate_classifier(digits_cfg, "nowhere.pth", attacks, images)

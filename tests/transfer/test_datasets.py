@@ -20,7 +20,7 @@ from torchvision import datasets as tv
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from rt_detectron.pretrain.data import TrainLoader, build_test_loader
+from rt_detectron.data.loader import TrainLoader, build_test_loader
 from rt_detectron.transfer import sets
 from rt_detectron.transfer.datasets import classification_dataset
 from rt_detectron.transfer.sets import TRANSFER_SETS

@@ -3,7 +3,7 @@
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
-from rt_detectron.engine import backbone_factor
+from rt_detectron.detection import backbone_factor
 
 optimizer = model_zoo.get_config("common/optim.py").SGD
 optimizer.params.base_lr = "${..lr}"

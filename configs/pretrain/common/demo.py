@@ -3,7 +3,7 @@
 from detectron2.config import LazyCall as L
 from torchvision.transforms import v2 as T
 
-from rt_detectron.pretrain.data import FolderDataset
+from rt_detectron.data.images import FolderDataset
 
 from .small import dataloader, evaluator, lr_multiplier, model, optimizer, threat_model, train
 

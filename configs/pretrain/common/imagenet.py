@@ -12,8 +12,9 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torchvision.transforms import v2 as T
 
 from rt_detectron.attacks import PGD, ThreatModel
+from rt_detectron.data.images import FolderDataset, Lighting
+from rt_detectron.data.loader import TrainLoader, build_test_loader
 from rt_detectron.modeling.classifier import Classifier
-from rt_detectron.pretrain.data import FolderDataset, Lighting, TrainLoader, build_test_loader
 from rt_detectron.pretrain.evaluation import AccuracyEvaluator
 from rt_detectron.pretrain.strategies import Adversarial, EpsSchedule, Pretraining
 

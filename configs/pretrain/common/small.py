@@ -5,7 +5,7 @@ from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 from torchvision.transforms import v2 as T
 
-from rt_detectron.pretrain.data import ShardDataset
+from rt_detectron.data.shards import ShardDataset
 
 from .imagenet import dataloader, evaluator, model, optimizer, threat_model, train
 

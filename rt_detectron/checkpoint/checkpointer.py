@@ -1,0 +1,247 @@
+"""Detectron2's checkpointer: atomic files, safe resuming, and strict loading of pretrained weights."""
+
+import glob
+import logging
+import os
+import re
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from rt_detectron.checkpoint.architectures import get_architecture
+from rt_detectron.checkpoint.formats import (
+    check_archive,
+    check_file,
+    read_pickle,
+    save_atomically,
+    unreadable,
+)
+from rt_detectron.checkpoint.preprocessing import check_preprocessing
+from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.files import replaced_atomically
+
+logger = logging.getLogger(__name__)
+TO_KEEP = 2  # one to fall back on, should the last one turn out damaged
+# What a backbone's file fills, and the stage that a tensor belongs to. A network that is not Detectron2's
+# sits in its backbone as `trunk` with names of its own, of which two words tell one stage from another.
+TRUNK = re.compile(r"(?:^|\.)(stem|res[2-5]|trunk(?:\.\w+){1,2})(?=\.)")
+# In the trunk of a model, but in no classifier: BN's counter and a deformable convolution's own layer.
+NOT_FROM_CLASSIFIER = re.compile(r"\.num_batches_tracked$|\.conv2_offset\.")
+
+
+class AtomicCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, whose files are whole or not there at all.
+
+    Raises:
+        InputError: from ``save``, when the file cannot be written.
+    """
+
+    def save(self, name: str, **kwargs) -> None:
+        if not self.save_dir or not self.save_to_disk:
+            return
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        content = {"model": self.model.state_dict(), **kwargs}
+        content |= {key: part.state_dict() for key, part in self.checkpointables.items()}
+        try:
+            save_atomically(content, path)
+            self.tag_last_checkpoint(os.path.basename(path))
+        except OSError as error:
+            last = self.get_checkpoint_file()
+            raise InputError(
+                f"cannot write {path}: {error.strerror}; "
+                + (
+                    f"{last} is whole: make room and go on with --resume"
+                    if last
+                    else "make room and start again"
+                )
+            ) from None
+        self.logger.info("Saved %s", path)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        with replaced_atomically(path) as temporary, open(temporary, "w") as file:
+            file.write(last_filename_basename)
+
+
+def periodic_checkpoints(folder: str) -> list[str]:
+    """The files ``model_NUMBER.pth`` of the folder, oldest first."""
+    names = [name for name in os.listdir(folder) if re.fullmatch(r"model_\d+\.pth", name)]
+    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: int(name[6:-4]))]
+
+
+class TrainingCheckpointer(AtomicCheckpointer):
+    """Resumes from the newest whole checkpoint; no code in a file is run when it is loaded.
+
+    Raises:
+        InputError: from ``save``, when the file cannot be written; from ``resume``, when no checkpoint of the
+            folder can be read or the last one does not fit the configuration.
+    """
+
+    def resume(self) -> bool:
+        """Load the last checkpoint, or the newest that is not damaged; False if the folder has none."""
+        remove_leftovers(self.save_dir)
+        if not self.has_checkpoint():
+            return False
+        last = self.get_checkpoint_file()
+        older = [path for path in reversed(periodic_checkpoints(self.save_dir)) if path != last]
+        damages = []
+        for path in (last, *older):
+            try:
+                content = self._read(path)
+            except InputError as error:
+                damages.append(str(error))
+                logger.warning("%s; trying the checkpoint before it", error)
+                continue
+            self._fill(content, path)
+            return True
+        raise InputError(f"{self.save_dir} has no checkpoint that can be read: {damages[0]}")
+
+    def _read(self, path: str) -> dict:
+        if not os.path.isfile(path):
+            raise InputError(f"{path} is missing")
+        check_archive(path)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged files fail in every way there is
+            raise InputError(unreadable(path, error)) from None
+
+    def _fill(self, content: dict, path: str) -> None:
+        try:
+            self.model.load_state_dict(content["model"])
+            for key, part in self.checkpointables.items():
+                part.load_state_dict(content[key])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"{path} is of another configuration ({type(error).__name__}: {one_line(error)[:200]}): "
+                "resume with the one in config.yaml beside it, or choose another train.output_dir"
+            ) from None
+        logger.info("Resuming from %s", path)
+
+
+def has_checkpoint(folder: str) -> bool:
+    """Whether ``folder`` holds a training to resume."""
+    return os.path.isfile(os.path.join(folder, "last_checkpoint"))
+
+
+def remove_leftovers(folder: str) -> None:
+    """Delete the temporary files of a process that was killed while it wrote; nobody else may be writing."""
+    if comm.is_main_process():
+        for path in glob.glob(os.path.join(glob.escape(folder), "*.[0-9]*.tmp")):
+            os.remove(path)
+
+
+class RobustCheckpointer(AtomicCheckpointer):
+    """Loads like Detectron2's; a file with ``rt_detectron`` metadata must moreover fit exactly.
+
+    Such a file is compared with the model's preprocessing; then each of its tensors must find its place
+    and each trunk tensor of the model must be filled (Detectron2 only warns). A whole stage that the
+    model does not have may stay unused. A file without matching heuristics, a detector, must have all of
+    the model's tensors. The metadata goes into every checkpoint saved afterwards, so a fine-tuned
+    detector is guarded when it is evaluated, too.
+
+    No code in any file is ever run: a ``.pkl`` may hold arrays in plain containers and nothing else.
+
+    Raises:
+        InputError: from ``load``, for a file that is not there, cannot be read, is refused or does not fit.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str = "", **kwargs):
+        super().__init__(model, save_dir, **kwargs)
+        self.metadata: dict | None = None
+
+    def save(self, name: str, **kwargs) -> None:
+        if self.metadata is not None:
+            kwargs.setdefault("rt_detectron", self.metadata)
+        super().save(name, **kwargs)
+
+    def load(self, path: str, *args, **kwargs) -> dict:
+        if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
+            raise InputError(f"there is no weights file {path}: check MODEL.WEIGHTS")
+        try:
+            return super().load(path, *args, **kwargs)
+        finally:
+            self._parsed_url_during_load = None  # Detectron2 forgets this when loading fails
+
+    def _load_file(self, filename: str) -> dict:
+        check_file(filename)
+        if not filename.endswith(".pkl"):
+            return super()._load_file(filename)
+        content = _dict(read_pickle(filename), filename)
+        if "model" in content and "__author__" in content:
+            return content
+        # Caffe2 or Detectron1, told apart and cleaned as in Detectron2's own _load_file
+        tensors = _dict(content.get("blobs", content), filename)
+        tensors = {name: value for name, value in tensors.items() if not name.endswith("_momentum")}
+        return {"model": tensors, "__author__": "Caffe2", "matching_heuristics": True}
+
+    def _torch_load(self, f: str) -> dict:
+        check_archive(f)
+        try:
+            loaded = super()._torch_load(f)  # weights_only is torch's default
+        except Exception as error:  # damaged and hostile files fail in every way there is
+            raise InputError(unreadable(f, error)) from None
+        return _dict(loaded, f)
+
+    def _load_model(self, checkpoint: dict):
+        metadata = checkpoint.get("rt_detectron")
+        if metadata is None:
+            return super()._load_model(checkpoint)
+        stem = f"{get_architecture(metadata['arch']).stem}.weight"
+        if any(name.removeprefix("network.") == stem for name in checkpoint["model"]):
+            raise InputError(
+                "MODEL.WEIGHTS is a classifier: convert it with tools/convert_checkpoint.py and load the .pkl"
+            )
+        check_preprocessing(self.model, metadata)
+        whole_model = not checkpoint.pop("matching_heuristics", False)
+        if not whole_model:
+            self._convert_ndarray_to_tensor(checkpoint["model"])
+            checkpoint["model"] = align_and_update_state_dicts(
+                self.model.state_dict(), checkpoint["model"], c2_conversion=False
+            )
+        self._check_fit(checkpoint["model"], metadata, whole_model)
+        self.metadata = metadata
+        return super()._load_model(checkpoint)
+
+    def _check_fit(self, loaded: dict[str, Tensor], metadata: dict, whole_model: bool) -> None:
+        # Asked here and not of load_state_dict, since FrozenBatchNorm2d fills in statistics that are
+        # missing from the file without reporting them.
+        model = self.model.state_dict()
+        stages = {match[1] for match in map(TRUNK.search, model) if match}
+        problems = {
+            "not in the model": [n for n in loaded if n not in model and not _of_absent_stage(n, stages)],
+            "misshaped": [n for n in loaded if n in model and model[n].shape != torch.Size(loaded[n].shape)],
+            "not in the file": [
+                n
+                for n in model
+                if n not in loaded and (whole_model or TRUNK.search(n)) and not NOT_FROM_CLASSIFIER.search(n)
+            ],
+        }
+        parts = [
+            f"{len(names)} tensors {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for problem, names in problems.items()
+            if names
+        ]
+        if parts:
+            way_out = (
+                "load it under the config it was trained with, or start from its backbone's .pkl instead"
+                if whole_model
+                else f"set MODEL.ROBUST.ARCH {metadata['arch']} and MODEL.RESNETS.NORM FrozenBN, BN or SyncBN"
+            )
+            raise InputError(
+                f"the weights ({metadata['source']}, {metadata['arch']}) do not fit the model: "
+                f"{'; '.join(parts)}: {way_out}"
+            )
+
+
+def _dict(content, path: str) -> dict:
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no weights by name: check MODEL.WEIGHTS")
+    return content
+
+
+def _of_absent_stage(name: str, stages: set[str]) -> bool:
+    match = TRUNK.search(name)
+    return match is not None and match[1] not in stages

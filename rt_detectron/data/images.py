@@ -1,0 +1,148 @@
+"""Labelled images: decoding, class folders, what happens to broken files, colour noise."""
+
+import io
+import logging
+import multiprocessing
+import os
+import re
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
+
+from rt_detectron.utils.errors import InputError, one_line
+
+logger = logging.getLogger(__name__)
+
+
+class CorruptImages:
+    """What happens to an image that cannot be decoded: ``"stop"`` the run, or ``"skip"`` and count it.
+
+    The count is shared with the loader's worker processes.
+    """
+
+    def __init__(self, policy: str):
+        if policy not in ("stop", "skip"):
+            raise InputError(f"on_corrupt is {policy!r}; use 'stop' or 'skip'")
+        self.policy = policy
+        self._count = multiprocessing.Value("q", 0)
+
+    @property
+    def count(self) -> int:
+        return self._count.value
+
+    def report(self, name: str, error: Exception) -> None:
+        if self.policy == "stop":
+            raise InputError(
+                f"{name}: cannot be read ({one_line(error)}); repair or delete it, or set on_corrupt=skip"
+            ) from error
+        with self._count.get_lock():
+            self._count.value += 1
+        logger.warning("skipped %s: cannot be read (%s); %d so far", name, one_line(error), self.count)
+
+
+def decode(encoded: bytes) -> torch.Tensor:
+    """An image file's bytes to uint8 RGB (3, H, W).
+
+    By torchvision, and by PIL what torchvision does not know (BMP, TIFF); the pixels are the same.
+
+    Raises:
+        OSError, SyntaxError: for what is no image, or a truncated one.
+    """
+    try:
+        image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
+        image = image[0] if image.dim() == 4 else image  # the first picture of an animated GIF, as by PIL
+        return image if image.dtype == torch.uint8 else to_dtype(image, torch.uint8, scale=True)
+    except (RuntimeError, ValueError):
+        with Image.open(io.BytesIO(encoded)) as image:
+            return pil_to_tensor(image.convert("RGB"))
+
+
+class FolderDataset(Dataset):
+    """Images below ``root/CLASS/``, one folder per class, as torchvision's ImageFolder sorts them.
+
+    Args:
+        root: the folder of class folders.
+        num_classes: how many class folders there must be; None takes what there is.
+        transform: of a uint8 RGB tensor (3, H, W) to a uint8 one or a float one in [0, 1].
+        on_corrupt: "stop" or "skip"; skipped images are replaced by the next readable one.
+    """
+
+    def __init__(self, root: str, num_classes: int | None, transform: Callable, on_corrupt: str = "stop"):
+        if not os.path.isdir(root):
+            raise InputError(f"{root}: no such folder; datasets/README.md shows the expected tree")
+        try:
+            folder = ImageFolder(root)
+        except FileNotFoundError as error:
+            # torchvision names the class folders without images; with none at all it says so.
+            empty = re.search(r"for the classes? (.*?)\. ", str(error))
+            problem = f"no images of {empty[1]}" if empty else "expected class folders, each with images"
+            raise InputError(f"{root}: {problem}; datasets/README.md shows the tree") from None
+        if num_classes is not None and len(folder.classes) != num_classes:
+            raise InputError(
+                f"{root}: has {len(folder.classes)} class folders, but num_classes is {num_classes}"
+            )
+        self.root = root
+        self.classes = folder.classes
+        self.images = folder.samples
+        self.transform = transform
+        self.corrupt = CorruptImages(on_corrupt)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
+        """Image, class and key, which is the path below the root."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for offset in range(len(self)):
+            path, label = self.images[(index + offset) % len(self)]
+            try:
+                with open(path, "rb") as file:
+                    image = decode(file.read())
+            except (OSError, SyntaxError) as error:
+                self.corrupt.report(path, error)
+                continue
+            return self.transform(image), label, os.path.relpath(path, self.root)
+        raise InputError(f"none of the {len(self)} images can be read")
+
+
+def check_same_classes(train: Dataset, test: Dataset) -> None:
+    """Raise :class:`InputError` if two folder trees disagree about which classes there are.
+
+    They would be numbered differently. Shards hold numbers and cannot be compared.
+    """
+    if isinstance(train, FolderDataset) and isinstance(test, FolderDataset) and train.classes != test.classes:
+        name = min(set(train.classes) ^ set(test.classes))
+        has, lacks = (train, test) if name in train.classes else (test, train)
+        raise InputError(
+            f"{has.root} has the class {name!r} and {lacks.root} has not: make the folders agree"
+        )
+
+
+class Lighting:
+    """AlexNet's PCA noise on an RGB image (Krizhevsky et al. 2012, section 4.1).
+
+    Args:
+        std: standard deviation of the three components' weights.
+    """
+
+    # Eigenvalues and eigenvectors of the RGB covariance over ImageNet, for images in [0, 1].
+    EIGENVALUES = torch.tensor([0.2175, 0.0188, 0.0045])
+    EIGENVECTORS = torch.tensor(
+        [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+    )
+
+    def __init__(self, std: float):
+        self.std = std
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """(3, H, W), uint8 or float in [0, 1], to float in [0, 1]."""
+        image = to_dtype(image, torch.float32, scale=True)
+        weights = torch.randn(3) * self.std
+        shift = self.EIGENVECTORS @ (weights * self.EIGENVALUES)
+        return (image + shift.view(3, 1, 1)).clamp(0, 1)

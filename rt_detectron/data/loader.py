@@ -1,0 +1,228 @@
+"""Batches of labelled images, the same whether or not a training was interrupted."""
+
+import functools
+import itertools
+import logging
+import math
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator
+from multiprocessing.synchronize import Event
+
+import torch
+from detectron2.data.samplers import InferenceSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from rt_detectron.data.images import FolderDataset
+from rt_detectron.data.shards import ShardDataset
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.seeds import seeded, seeded_generator
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 30  # for which a loader's worker survives a SIGTERM
+
+
+class TrainLoader:
+    """Endless batches (images, labels, keys), the same whether or not the training was interrupted.
+
+    Order and augmentation of an iteration follow from files, seed, batch size and the number of processes,
+    for shards also from the number of workers; torch's global random numbers are neither used nor disturbed.
+
+    - Folders: an epoch is a permutation of all images, less an incomplete last batch. Process r of w has
+      the images [r::w] of each batch, so several processes see together what a single one sees.
+    - Shards: an epoch deals the permuted shards to all workers of all processes. Each shuffles its own within
+      a buffer and gives its share of the epoch's batches; if its shards hold less than that, it begins them
+      anew, and what they hold beyond it waits for another epoch.
+
+    Args:
+        dataset: :class:`FolderDataset` or :class:`ShardDataset`.
+        total_batch_size: images of an iteration, over all processes.
+        num_workers: loader processes for each training process.
+        seed: of order and augmentation.
+
+    Attributes:
+        batch_size: images of this process in an iteration.
+        iterations_per_epoch: ``len(dataset) // total_batch_size``.
+    """
+
+    def __init__(self, dataset: Dataset, total_batch_size: int, num_workers: int = 4, seed: int = 0):
+        world_size = comm.get_world_size()
+        if total_batch_size < 1 or total_batch_size % world_size:
+            raise InputError(
+                f"total_batch_size {total_batch_size} is not a multiple of the {world_size} processes"
+            )
+        if total_batch_size > len(dataset):
+            raise InputError(
+                f"total_batch_size {total_batch_size} exceeds the {len(dataset)} training images"
+            )
+        if isinstance(dataset, ShardDataset):
+            if len(dataset.urls) < world_size:
+                raise InputError(
+                    f"{len(dataset.urls)} shards cannot feed {world_size} processes; make more or use fewer"
+                )
+            num_workers = min(num_workers, len(dataset.urls) // world_size)
+        self.dataset = dataset
+        self.total_batch_size = total_batch_size
+        self.batch_size = total_batch_size // world_size
+        self.iterations_per_epoch = len(dataset) // total_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[list]:
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator[list]:
+        """Batches from iteration ``start`` on; what lies before is not decoded."""
+        if isinstance(self.dataset, ShardDataset):
+            source = {"dataset": _ShardStream(self, start), "batch_size": self.batch_size}
+        else:
+            source = {"dataset": _Augmented(self.dataset), "batch_sampler": _Order(self, start)}
+        closing = multiprocessing.Event()
+        try:
+            yield from DataLoader(
+                **source,
+                num_workers=self.num_workers,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=functools.partial(_leave_signals_to_the_trainer, closing),
+                generator=torch.Generator(),  # else it draws from the global one
+            )
+        finally:
+            closing.set()
+
+
+def _leave_signals_to_the_trainer(closing: Event, worker_id: int) -> None:
+    """A signal to the process group must not take the loaders from a trainer that finishes its step.
+
+    SIGTERM is also how multiprocessing ends workers, so it is heeded once the loader is ``closing``, and
+    otherwise after a while.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else signal.alarm(GRACE_SECONDS))
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+
+
+class _Order:
+    """Which images of a folder come when: lists of (index, seed of the augmentation), one list a batch."""
+
+    def __init__(self, loader: TrainLoader, start: int):
+        self.loader = loader
+        self.start = start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        loader = self.loader
+        first, skip = divmod(self.start, loader.iterations_per_epoch)
+        mine = slice(comm.get_rank(), None, comm.get_world_size())
+        for epoch in itertools.count(first):
+            generator = seeded_generator(loader.seed, epoch)
+            indices = torch.randperm(len(loader.dataset), generator=generator)
+            seeds = torch.randint(2**62, indices.shape, generator=generator)
+            for i in range(skip, loader.iterations_per_epoch):
+                batch = slice(i * loader.total_batch_size, (i + 1) * loader.total_batch_size)
+                yield list(zip(indices[batch][mine].tolist(), seeds[batch][mine].tolist(), strict=True))
+            skip = 0
+
+
+class _Augmented(Dataset):
+    """Takes (index, seed) for an index."""
+
+    def __init__(self, dataset: FolderDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index_and_seed: tuple[int, int]):
+        index, seed = index_and_seed
+        with seeded(seed):
+            return self.dataset[index]
+
+
+class _ShardStream(IterableDataset):
+    """This worker's samples of a training on shards, as :class:`TrainLoader` deals them."""
+
+    def __init__(self, loader: TrainLoader, start: int):
+        self.loader = loader
+        self.start = start
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, str]]:
+        loader = self.loader
+        worker = get_worker_info()
+        workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
+        # The DataLoader begins with worker 0, whose turn it need not be in an uninterrupted run.
+        worker_id = (self.start + worker_id) % workers
+        slot = comm.get_rank() * workers + worker_id
+        slots = comm.get_world_size() * workers
+        for epoch in itertools.count(self.start // loader.iterations_per_epoch):
+            first = epoch * loader.iterations_per_epoch
+            mine = [i for i in range(first, first + loader.iterations_per_epoch) if i % workers == worker_id]
+            done = sum(i < self.start for i in mine)
+            yield from self._epoch(
+                epoch, slot, slots, done * loader.batch_size, len(mine) * loader.batch_size
+            )
+
+    def _epoch(self, epoch: int, slot: int, slots: int, start: int, stop: int) -> Iterator:
+        """The samples ``start`` to ``stop`` of this worker's epoch."""
+        dataset, seed = self.loader.dataset, self.loader.seed
+        order = torch.randperm(len(dataset.urls), generator=seeded_generator(seed, epoch))[slot::slots]
+        samples = self._shuffled([dataset.urls[i] for i in order], seeded_generator(seed, epoch, slot))
+        seeds = torch.randint(2**62, (stop,), generator=seeded_generator(seed, epoch, slot, 1)).tolist()
+        ahead = deque()  # read, but not yet at their turn
+        for position in range(stop):
+            sample = ahead.popleft() if ahead else next(samples)
+            if position < start:
+                continue
+            decoded = self._decode(sample, seeds[position])
+            tried = 0
+            while decoded is None:  # corrupt: the next readable one stands in, and keeps its own turn
+                tried += 1
+                if tried > len(dataset):
+                    raise InputError(f"{dataset.urls[order[0]]}: none of the images can be read")
+                if len(ahead) < tried:
+                    ahead.append(next(samples))
+                decoded = self._decode(ahead[tried - 1], seeds[position])
+            yield decoded
+
+    def _decode(self, sample: dict, seed: int):
+        with seeded(seed):
+            return self.loader.dataset.decode(sample)
+
+    def _shuffled(self, urls: list[str], generator: torch.Generator) -> Iterator[dict]:
+        """The shards' samples again and again, each drawn from a buffer of those that are next."""
+        dataset = self.loader.dataset
+        expected = len(dataset) * len(urls) / len(dataset.urls)
+        while True:
+            buffer, count = [], 0
+            for sample in dataset.read(urls):
+                count += 1
+                if len(buffer) < dataset.shuffle_buffer:
+                    buffer.append(sample)
+                    continue
+                place = int(torch.randint(len(buffer), (), generator=generator))
+                buffer[place], sample = sample, buffer[place]
+                yield sample
+            for place in torch.randperm(len(buffer), generator=generator):
+                yield buffer[place]
+            if not count:
+                raise InputError(f"{', '.join(urls)}: no readable sample (KEY.jpg with KEY.cls) inside")
+            if abs(count - expected) > 0.1 * expected:
+                logger.warning(
+                    "%d of %d shards hold %d samples, where num_samples=%d lets expect %.0f: is it right?",
+                    len(urls), len(dataset.urls), count, len(dataset), expected,
+                )  # fmt: skip
+
+
+def build_test_loader(dataset: Dataset, batch_size: int, num_workers: int = 4) -> DataLoader:
+    """Every image once, in order, in batches (images, labels, keys); processes share the work."""
+    sampler = None
+    if isinstance(dataset, ShardDataset):
+        num_workers = min(num_workers, math.ceil(len(dataset.urls) / comm.get_world_size()))
+    else:
+        sampler = InferenceSampler(len(dataset))
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # else it draws from the global one
+    )

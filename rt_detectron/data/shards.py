@@ -1,0 +1,133 @@
+"""Labelled images in WebDataset shards."""
+
+import glob
+import itertools
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+
+import torch
+from detectron2.utils import comm
+from torch.utils.data import IterableDataset, get_worker_info
+
+from rt_detectron.data.images import CorruptImages, decode
+from rt_detectron.utils.errors import InputError
+
+
+class ShardDataset(IterableDataset):
+    """WebDataset shards: tar files with ``KEY.jpg`` (or .jpeg, .png) and ``KEY.cls``, the class index.
+
+    Iterating it gives every sample once, in order; shards are divided among processes and their loader
+    workers. :class:`TrainLoader` has an order of its own for training.
+
+    Args:
+        urls: one pattern or several: a local glob (``train-*.tar``), a brace range
+            (``train-{000000..000146}.tar``), or anything else that webdataset opens.
+        num_samples: how many samples the shards hold; tells an epoch's length.
+        num_classes: labels must lie in 0..num_classes-1.
+        transform: of a uint8 RGB tensor (3, H, W) to a uint8 one or a float one in [0, 1].
+        on_corrupt: "stop" or "skip".
+        shuffle_buffer: training draws from so many samples at a time.
+        classes: keep only samples of these class indices, and number them from 0 in this order; None keeps
+            all. ``num_samples`` and ``num_classes`` count what is kept.
+    """
+
+    def __init__(
+        self,
+        urls: str | list[str],
+        num_samples: int,
+        num_classes: int,
+        transform: Callable,
+        on_corrupt: str = "stop",
+        shuffle_buffer: int = 5000,
+        classes: list[int] | None = None,
+    ):
+        self.urls = _expand([urls] if isinstance(urls, str) else list(urls))
+        if num_samples < 1:
+            raise InputError(f"num_samples is {num_samples}; give the number of samples in the shards")
+        if classes is not None and not len(set(classes)) == len(classes) == num_classes:
+            raise InputError(f"classes {list(classes)}: give {num_classes} (num_classes) different ones")
+        self.num_samples = num_samples
+        self.num_classes = num_classes
+        self.classes = None if classes is None else list(classes)
+        self.transform = transform
+        self.shuffle_buffer = shuffle_buffer
+        self.corrupt = CorruptImages(on_corrupt)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, str]]:
+        worker = get_worker_info()
+        workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
+        slot, slots = comm.get_rank() * workers + worker_id, workers * comm.get_world_size()
+        for sample in self.read(self.urls[slot::slots]):
+            decoded = self.decode(sample)
+            if decoded is not None:
+                yield decoded
+
+    def read(self, urls: list[str]) -> Iterator[dict]:
+        """The samples of these shards in order, not decoded."""
+        import webdataset as wds
+
+        for url in urls:
+            count = 0
+            try:
+                for sample in wds.tarfile_to_samples()([{"url": url}]):
+                    count += 1
+                    if self.classes is None or _class(sample) in self.classes:
+                        yield sample
+                if not count:
+                    raise EOFError("no samples, KEY.jpg with KEY.cls, inside")
+            except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError) as error:
+                self.corrupt.report(url, error)
+
+    def decode(self, sample: dict) -> tuple[torch.Tensor, int, str] | None:
+        """Image, class and key ("SHARD: KEY") of a sample; None if it is corrupt and to be skipped."""
+        encoded, label, name = self.encoded(sample)
+        try:
+            image = decode(encoded)
+        except (OSError, SyntaxError) as error:
+            self.corrupt.report(name, error)
+            return None
+        return self.transform(image), label, name
+
+    def encoded(self, sample: dict) -> tuple[bytes, int, str]:
+        """Image file, class and key of a sample; one that lacks something is an :class:`InputError`."""
+        name = f"{sample['__url__']}: {sample['__key__']}"
+        encoded = next((sample[ending] for ending in ("jpg", "jpeg", "png") if ending in sample), None)
+        if encoded is None or "cls" not in sample:
+            raise InputError(f"{name} lacks an image (.jpg, .jpeg, .png) or its .cls")
+        label = _class(sample)
+        if self.classes is not None:
+            label = self.classes.index(label)
+        if not (isinstance(label, int) and label < self.num_classes):
+            raise InputError(
+                f"{name} has the class '{label}'; "
+                f"num_classes={self.num_classes} allows 0..{self.num_classes - 1}"
+            )
+        return encoded, label, name
+
+
+def _class(sample: dict) -> int | str:
+    """What a sample's .cls says: a class index, or whatever else stands there."""
+    text = sample.get("cls", b"").decode(errors="replace").strip()
+    return int(text) if text.isdecimal() else text
+
+
+def _expand(patterns: list[str]) -> list[str]:
+    """Brace ranges and local globs to the list of shards, sorted; missing local files are an error."""
+    try:
+        from webdataset.shardlists import expand_urls
+    except ImportError:
+        raise InputError('reading shards needs webdataset: pip install "rt_detectron[webdataset]"') from None
+    urls = []
+    for url in itertools.chain.from_iterable(expand_urls(pattern) for pattern in patterns):
+        if "://" in url or url.startswith("pipe:"):
+            urls.append(url)
+            continue
+        matches = sorted(glob.glob(url))
+        if not matches:
+            raise InputError(f"{url}: no such shard; datasets/README.md shows the expected files")
+        urls += matches
+    return urls

@@ -1,0 +1,27 @@
+"""Detectron2's DefaultTrainer and DefaultPredictor with our checkpointer, checks and options."""
+
+from rt_detectron.detection.lazy import (
+    build_lazy_model,
+    do_test,
+    do_train,
+    load_lazy_config,
+    write_lazy_results,
+)
+from rt_detectron.detection.predictor import Predictor, load_predictors
+from rt_detectron.detection.steps import backbone_factor
+from rt_detectron.detection.trainer import Trainer, load_config
+from rt_detectron.evaluation.results import write_results
+
+__all__ = [
+    "Predictor",
+    "Trainer",
+    "backbone_factor",
+    "build_lazy_model",
+    "do_test",
+    "do_train",
+    "load_config",
+    "load_lazy_config",
+    "load_predictors",
+    "write_lazy_results",
+    "write_results",
+]

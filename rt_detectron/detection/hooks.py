@@ -1,0 +1,136 @@
+"""What happens around the training steps of a detector, whichever way its parts were configured."""
+
+import logging
+import os
+
+import torch
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from torch import nn
+
+from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
+from rt_detectron.engine.train_hooks import ExponentialMovingAverage, SafeCheckpointing
+from rt_detectron.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+class AveragedWeights(ExponentialMovingAverage):
+    """An average that is what the training gives: it is evaluated, and saved as the checkpoints' ``model``.
+
+    So whoever loads a checkpoint gets what was evaluated. The weights that the optimiser moves are saved as
+    part of this hook's state, for resuming. Weights are to be loaded into ``averaged.module``.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, decay)
+        self.resumed = False
+
+    def before_train(self):
+        if not self.resumed:
+            self.model.load_state_dict(self.averaged.module.state_dict())
+
+    def state_dict(self) -> dict:
+        return {"weights": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["weights"])
+        self.averaged.n_averaged.fill_(1)  # else its next update copied the weights
+        self.resumed = True
+
+
+def build_average(model: nn.Module, decay: float) -> AveragedWeights | None:
+    """The hook for an average of ``decay``; None for a decay of 0.
+
+    Raises:
+        InputError: for a decay outside [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise InputError(f"the EMA's decay is {decay}; it must be from 0 (none) to below 1, e.g. 0.999")
+    return AveragedWeights(model, decay) if decay else None
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Keeps the weights with the best metric in ``model_best.pth``, over resumed trainings, too.
+
+    Detectron2's forgets what was best when a training is resumed, and makes ``model_best`` the checkpoint
+    that is resumed from. Here the file has weights alone, and ``best``: metric, value and iteration.
+
+    Args:
+        eval_period: of the EvalHook.
+        model: whose weights are kept.
+        checkpointer: of the training; its folder and metadata are used.
+        metric: such as "bbox/AP"; more is better.
+    """
+
+    def __init__(self, eval_period: int, model: nn.Module, checkpointer: RobustCheckpointer, metric: str):
+        super().__init__(eval_period, _Untagged(model, checkpointer.save_dir), metric)
+        self.training = checkpointer
+
+    def before_train(self):
+        path = os.path.join(self.training.save_dir, f"{self._file_prefix}.pth")
+        if self.trainer.start_iter and os.path.isfile(path):
+            best = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("best", {})
+            if best.get("metric") == self._val_metric:
+                self.best_metric, self.best_iter = best["value"], best["iteration"]
+
+    def _best_checking(self):
+        value, _ = self.trainer.storage.latest().get(self._val_metric, (None, None))
+        self._checkpointer.metadata = self.training.metadata
+        self._checkpointer.best = {
+            "metric": self._val_metric,
+            "value": value,
+            "iteration": self.trainer.iter,
+        }
+        super()._best_checking()
+
+
+class _Untagged(RobustCheckpointer):
+    """Leaves the checkpoint to resume from as it is."""
+
+    best: dict
+
+    def save(self, name: str, **kwargs) -> None:
+        super().save(name, **kwargs, best=self.best)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        pass
+
+
+def training_hooks(
+    *,
+    checkpoints: SafeCheckpointing,
+    evaluated: nn.Module,
+    evaluate,
+    eval_period: int,
+    best_metric: str = "",
+    scheduler=None,
+    average: AveragedWeights | None = None,
+    precise_bn: hooks.PreciseBN | None = None,
+    build_writers,
+    log_period: int = 20,
+) -> list[HookBase | None]:
+    """The hooks of a training in their order, which is Detectron2's.
+
+    Args:
+        checkpoints: saves; its ``checkpointer`` also keeps the best.
+        evaluated: the model that ``evaluate`` is about.
+        evaluate: gives the nested dict of metrics.
+        eval_period: iterations between two evaluations; 0 evaluates at the end only.
+        best_metric: see :class:`BestCheckpointer`; "" keeps none.
+        scheduler: None for the trainer's own.
+        build_writers: gives the event writers of the first process.
+    """
+    is_main = comm.is_main_process()
+    return [
+        hooks.IterationTimer(),
+        average,
+        hooks.LRScheduler(scheduler=scheduler),
+        precise_bn,
+        checkpoints,
+        hooks.EvalHook(eval_period, lambda: checkpoints.evaluate(evaluate)),
+        BestCheckpointer(eval_period, evaluated, checkpoints.checkpointer, best_metric)
+        if is_main and eval_period and best_metric
+        else None,
+        hooks.PeriodicWriter(build_writers(), log_period) if is_main else None,
+    ]

@@ -1,0 +1,158 @@
+"""What tools/lazyconfig_train_net.py wires: a detector's training from a LazyConfig."""
+
+import copy
+import logging
+import os
+
+import torch
+from detectron2.config import instantiate
+from detectron2.engine import default_writers
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import OmegaConf
+from torch import nn
+
+from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
+from rt_detectron.checkpoint.preprocessing import check_preprocessing
+from rt_detectron.data import check_datasets
+from rt_detectron.detection.adversarial import replayed
+from rt_detectron.detection.hooks import build_average, training_hooks
+from rt_detectron.detection.steps import DIVERGED, build_trainer, fast
+from rt_detectron.engine.lazy_config import config_sha256, read_lazy_config
+from rt_detectron.engine.train_hooks import SafeCheckpointing
+from rt_detectron.evaluation.results import describe_dataset
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import finite, write_json
+from rt_detectron.utils.versions import versions
+
+logger = logging.getLogger(__name__)
+
+KEYS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+WAY_OUT = "a lower optimizer.lr"
+
+
+def load_lazy_config(path: str, overrides: list[str]):
+    """The LazyConfig at ``path`` with ``key=value`` overrides, and its datasets looked for.
+
+    Detectron2's own serve, too: what its ``train`` lacks of configs/lazy/common/train.py is off.
+    Where there is no GPU, train.device becomes "cpu", with a warning.
+
+    Raises:
+        InputError: as :func:`read_lazy_config`, for datasets that are not there, and for a colour order that
+            differs between loader and model.
+    """
+    cfg = read_lazy_config(path, overrides, KEYS, "configs/lazy/")
+    if "max_iter" not in cfg.train:
+        raise InputError(f"--config-file {path}: train has no max_iter; tools/pretrain.py takes recipes")
+    if cfg.train.device == "cpu":
+        cfg.train.amp.enabled = False  # Detectron2's AMP is for GPUs only
+    check_datasets([*dataset_names(cfg, "train"), *dataset_names(cfg, "test")])
+    loaded = OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
+    expected = OmegaConf.select(cfg, "model.input_format")
+    if None not in (loaded, expected) and loaded != expected:
+        raise InputError(
+            f"dataloader.train.mapper.image_format is {loaded}, but model.input_format is {expected}; "
+            "set both to what the weights were trained on"
+        )
+    return cfg
+
+
+def dataset_names(cfg, split: str) -> list[str]:
+    """Names of the "train" or "test" sets, as far as ``cfg.dataloader`` names them."""
+    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names") or []
+    return [names] if isinstance(names, str) else list(names)
+
+
+def build_lazy_model(cfg) -> nn.Module:
+    """The model of ``cfg.model`` on ``cfg.train.device``.
+
+    Raises:
+        InputError: if a backbone that came with its weights does not fit the model's preprocessing.
+    """
+    model = fast(instantiate(cfg.model).to(cfg.train.device))
+    metadata = _backbone_metadata(model)
+    if metadata is not None:
+        check_preprocessing(model, metadata)
+    return model
+
+
+def _backbone_metadata(model: nn.Module) -> dict | None:
+    """What :func:`rt_detectron.load_backbone` says of the weights that it loaded."""
+    return getattr(getattr(model, "backbone", None), "metadata", None)
+
+
+def do_test(cfg, model: nn.Module) -> dict:
+    """The metrics of ``cfg.dataloader.evaluator`` on ``cfg.dataloader.test``, printed and returned."""
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    results = inference_on_dataset(model, loader, evaluator)
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+def do_train(cfg, resume: bool = False) -> dict:
+    """Train as ``cfg`` says, as safely as :class:`.Trainer` does, and return the last metrics.
+
+    Raises:
+        InputError: for weights that do not fit, and for a training that diverged.
+    """
+    model = build_lazy_model(cfg)
+    lazy_optimizer = copy.deepcopy(cfg.optimizer)  # cfg itself gets no objects
+    lazy_optimizer.params.model = model
+    optimizer: torch.optim.Optimizer = instantiate(lazy_optimizer)
+    train = cfg.train
+    loader = instantiate(cfg.dataloader.train)
+    if "adversarial" in train:
+        loader = replayed(loader, train.device, **train.adversarial)
+    average = build_average(model, train.get("ema", 0.0))
+    evaluated = average.averaged.module if average else model
+    trainer = build_trainer(model, loader, optimizer, train.amp.enabled, **train.ddp)
+    checkpointer = RobustCheckpointer(evaluated, train.output_dir, trainer=trainer)
+    checkpointer.metadata = _backbone_metadata(model)
+    checkpoints = SafeCheckpointing(
+        checkpointer, [train.checkpointer.period], train.checkpointer.max_to_keep, DIVERGED, WAY_OUT
+    )
+    results = {}
+
+    def evaluate() -> dict:
+        results.update(do_test(cfg, evaluated) or {})
+        return results
+
+    trainer.register_hooks(
+        training_hooks(
+            checkpoints=checkpoints,
+            evaluated=evaluated,
+            evaluate=evaluate,
+            eval_period=train.eval_period,
+            best_metric=train.get("best_metric", ""),
+            scheduler=instantiate(cfg.lr_multiplier),
+            average=average,
+            build_writers=lambda: default_writers(train.output_dir, train.max_iter),
+            log_period=train.log_period,
+        )
+    )
+    checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
+    start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    with checkpoints.heeding_signals():
+        trainer.train(start_iter, train.max_iter)
+    return results
+
+
+def write_lazy_results(cfg, results: dict, wall_time_s: float, iterations: int) -> str:
+    """What :func:`rt_detectron.evaluation.results.write_results` writes, to train.output_dir."""
+    path = os.path.join(cfg.train.output_dir, "results.json")
+    folder = OmegaConf.select(cfg, "dataloader.evaluator.output_dir") or ""
+    content = {
+        "metrics": finite(results),
+        "iterations": iterations,
+        "seed": cfg.train.get("seed", -1),
+        "wall_time_s": round(wall_time_s, 1),
+        "config_sha256": config_sha256(cfg),
+        "weights": cfg.train.init_checkpoint or OmegaConf.select(cfg, "model.backbone.name") or "",
+        "versions": versions(),
+        "datasets": [describe_dataset(name, folder) for name in dataset_names(cfg, "test")],
+    }
+    write_json(path, content)
+    return path

@@ -1,0 +1,99 @@
+"""Detectron2's DefaultPredictor, its weights checked against the config as they are loaded."""
+
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultPredictor
+from detectron2.structures import Instances
+
+from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
+from rt_detectron.data import check_datasets
+from rt_detectron.detection.trainer import load_config
+from rt_detectron.utils.errors import InputError
+
+
+class Predictor(DefaultPredictor):
+    """From one BGR image (H x W x 3, uint8) to its detections, by ``cfg.MODEL.WEIGHTS``.
+
+    Attributes:
+        class_names: see :func:`class_names`.
+
+    Raises:
+        InputError: where no weights are given, or they do not fit; from a call, if the model detects nothing.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        if not cfg.MODEL.WEIGHTS:
+            raise InputError("the config names no weights: give MODEL.WEIGHTS, of a trained detector")
+        without_weights = cfg.clone()
+        without_weights.defrost()
+        without_weights.MODEL.WEIGHTS = ""
+        super().__init__(without_weights)
+        RobustCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
+        self.class_names = class_names(cfg)
+
+    def __call__(self, original_image) -> Instances:
+        predictions = super().__call__(original_image)
+        if "instances" not in predictions:
+            raise InputError(f"MODEL.META_ARCHITECTURE {self.cfg.MODEL.META_ARCHITECTURE} gives no instances")
+        return predictions["instances"]
+
+
+def load_predictors(
+    config_files: Sequence[str],
+    weights: Sequence[str] | None,
+    captions: Sequence[str] | None,
+    threshold: float,
+    opts: Sequence[str] = (),
+) -> dict[str, Predictor]:
+    """Detectors to be looked at side by side, by caption.
+
+    Args:
+        config_files: one per detector, or one for all.
+        weights: one per detector, or one for all; None for the configs' MODEL.WEIGHTS.
+        captions: one per detector; None for what differs, the weights' or else the configs' paths.
+        threshold: the lowest score that is looked at, 0 to 1: spares the masks of the others.
+        opts: ``KEY VALUE ...``, for all.
+
+    Raises:
+        InputError: for numbers of files or captions that do not go together, and as load_config, Predictor.
+    """
+    if not 0 <= threshold <= 1:
+        raise InputError(f"--threshold {threshold}: a score lies in 0 to 1")
+    count = max(len(config_files), len(weights or ()))
+    for option, given in (("--config-file", config_files), ("--weights", weights)):
+        if given and len(given) not in (1, count):
+            raise InputError(
+                f"{option} was given {len(given)} times for {count} detectors: give it 1 or {count}"
+            )
+    config_files = [*config_files] * (count // len(config_files))
+    weights = [*weights] * (count // len(weights)) if weights else [None] * count
+    captions = captions or (weights if len(set(weights)) == count and None not in weights else config_files)
+    if len(captions) != count or len(set(captions)) != count:
+        raise InputError(f"give {count} different --caption, one for each detector")
+    scores = [f"MODEL.{key}.SCORE_THRESH_TEST" for key in ("ROI_HEADS", "RETINANET")]
+    first = [part for key in scores for part in (key, str(threshold))]
+    predictors = {}
+    for caption, path, file in zip(captions, config_files, weights, strict=True):
+        own = ["MODEL.WEIGHTS", file] if file else []
+        predictors[caption] = Predictor(load_config(path, [*first, *opts, *own]))
+    return predictors
+
+
+def class_names(cfg: CfgNode) -> list[str]:
+    """Of the first of the config's datasets whose classes are known; empty if they are of none.
+
+    Detectron2 knows those of COCO without a file; a set of one's own must be there.
+    """
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        try:
+            check_datasets([name])
+        except InputError:  # pictures can be looked at without the dataset
+            pass
+        else:
+            if MetadataCatalog.get(name).get("thing_classes") is None:
+                DatasetCatalog.get(name)  # reading the annotations sets them
+        if names := MetadataCatalog.get(name).get("thing_classes"):
+            return names
+    return []

@@ -1,0 +1,170 @@
+"""What tools/train_net.py wires: Detectron2's DefaultTrainer, and its configuration read with care."""
+
+import logging
+import os
+import weakref
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import build_detection_train_loader
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.evaluation import (
+    DatasetEvaluator,
+)
+from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from fvcore.nn.precise_bn import get_bn_modules
+from yaml import YAMLError
+
+from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
+from rt_detectron.config import add_robust_config
+from rt_detectron.data import check_datasets, load_training_set
+from rt_detectron.detection.adversarial import replayed
+from rt_detectron.detection.hooks import build_average, training_hooks
+from rt_detectron.detection.steps import DIVERGED, build_optimizer, build_trainer, fast
+from rt_detectron.engine.train_hooks import SafeCheckpointing
+from rt_detectron.evaluation.build import build_evaluator, inference_folder
+from rt_detectron.utils.errors import InputError, one_line
+
+logger = logging.getLogger(__name__)
+
+WAY_OUT = "a lower SOLVER.BASE_LR, or with SOLVER.CLIP_GRADIENTS.ENABLED True"
+
+
+def load_config(path: str, opts: list[str]) -> CfgNode:
+    """Detectron2's and our keys, the file at ``path``, then ``opts`` (``KEY VALUE ...``); frozen.
+
+    Where there is no GPU, MODEL.DEVICE becomes "cpu", with a warning.
+
+    Raises:
+        InputError: for a missing file, an unknown key or a value of the wrong type.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"--config-file {path or '(none)'}: no such file; configs/ holds the shipped ones")
+    cfg = get_cfg()
+    add_robust_config(cfg)
+    try:
+        cfg.merge_from_file(path)
+        cfg.merge_from_list(opts)
+    except (KeyError, ValueError, AssertionError, OSError, YAMLError, AttributeError, TypeError) as error:
+        # yacs: KeyError for an unknown key, ValueError for a type, AssertionError for an odd list,
+        # AttributeError or TypeError for a file that is no mapping. OSError: a missing _BASE_.
+        raise InputError(f"configuration ({' '.join([path, *opts])}): {one_line(error)}") from None
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        if comm.is_main_process():
+            logger.warning("No GPU found: running on the CPU (MODEL.DEVICE cpu)")
+        cfg.MODEL.DEVICE = "cpu"
+        cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMP is for GPUs only
+    cfg.freeze()
+    return cfg
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's DefaultTrainer with the keys of :mod:`rt_detectron.config`, and safe.
+
+    - Weights are checked against the config as they are loaded; checkpoints are written atomically.
+    - A training that diverges ends with one line, and leaves no checkpoint of what came of it.
+    - SIGTERM and Ctrl-C save before they end it.
+
+    Raises:
+        InputError: for datasets, weights and options that do not fit.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        # DefaultTrainer.__init__ with parts of ours.
+        TrainerBase.__init__(self)
+        check_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        if cfg.TEST.AUG.ENABLED:
+            _check_tta(cfg, model)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        self.average = build_average(model, cfg.SOLVER.EMA)
+        self.evaluated = self.average.averaged.module if self.average else model
+        self._trainer = build_trainer(
+            model, data_loader, optimizer, cfg.SOLVER.AMP.ENABLED, broadcast_buffers=False
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = RobustCheckpointer(self.evaluated, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpoints = SafeCheckpointing(
+            self.checkpointer, [cfg.SOLVER.CHECKPOINT_PERIOD], None, DIVERGED, WAY_OUT
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self._last_eval_results = {}
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase | None]:
+        cfg = self.cfg
+        precise_bn = None
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+            loader = self.build_train_loader(cfg)
+            precise_bn = hooks.PreciseBN(
+                cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER
+            )
+        return training_hooks(
+            checkpoints=self.checkpoints,
+            evaluated=self.evaluated,
+            evaluate=self._evaluate,
+            eval_period=cfg.TEST.EVAL_PERIOD,
+            best_metric=cfg.TEST.BEST_METRIC,
+            average=self.average,
+            precise_bn=precise_bn,
+            build_writers=self.build_writers,
+        )
+
+    def _evaluate(self) -> dict:
+        self._last_eval_results = self.test(self.cfg, self.evaluated)
+        if self.cfg.TEST.AUG.ENABLED and self.iter >= self.max_iter:
+            self._last_eval_results.update(self.test_with_tta(self.cfg, self.evaluated))
+        return self._last_eval_results
+
+    def train(self):
+        with self.checkpoints.heeding_signals():
+            return super().train()
+
+    def has_broken(self, wait: bool = False) -> bool:
+        return self._trainer.has_broken(wait)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
+        return fast(super().build_model(cfg))
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        loader = build_detection_train_loader(cfg, dataset=load_training_set(cfg))
+        adversarial = cfg.SOLVER.ADVERSARIAL
+        return replayed(loader, cfg.MODEL.DEVICE, adversarial.REPLAYS, adversarial.NORM, adversarial.EPS)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str | None = None) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name, folder)
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: torch.nn.Module) -> dict:
+        """:meth:`test` under the augmentations of TEST.AUG; "bbox" becomes "bbox_TTA", as in Detectron2.
+
+        Raises:
+            InputError: for a detector that Detectron2 cannot do this with.
+        """
+        _check_tta(cfg, model)
+        logger.info("Evaluating under test-time augmentation")
+        evaluators = [
+            cls.build_evaluator(cfg, name, inference_folder(cfg, name) + "_TTA") for name in cfg.DATASETS.TEST
+        ]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": metrics for name, metrics in results.items()}
+
+
+def _check_tta(cfg: CfgNode, model: torch.nn.Module) -> None:
+    if not isinstance(model, GeneralizedRCNN) or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
+        raise InputError(
+            "test-time augmentation is for R-CNN boxes and masks: set TEST.AUG.ENABLED False for "
+            f"{cfg.MODEL.META_ARCHITECTURE}{' with keypoints' if cfg.MODEL.KEYPOINT_ON else ''}"
+        )

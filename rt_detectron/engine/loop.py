@@ -1,0 +1,121 @@
+"""The training loop shared by pretraining and linear probing."""
+
+import copy
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from detectron2.config import instantiate
+from detectron2.engine import HookBase, SimpleTrainer, default_writers, hooks
+from detectron2.utils import comm
+from filelock import FileLock, Timeout
+from torch import nn
+
+from rt_detectron.checkpoint.checkpointer import TO_KEEP, TrainingCheckpointer, periodic_checkpoints
+from rt_detectron.engine.train_hooks import ProgressBar, SafeCheckpointing
+from rt_detectron.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_other_training(folder: str, resume: bool) -> None:
+    """Raise :class:`InputError` if ``folder`` holds a training that is not to be resumed."""
+    if not resume and os.path.isdir(folder) and periodic_checkpoints(folder):
+        raise InputError(
+            f"{folder} holds a training: add --resume to go on with it, or choose another train.output_dir"
+        )
+
+
+def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of ``cfg.optimizer`` over the parameters of ``model``."""
+    lazy_optimizer = copy.deepcopy(cfg.optimizer)  # cfg itself gets no objects: it is written into the card
+    lazy_optimizer.params.model = model
+    return instantiate(lazy_optimizer)
+
+
+def run(
+    cfg,
+    trainer: SimpleTrainer,
+    checkpointer: TrainingCheckpointer,
+    epoch: int,
+    evaluate: Callable[[], dict],
+    finish: Callable[[dict], None],
+    resume: bool = False,
+    first_hooks: Sequence[HookBase | None] = (),
+) -> None:
+    """Have ``trainer`` run, with schedule, checkpoints, evaluation, writers, and signals to stop heeded.
+
+    Args:
+        cfg: a LazyConfig with ``lr_multiplier`` and ``train``.
+        trainer: has ``has_broken`` as :class:`SafeCheckpointing` wants it, and says in ``broken`` what that
+            means.
+        checkpointer: of its training.
+        epoch: its iterations for each of ``cfg.train.epochs``.
+        evaluate, finish, resume: as for :func:`train_classifier`, without the model.
+        first_hooks: those that come before the others of this function.
+    """
+    start = time.perf_counter()
+    train = cfg.train
+    max_iter = max(round(train.epochs * epoch), 1)
+    eval_period = max(round(train.eval_epochs * epoch), 1)
+    trainer.gather_metric_period = train.log_period
+    is_main = comm.is_main_process()
+    checkpoints = SafeCheckpointing(
+        checkpointer,
+        [max(round(train.checkpoint_epochs * epoch), 1), eval_period],
+        max_to_keep=TO_KEEP,
+        broken=trainer.broken,
+        way_out="a smaller optimizer.lr, or without train.amp",
+    )
+    results = {}
+
+    def evaluate_safely() -> dict:
+        results.update(checkpoints.evaluate(evaluate))
+        return results
+
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            *first_hooks,
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            checkpoints,
+            hooks.EvalHook(eval_period, evaluate_safely),
+            hooks.PeriodicWriter(default_writers(train.output_dir, max_iter), train.log_period)
+            if is_main
+            else None,
+            ProgressBar() if is_main and sys.stderr.isatty() else None,
+        ]
+    )
+    start_iter = trainer.iter + 1 if resume and checkpointer.resume() else 0
+    with checkpoints.heeding_signals():
+        trainer.train(start_iter, max_iter)
+        if is_main:
+            finish(results)
+            logger.info("Done after %.0f s", time.perf_counter() - start)
+
+
+@contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Keep every other training out of ``folder``; the kernel ends this when the process dies.
+
+    Raises:
+        InputError: in all processes, if another training has it.
+    """
+    lock = FileLock(os.path.join(folder, ".lock"))
+    is_taken = False
+    if comm.is_main_process():
+        os.makedirs(folder, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            is_taken = True
+    try:
+        if any(comm.all_gather(is_taken)):
+            raise InputError(f"another process is training into {folder}: choose another train.output_dir")
+        yield
+    finally:
+        lock.release()

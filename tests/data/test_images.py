@@ -1,0 +1,144 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2 as T
+
+from rt_detectron.data.images import FolderDataset, Lighting, check_same_classes, decode
+from rt_detectron.utils.errors import InputError
+
+as_is = T.Identity()
+
+
+def encoded(image: Image.Image, format: str, **kwargs) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **kwargs)
+    return buffer.getvalue()
+
+
+def jpeg(value: int) -> bytes:
+    """A grey 8x8 JPEG; its grey value tells the images apart."""
+    return encoded(Image.fromarray(np.full((8, 8, 3), value, np.uint8)), "JPEG", quality=100)
+
+
+def greys(images):
+    return [round(image.float().mean().item()) for image in images]
+
+
+class TestDecode:
+    """PIL is the reference; the same pixels, whatever the format."""
+
+    @pytest.fixture
+    def pixels(self):
+        return np.random.default_rng(0).integers(0, 256, (9, 7, 4), np.uint8)
+
+    @pytest.mark.parametrize(
+        ("mode", "format"),
+        [
+            *(("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("LA", "PNG")),
+            *(("RGBA", "PNG"), ("P", "PNG"), ("RGB", "BMP"), ("RGB", "TIFF"), ("P", "GIF"), ("RGB", "WEBP")),
+        ],
+    )
+    def test_equals_pil(self, pixels, mode, format):
+        image = Image.fromarray(pixels, "CMYK") if mode == "CMYK" else Image.fromarray(pixels).convert(mode)
+        content = encoded(image, format)
+        expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1)
+        assert np.array_equal(decode(content).numpy(), expected)
+
+    def test_an_animation_is_its_first_picture(self, pixels):
+        first, second = (
+            Image.fromarray(part).convert("P") for part in (pixels[..., :3], pixels[::-1, :, 1:])
+        )
+        content = encoded(first, "GIF", save_all=True, append_images=[second])
+        expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1)
+        assert np.array_equal(decode(content).numpy(), expected)
+
+    def test_sixteen_bits(self):
+        values = np.array([[0, 257 * 100, 65535]], np.uint16)
+        assert decode(encoded(Image.fromarray(values), "PNG"))[0].tolist() == [[0, 100, 255]]
+
+    @pytest.mark.parametrize("content", [b"", b"no image", jpeg(9)[:-40], jpeg(9)[:20]])
+    def test_no_image_and_half_an_image(self, content):
+        with pytest.raises((OSError, SyntaxError)):
+            decode(content)
+
+
+class TestFolderDataset:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        for name, value in (("cat", 50), ("dog", 100)):
+            (tmp_path / name).mkdir()
+            for i in range(3):
+                (tmp_path / name / f"{i}.jpg").write_bytes(jpeg(value + i))
+        return tmp_path
+
+    def test_classes_are_the_sorted_folders(self, folder):
+        dataset = FolderDataset(str(folder), 2, as_is)
+        assert [label for _, label, _ in dataset] == [0, 0, 0, 1, 1, 1]
+        assert greys(image for image, _, _ in dataset) == [50, 51, 52, 100, 101, 102]
+        assert [key for _, _, key in dataset][::3] == ["cat/0.jpg", "dog/0.jpg"]
+
+    def test_a_corrupt_image_stops_or_is_skipped_and_counted(self, folder):
+        (folder / "cat" / "1.jpg").write_bytes(b"\xff\xd8\xff no image")
+        with pytest.raises(InputError, match=r"cat/1.jpg: cannot be read .*on_corrupt=skip"):
+            FolderDataset(str(folder), 2, as_is)[1]
+        dataset = FolderDataset(str(folder), 2, as_is, on_corrupt="skip")
+        assert greys([dataset[1][0]]) == [52]
+        assert dataset.corrupt.count == 1
+
+    def test_a_truncated_image_is_corrupt(self, folder):
+        (folder / "cat" / "1.jpg").write_bytes(jpeg(9)[:-40])
+        with pytest.raises(InputError, match="truncated"):
+            FolderDataset(str(folder), 2, as_is)[1]
+
+    def test_only_corrupt_images_are_not_looked_through_for_ever(self, folder):
+        for path in folder.rglob("*.jpg"):
+            path.write_bytes(b"")
+        with pytest.raises(InputError, match="none of the 6 images can be read"):
+            FolderDataset(str(folder), 2, as_is, on_corrupt="skip")[0]
+
+    def test_train_and_test_folders_must_agree(self, folder, tmp_path_factory):
+        other = tmp_path_factory.mktemp("other")
+        for name in ("cat", "dig"):
+            (other / name).mkdir()
+            (other / name / "0.jpg").write_bytes(jpeg(1))
+        ours, theirs = (FolderDataset(str(root), 2, as_is) for root in (folder, other))
+        check_same_classes(ours, ours)
+        with pytest.raises(InputError, match=r"other0 has the class 'dig' and .* has not"):
+            check_same_classes(ours, theirs)
+
+    def test_a_class_folder_without_images_is_named(self, folder):
+        (folder / "eel").mkdir()
+        with pytest.raises(InputError, match="no images of eel"):
+            FolderDataset(str(folder), 3, as_is)
+
+    def test_bad_folders(self, folder, tmp_path):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(InputError, match="no such folder"):
+            FolderDataset(str(tmp_path / "nowhere"), 2, as_is)
+        with pytest.raises(InputError, match="expected class folders"):
+            FolderDataset(str(tmp_path / "empty"), 2, as_is)
+        (tmp_path / "empty").rmdir()
+        with pytest.raises(InputError, match="has 2 class folders, but num_classes is 3"):
+            FolderDataset(str(folder), 3, as_is)
+
+
+class TestLighting:
+    def test_shifts_the_whole_image_by_one_colour(self):
+        torch.manual_seed(0)
+        shift = Lighting(0.5)(torch.full((3, 4, 4), 0.5)) - 0.5
+        assert torch.allclose(shift, shift[:, :1, :1].expand_as(shift))
+        assert shift.abs().max() > 0.01
+
+    def test_takes_bytes_too(self):
+        image = torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8)
+        torch.testing.assert_close(Lighting(0.0)(image), image / 255)
+
+    def test_the_colours_have_the_covariance_of_the_eigenvectors(self):
+        torch.manual_seed(0)
+        shifts = torch.stack([Lighting(0.1)(torch.full((3, 1, 1), 0.5)).flatten() - 0.5 for _ in range(4000)])
+        vectors, values = Lighting.EIGENVECTORS, Lighting.EIGENVALUES
+        expected = vectors @ torch.diag((0.1 * values) ** 2) @ vectors.T
+        assert torch.allclose(torch.cov(shifts.T), expected, atol=3e-5)

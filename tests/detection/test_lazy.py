@@ -1,0 +1,107 @@
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2 import model_zoo
+
+from rt_detectron.detection import build_lazy_model, do_train, load_lazy_config, write_lazy_results
+from rt_detectron.detection.lazy import dataset_names
+from rt_detectron.utils.errors import InputError
+
+CONFIG = "configs/lazy/mask_rcnn_robust_r50_eps3.py"
+SPLITS = {"train": "train", "test": "val"}
+BASELINE = "configs/lazy/mask_rcnn_standard_r50_eps0.py"
+
+
+@pytest.fixture
+def tiny(sets, tiny_lazy_opts, tmp_path):
+    """``tiny(key=value ...)``: the shipped config, to train within a second."""
+    opts = [f"dataloader.{key}.dataset.names={sets[split]}" for key, split in SPLITS.items()]
+    opts += [*tiny_lazy_opts, "train.device=cpu", f"train.output_dir={tmp_path}"]
+
+    def make(*more):
+        return load_lazy_config(CONFIG, [*opts, *more])
+
+    return make
+
+
+class TestLoadLazyConfig:
+    def test_the_baseline_differs_in_its_weights_and_folder_alone(self, sets, tmp_path):
+        names = [f"dataloader.{s}.dataset.names={sets['val']}" for s in ("train", "test")]
+        robust, standard = (load_lazy_config(path, names) for path in (CONFIG, BASELINE))
+        assert robust.model.backbone.name == "resnet50_l2_eps3"
+        robust.model.backbone.name = "resnet50_l2_eps0"
+        robust.train.output_dir = standard.train.output_dir
+        assert robust == standard
+
+    @pytest.mark.parametrize(
+        ("path", "overrides", "words"),
+        [
+            ("nowhere.py", [], r"nowhere.py: no such file; configs/lazy/ holds"),
+            ("configs/pretrain/demo_l2.py", [], r"train has no max_iter; tools/pretrain.py takes recipes"),
+            (CONFIG, ["optimizer.rl=1"], "unknown configuration key 'optimizer.rl'"),
+            (CONFIG, ["optimizer.lr"], "'optimizer.lr' is not of the form key=value"),
+            (
+                CONFIG,
+                ["dataloader.test.dataset.names=coco_2017_vla"],
+                "'coco_2017_vla' is not registered|needs",
+            ),
+        ],
+    )
+    def test_bad_input_is_one_line(self, path, overrides, words):
+        with pytest.raises(InputError, match=words) as error:
+            load_lazy_config(path, overrides)
+        assert "\n" not in str(error.value)
+
+    def test_another_colour_order_in_the_loader_is_refused(self, tiny):
+        with pytest.raises(InputError, match=r"image_format is BGR, but model.input_format is RGB"):
+            tiny("dataloader.train.mapper.image_format=BGR")
+
+
+def test_wrong_preprocessing_stops_before_training(tiny):
+    cfg = tiny("model.input_format=BGR", "dataloader.train.mapper.image_format=BGR")
+    with pytest.raises(InputError, match=r'set INPUT.FORMAT "RGB"'):
+        build_lazy_model(cfg)
+
+
+def test_the_backbone_may_have_its_own_rate(tiny, monkeypatch, tmp_path):
+    cfg = tiny("optimizer.params.lr_factor_func.multiplier=0.1", "train.max_iter=1", "train.eval_period=0")
+    cfg.dataloader.pop("evaluator")
+    seen = []
+    monkeypatch.setattr(
+        torch.optim.SGD, "step", lambda self, closure=None: seen.extend(g["lr"] for g in self.param_groups)
+    )
+    do_train(cfg)
+    assert sorted(seen)[0] == pytest.approx(0.1 * sorted(seen)[-1])
+
+
+def test_a_training_with_every_option_is_evaluated_reported_and_resumed(tiny, tmp_path):
+    cfg = tiny("train.max_iter=3", "train.ema=0.5", "train.adversarial.replays=2", "train.eval_period=2")
+    before = copy.deepcopy(cfg)
+    results = do_train(cfg)
+    assert cfg == before
+    assert set(results) == {"bbox", "segm"}
+    final = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert (final["iteration"], final["rt_detectron"]["arch"]) == (2, "resnet18")
+    assert "AveragedWeights" in final["trainer"]["hooks"]
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["best"]["metric"] == "bbox/AP"
+    path = write_lazy_results(cfg, results, 1.26, 3)
+    content = json.loads(Path(path).read_text())
+    assert content["weights"] == cfg.model.backbone.name
+    assert (content["iterations"], content["wall_time_s"], content["seed"]) == (3, 1.3, -1)
+    (dataset,) = content["datasets"]
+    assert [dataset["name"]] == dataset_names(cfg, "test")
+    assert json.loads(Path(dataset["predictions"]).read_text()) is not None
+    cfg.train.max_iter = 4
+    do_train(cfg, resume=True)
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 3
+
+
+def test_detectron2s_own_config_is_taken(sets, tmp_path):
+    source = model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
+    cfg = load_lazy_config(
+        source, [f"dataloader.{split}.dataset.names={sets['val']}" for split in ("train", "test")]
+    )
+    assert "ema" not in cfg.train

@@ -1,0 +1,192 @@
+import copy
+import logging
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer as detectron2_build_optimizer
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from rt_detectron.detection.steps import (
+    EXPLOSION,
+    WINDOW,
+    DetectorTrainer,
+    backbone_factor,
+    build_optimizer,
+    build_trainer,
+    fast,
+)
+from rt_detectron.layers.frozen_norm import FrozenNormConv2d
+from rt_detectron.utils.errors import InputError
+
+
+class Losses(nn.Module):
+    """A detector whose losses are the batches themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch):
+        return {"loss_a": self.weight * batch, "loss_b": self.weight * 0}
+
+
+def trained(losses: list[float]) -> DetectorTrainer:
+    """After steps with these losses, or up to the one that broke it."""
+    model = Losses()
+    trainer = build_trainer(model, losses, torch.optim.SGD(model.parameters(), lr=0))
+    with EventStorage() as storage:
+        for trainer.iter in range(len(losses)):
+            storage.iter = trainer.iter
+            trainer.run_step()
+            if trainer.has_broken():
+                break
+    return trainer
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_noted_and_changes_nothing(loss, caplog):
+    trainer = trained([1.0, loss, 1.0])
+    assert trainer.iter == 1
+    assert trainer.model.weight.item() == 1.0
+    assert "Diverged: Loss became infinite or NaN at iteration=1" in caplog.text
+
+
+def test_an_exploding_loss_is_noted_once_it_lasts(caplog):
+    high = 1.1 * EXPLOSION
+    assert not trained([1.0] * WINDOW + [high] * (WINDOW // 2 - 1) + [1.0] * WINDOW).has_broken()
+    assert not trained([1.0] * WINDOW + [0.9 * EXPLOSION] * 2 * WINDOW).has_broken()
+    with caplog.at_level(logging.ERROR):
+        trainer = trained([1.0] * WINDOW + [high] * 2 * WINDOW)
+    assert WINDOW * 1.5 <= trainer.iter + 1 <= WINDOW * 1.5 + 2
+    assert caplog.text.count("Diverged") == 1
+
+
+def test_weights_that_are_not_finite_are_seen_before_they_are_saved():
+    trainer = trained([1.0])
+    trainer.model.weight.data.fill_(float("inf"))
+    assert not trainer.has_broken()
+    assert trainer.has_broken(wait=True)
+    assert trainer.has_broken()
+
+
+def test_sync_bn_says_where_it_cannot_run(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4))
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    with pytest.raises(InputError, match=r"SyncBN needs GPUs: .*set NORM naiveSyncBN, BN or FrozenBN"):
+        build_trainer(model, [], torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def batch(photograph):
+    instances = Instances((96, 128))
+    instances.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 60.0, 80.0], [50.0, 20.0, 120.0, 90.0]]))
+    instances.gt_classes = torch.tensor([0, 2])
+    masks = torch.zeros(2, 96, 128, dtype=torch.bool)
+    masks[:, 20:70, 30:100] = True
+    instances.gt_masks = BitMasks(masks)
+    return [{"image": photograph, "instances": instances}]
+
+
+@pytest.mark.parametrize("detector", ["fpn", "retinanet"])
+def test_fast_computes_the_same_losses_and_gradients(make_cfg, photograph, detector):
+    cfg = make_cfg("resnet18", detector)
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    torch.manual_seed(0)
+    plain = build_model(cfg)
+    for name, buffer in plain.named_buffers():
+        if name.endswith(("norm.weight", "norm.bias")):
+            buffer.add_(0.1 * torch.rand_like(buffer))
+    ours = fast(copy.deepcopy(plain))
+    assert sum(type(module) is FrozenNormConv2d for module in ours.modules()) == 20
+    found = []
+    for model in (plain, ours):
+        torch.manual_seed(1)  # for the sampling of proposals
+        with EventStorage():
+            losses = model(batch(photograph))
+        sum(losses.values()).backward()
+        found.append(
+            ({k: v.item() for k, v in losses.items()}, {k: p.grad for k, p in model.named_parameters()})
+        )
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    for name, grad in found[0][1].items():
+        if grad is None:
+            assert found[1][1][name] is None
+        else:
+            difference = (found[1][1][name] - grad).norm() / grad.norm().clamp_min(1e-6)
+            assert difference < 1e-2, name  # what rounding grows to from loss to stem
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    assert ours.backbone(torch.zeros(1, 3, 64, 64))
+
+
+def solver(cfg, **keys):
+    cfg.merge_from_list([part for key, value in keys.items() for part in (f"SOLVER.{key}", value)])
+    return cfg
+
+
+def rates(model, optimizer):
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    return {name: rate[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("arch", "detector", "builder"),
+    [
+        ("resnet18", "fpn", None),
+        ("resnet18", "retinanet", None),
+        ("resnet50", "c4", None),
+        ("mobilenet", "fpn", "build_robust_torchvision_fpn_backbone"),
+    ],
+)
+def test_the_pretrained_network_and_nothing_else_has_its_own_rate(make_cfg, arch, detector, builder):
+    cfg = solver(make_cfg(arch, detector), BASE_LR=0.5, BACKBONE_MULTIPLIER=0.1)
+    cfg.MODEL.BACKBONE.NAME = builder or cfg.MODEL.BACKBONE.NAME
+    with torch.device("meta"):
+        cfg.MODEL.DEVICE = "meta"
+        model = build_model(cfg)
+    found = rates(model, build_optimizer(cfg, model))
+    low = {name for name, rate in found.items() if rate == pytest.approx(0.05)}
+    assert all(rate == 0.5 for name, rate in found.items() if name not in low)
+    backbone = {n for n in found if n.startswith("backbone.") and not n.startswith("backbone.fpn_")}
+    backbone = {n for n in backbone if "top_block" not in n}
+    assert low == backbone | {n for n in found if n.startswith("roi_heads.res5.")}
+    assert low
+
+
+@pytest.mark.parametrize("clip", ["", "value", "norm"])
+def test_without_a_multiplier_it_steps_as_detectron2s(make_cfg, clip):
+    keys = {"BASE_LR": 0.1, "WEIGHT_DECAY_NORM": 0.01, "CLIP_GRADIENTS.ENABLED": bool(clip)}
+    cfg = solver(make_cfg("resnet18"), **keys, **({"CLIP_GRADIENTS.CLIP_TYPE": clip} if clip else {}))
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.3
+    models = [build_model(cfg)]
+    models.append(copy.deepcopy(models[0]))
+    optimizers = [build_optimizer(cfg, models[0]), detectron2_build_optimizer(cfg, models[1])]
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.rand(parameter.shape, generator=generator)
+            optimizer.step()
+    for (name, ours), reference in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_mixed_precision_has_its_gradients_unscaled_ahead_of_the_clipping(make_cfg):
+    cfg = solver(make_cfg("resnet18"), **{"AMP.ENABLED": True, "CLIP_GRADIENTS.ENABLED": True})
+    optimizer = build_optimizer(cfg, torch.nn.Linear(2, 2))
+    assert not getattr(optimizer, "_step_supports_amp_scaling", False)  # so GradScaler unscales
+
+
+@pytest.mark.parametrize("multiplier", [0, -1, float("inf"), float("nan")])
+def test_a_multiplier_that_cannot_be_is_refused(multiplier):
+    with pytest.raises(InputError, match=r"SOLVER.BACKBONE_MULTIPLIER is .*; it must be > 0"):
+        backbone_factor(multiplier)
+
+
+def test_bias_factor_and_multiplier_exclude_each_other(make_cfg):
+    cfg = solver(make_cfg("resnet18"), BACKBONE_MULTIPLIER=0.1, BIAS_LR_FACTOR=2.0)
+    with pytest.raises(InputError, match=r"SOLVER.BIAS_LR_FACTOR: set one of the two to 1"):
+        build_optimizer(cfg, torch.nn.Linear(2, 2))

@@ -1,0 +1,310 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import SimpleTrainer
+from detectron2.evaluation import DatasetEvaluators
+from detectron2.modeling import build_model
+
+from rt_detectron.checkpoint import zoo
+from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
+from rt_detectron.detection import Trainer, load_config
+from rt_detectron.evaluation import COCOEvaluator
+from rt_detectron.evaluation.results import write_results
+from rt_detectron.utils.errors import InputError
+
+CONFIG = "configs/demo/mask_rcnn_r18_fpn.yaml"
+SHIPPED = sorted(path for path in Path("configs").rglob("*.yaml") if "study" not in path.parts)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_cfg, tmp_path_factory) -> CfgNode:
+    """The config of a finished training of three iterations."""
+    cfg = tiny_cfg(tmp_path_factory.mktemp("run"), "SOLVER.MAX_ITER", 3)
+    torch.manual_seed(0)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    write_results(cfg, trainer._last_eval_results, 12.34, 3)
+    return cfg
+
+
+def final(cfg) -> str:
+    return f"{cfg.OUTPUT_DIR}/model_final.pth"
+
+
+def loaded(cfg) -> torch.nn.Module:
+    model = Trainer.build_model(cfg)
+    RobustCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    return model
+
+
+class TestLoadConfig:
+    @pytest.mark.parametrize("path", SHIPPED, ids=str)
+    def test_shipped_configs_load_and_build(self, path):
+        cfg = load_config(str(path), []).clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = "meta"
+        with torch.device("meta"):
+            model = build_model(cfg)
+        assert model.input_format == "RGB"
+        assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE
+        backbone = getattr(model.backbone, "bottom_up", model.backbone)
+        assert len(backbone.stages[2]) == (6 if "resnet50" in cfg.MODEL.ROBUST.ARCH else 2)
+        if cfg.MODEL.WEIGHTS.startswith("robust://"):
+            published = zoo.find(cfg.MODEL.WEIGHTS.removeprefix("robust://").removesuffix(".pkl"))
+            assert published.arch == cfg.MODEL.ROBUST.ARCH
+        assert not path.name.startswith("Base-") or not cfg.MODEL.WEIGHTS
+
+    def test_each_robust_config_has_its_fair_baseline(self):
+        for path in Path("configs").glob("*robust_*_eps3.yaml"):
+            robust = load_config(str(path), ["OUTPUT_DIR", "x"]).clone()
+            baseline = path.with_name(path.name.replace("robust", "standard").replace("eps3", "eps0"))
+            standard = load_config(str(baseline), ["OUTPUT_DIR", "x"])
+            robust.defrost()
+            arch = robust.MODEL.ROBUST.ARCH
+            assert f"robust://{arch}_l2_eps3.pkl" == robust.MODEL.WEIGHTS
+            robust.MODEL.WEIGHTS = f"robust://{arch}_l2_eps0.pkl"
+            assert robust.dump() == standard.dump()
+
+    def test_opts_win_over_the_file_and_the_result_is_frozen(self):
+        cfg = load_config(CONFIG, ["SOLVER.BASE_LR", "0.5", "MODEL.ROBUST.ARCH", "resnet34"])
+        assert (cfg.SOLVER.BASE_LR, cfg.MODEL.ROBUST.ARCH) == (0.5, "resnet34")
+        with pytest.raises(AttributeError):
+            cfg.SEED = 3
+
+    @pytest.mark.parametrize(
+        ("path", "opts", "words"),
+        [
+            (CONFIG, ["SOLVER.BASE_RL", "0.1"], "Non-existent key: SOLVER.BASE_RL"),
+            (CONFIG, ["SOLVER.MAX_ITER", "many"], "MAX_ITER"),
+            (CONFIG, ["DATASETS.TRAIN", "rt_demo_train"], "DATASETS.TRAIN"),
+            (CONFIG, ["SOLVER.MAX_ITER"], "has odd length"),
+            (CONFIG, ["SOLVER", "3"], "SOLVER"),
+            ("configs/nowhere.yaml", [], "configs/nowhere.yaml: no such file"),
+            ("", [], r"\(none\): no such file"),
+            ("configs", [], "no such file"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, path, opts, words):
+        with pytest.raises(InputError, match=words) as error:
+            load_config(path, opts)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ("MODEL: {ROBUST: {ARHC: resnet18}}", "MODEL.ROBUST.ARHC"),
+            ("MODEL: [", "broken.yaml"),
+            ("just words", "broken.yaml"),
+            ("[1, 2]", "broken.yaml"),
+            ("", "broken.yaml"),
+            ("_BASE_: nowhere.yaml", "nowhere.yaml"),
+            ("MODEL: 3", "broken.yaml"),
+        ],
+    )
+    def test_a_broken_file_is_one_line(self, tmp_path, content, words):
+        (tmp_path / "broken.yaml").write_text(content)
+        with pytest.raises(InputError, match=words) as error:
+            load_config(str(tmp_path / "broken.yaml"), [])
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(("gpu", "device", "warnings"), [(False, "cpu", 1), (True, "cuda", 0)])
+    def test_without_a_gpu_the_cpu_serves(self, monkeypatch, caplog, gpu, device, warnings):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        cfg = load_config(CONFIG, ["SOLVER.AMP.ENABLED", "True"])
+        found = (cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
+        assert found == (device, gpu)
+        assert len([line for line in caplog.messages if "No GPU found" in line]) == warnings
+
+
+class TestTraining:
+    def test_losses_are_finite_and_all_iterations_ran(self, run):
+        with open(f"{run.OUTPUT_DIR}/metrics.json") as file:
+            lines = [json.loads(line) for line in file]
+        assert lines[-1]["iteration"] == 3  # the evaluation behind iterations 0, 1, 2
+        losses = {k: v for line in lines for k, v in line.items() if "loss" in k and "time" not in k}
+        assert {"total_loss", "loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls"} <= set(losses)
+        assert all(math.isfinite(value) for value in losses.values())
+        assert losses["loss_mask"] > 0
+
+    def test_it_starts_from_the_backbone_file_and_changes_it(self, run, backbone_file):
+        trained = torch.load(final(run), weights_only=True)["model"]
+        start = loaded(run).state_dict()
+        name = "backbone.bottom_up.res5.1.conv2.weight"
+        assert torch.equal(
+            start[name],
+            torch.as_tensor(
+                DetectionCheckpointer(torch.nn.Module())._load_file(backbone_file)["model"][name[19:]]
+            ),
+        )
+        assert 0 < (trained[name] - start[name]).abs().max() < 0.1
+
+    def test_the_checkpoint_carries_the_backbones_metadata(self, run):
+        metadata = torch.load(final(run), weights_only=True)["rt_detectron"]
+        assert metadata["arch"] == "resnet18"
+        assert (metadata["norm"], metadata["eps"], metadata["input_format"]) == ("l2", 3.0, "RGB")
+
+    def test_evaluating_the_checkpoint_gives_the_runs_own_ap(self, run, tiny_cfg, tmp_path):
+        cfg = tiny_cfg(tmp_path, "MODEL.WEIGHTS", final(run))
+        again = Trainer.test(cfg, loaded(cfg))
+        with open(f"{run.OUTPUT_DIR}/results.json") as file:
+            first = json.load(file)["metrics"]
+        assert set(again) == {"bbox", "segm"}
+        for task, metrics in again.items():
+            assert {k: v if math.isfinite(v) else None for k, v in metrics.items()} == first[task]
+        first, again = (
+            json.loads(Path(folder, "inference/coco_instances_results.json").read_text())
+            for folder in (run.OUTPUT_DIR, tmp_path)
+        )
+        assert len(first) > 10
+        assert again == first
+
+    def test_resume_goes_on_at_the_next_iteration(self, tiny_cfg, tmp_path, monkeypatch):
+        cfg = tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2)
+        ran = []
+        original = SimpleTrainer.run_step
+
+        def run_step(self):
+            if self.iter == 3 and 3 not in ran:
+                ran.append(3)
+                raise KeyboardInterrupt
+            ran.append(self.iter)
+            original(self)
+
+        monkeypatch.setattr(SimpleTrainer, "run_step", run_step)
+        monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, cfg, model: {}))
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=False)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert ran == [0, 1, 2, 3]
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=True)
+        assert trainer.start_iter == 2
+        trainer.train()
+        assert ran[4:] == [2, 3, 4]
+        checkpoint = torch.load(final(cfg), weights_only=True)
+        assert checkpoint["iteration"] == 4
+        assert checkpoint["rt_detectron"]["arch"] == "resnet18"
+
+
+class TestWrongWeights:
+    LINES = 'were trained with other preprocessing .* set INPUT.FORMAT "RGB"'
+
+    def test_wrong_channel_order_stops_training(self, tiny_cfg, tmp_path):
+        trainer = Trainer(tiny_cfg(tmp_path, "INPUT.FORMAT", "BGR"))
+        with pytest.raises(InputError, match=self.LINES):
+            trainer.resume_or_load(resume=False)
+
+    def test_wrong_channel_order_stops_the_evaluation_of_a_detector(self, run, tiny_cfg, tmp_path):
+        with pytest.raises(InputError, match=self.LINES):
+            loaded(tiny_cfg(tmp_path, "INPUT.FORMAT", "BGR", "MODEL.WEIGHTS", final(run)))
+
+    def test_wrong_channel_order_stops_resuming(self, tiny_cfg, run):
+        trainer = Trainer(tiny_cfg(run.OUTPUT_DIR, "INPUT.FORMAT", "BGR"))
+        with pytest.raises(InputError, match=self.LINES):
+            trainer.resume_or_load(resume=True)
+
+    def test_another_network(self, tiny_cfg, tmp_path):
+        with pytest.raises(InputError, match=r"do not fit the model: .*set MODEL.ROBUST.ARCH resnet18"):
+            loaded(tiny_cfg(tmp_path, "MODEL.ROBUST.ARCH", "resnet34"))
+
+    @pytest.mark.parametrize("weights", ["nowhere.pkl", "robust://nowhere.pkl"])
+    def test_missing_file(self, tiny_cfg, tmp_path, monkeypatch, weights):
+        monkeypatch.delenv("RT_DETECTRON_ZOO", raising=False)
+        with pytest.raises(InputError, match=r"nowhere.pkl") as error:
+            loaded(tiny_cfg(tmp_path, "MODEL.WEIGHTS", weights))
+        assert "\n" not in str(error.value)
+
+
+class TestBuildEvaluator:
+    @pytest.fixture
+    def cfg(self, tiny_cfg, tmp_path):
+        return tiny_cfg(tmp_path)
+
+    def test_coco_and_panoptic(self, cfg, sets, monkeypatch):
+        assert isinstance(Trainer.build_evaluator(cfg, sets["val"]), COCOEvaluator)
+        name = "coco_2017_val_100_panoptic_separated"
+        made = []
+        for kind in ("COCOEvaluator", "SemSegEvaluator", "COCOPanopticEvaluator"):
+            monkeypatch.setattr(
+                f"rt_detectron.detection.trainer.{kind}", lambda *a, kind=kind, **k: made.append(kind)
+            )
+        assert isinstance(Trainer.build_evaluator(cfg, name), DatasetEvaluators)
+        assert made == ["COCOEvaluator", "SemSegEvaluator", "COCOPanopticEvaluator"]
+
+    def test_an_unknown_kind_is_refused(self, cfg):
+        MetadataCatalog.get("rt_test_unknown_kind").evaluator_type = "ocr"
+        with pytest.raises(InputError, match=r"evaluator_type 'ocr'; known are coco, "):
+            Trainer.build_evaluator(cfg, "rt_test_unknown_kind")
+        MetadataCatalog.remove("rt_test_unknown_kind")
+
+
+def test_an_unknown_dataset_stops_before_anything_is_built(tiny_cfg, tmp_path):
+    with pytest.raises(InputError, match="'rt_nowhere' is not registered"):
+        Trainer(tiny_cfg(tmp_path, "DATASETS.TEST", "('rt_nowhere',)"))
+
+
+def test_the_class_count_is_checked(tiny_cfg, tmp_path):
+    with pytest.raises(InputError, match=r"set MODEL.ROI_HEADS.NUM_CLASSES 10"):
+        Trainer(tiny_cfg(tmp_path, "MODEL.ROI_HEADS.NUM_CLASSES", 80))
+
+
+class TestOptions:
+    def test_test_time_augmentation_adds_metrics_of_its_own(self, run, tiny_cfg, tmp_path, monkeypatch):
+        cfg = tiny_cfg(
+            tmp_path, "MODEL.WEIGHTS", final(run), "TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(64, 96)"
+        )
+        results = Trainer.test_with_tta(cfg, loaded(cfg))
+        assert set(results) == {"bbox_TTA", "segm_TTA"}
+        assert Path(tmp_path, "inference_TTA/coco_instances_results.json").is_file()
+
+    def test_after_training_both_are_reported(self, tiny_cfg, tmp_path, monkeypatch):
+        monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, *args: {"bbox": {"AP": 1.0}}))
+        seen = []
+        original = Trainer._evaluate
+        monkeypatch.setattr(Trainer, "_evaluate", lambda self: seen.append(set(original(self))) or {})
+        opts = ["TEST.AUG.ENABLED", True, "TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER", 2]
+        Trainer(tiny_cfg(tmp_path, *opts)).train()
+        assert seen == [{"bbox"}, {"bbox", "bbox_TTA"}]
+
+    def test_test_time_augmentation_of_another_detector_is_refused(self, tiny_cfg, tmp_path):
+        cfg = tiny_cfg(tmp_path, "TEST.AUG.ENABLED", True, "MODEL.KEYPOINT_ON", True)
+        with pytest.raises(
+            InputError, match=r"set TEST.AUG.ENABLED False for GeneralizedRCNN with keypoints"
+        ):
+            Trainer(cfg)
+
+    def test_adversarial_replays_train_on_half_the_batches(self, tiny_cfg, tmp_path, monkeypatch):
+        monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, *args: {}))
+        opts = ["SOLVER.ADVERSARIAL.REPLAYS", 2, "SOLVER.ADVERSARIAL.NORM", "linf"]
+        trainer = Trainer(tiny_cfg(tmp_path, *opts, "SOLVER.ADVERSARIAL.EPS", 8.0, "SOLVER.MAX_ITER", 4))
+        seen = []
+        preprocess = trainer.model.preprocess_image
+
+        def preprocess_image(batch):
+            images = preprocess(batch)
+            seen.append(([x["image_id"] for x in batch], images.tensor.detach()))
+            return images
+
+        monkeypatch.setattr(trainer.model, "preprocess_image", preprocess_image)
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+        (first, clean), (again, moved), (second, _), _ = seen
+        assert first == again != second
+        difference = ((moved - clean) * trainer.model.pixel_std).abs()
+        assert 0 < difference.max() <= 8.001
+
+    def test_gradients_are_clipped(self, tiny_cfg, tmp_path, monkeypatch):
+        monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, *args: {}))
+        clip = ["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-6]
+        trainer = Trainer(tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 1, *clip))
+        trainer.train()
+        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        assert max(gradient.abs().max() for gradient in gradients) == pytest.approx(1e-6)
