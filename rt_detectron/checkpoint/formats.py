@@ -1,4 +1,4 @@
-"""Weights in each of the file formats they come in: read without running any code in the file, and written."""
+"""Weights in each of the file formats they come in: read without running any code in them, and written."""
 
 import json
 import os
