@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2 import model_zoo
-from detectron2.config import get_cfg
+from detectron2.config import LazyConfig, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.layers import ShapeSpec
@@ -19,8 +19,10 @@ import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.config import add_robust_config
+from rt_detectron.detection import load_config
 from rt_detectron.study.cluster import ray_session
 
+DETECTOR_CONFIG = "configs/demo/mask_rcnn_r18_fpn.yaml"
 POOL_SIZE = 100_003  # prime, so that no two filters get the same stretch of it
 
 
@@ -249,3 +251,51 @@ def tiny_lazy_opts(backbone_file) -> list[str]:
         "optimizer.lr=0.001",
         "train.max_iter=2",
     ]
+
+
+@pytest.fixture(scope="session")
+def sets(tiny_datasets):
+    """Names of the tiny training and test set."""
+    names = {}
+    for split in ("train", "val"):
+        folder = tiny_datasets / "demo" / "detection"
+        names[split] = f"rt_test_detection_{split}"
+        annotations = folder / "annotations" / f"instances_{split}.json"
+        register_coco_instances(names[split], {}, str(annotations), str(folder / split))
+    yield names
+    for name in names.values():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture(scope="session")
+def tiny_cfg(sets, tiny_opts):
+    """``tiny_cfg(output folder, KEY=value pairs ...)``"""
+
+    def make(output, *opts):
+        names = ["DATASETS.TRAIN", f"('{sets['train']}',)", "DATASETS.TEST", f"('{sets['val']}',)"]
+        return load_config(DETECTOR_CONFIG, [*tiny_opts, *names, "OUTPUT_DIR", str(output), *map(str, opts)])
+
+    return make
+
+
+@pytest.fixture
+def digits_cfg(digit_folders, tmp_path):
+    """The demo's pretraining recipe on those digits at their 16 pixels, for seconds."""
+    cfg = LazyConfig.load("configs/pretrain/demo_l2.py")
+    cfg.dataloader.test.dataset.transform.transforms[0].size = 16
+    cfg.dataloader.train.dataset.transform = cfg.dataloader.test.dataset.transform
+    overrides = [
+        "model.classifier.num_classes=2",
+        f"dataloader.train.dataset.root={digit_folders}/train",
+        f"dataloader.test.dataset.root={digit_folders}/val",
+        "dataloader.train.total_batch_size=16",
+        "dataloader.train.num_workers=0",
+        "dataloader.test.num_workers=0",
+        "model.strategy.attack.steps=1",
+        "evaluator.attack.steps=2",
+        "evaluator.max_attacked=20",
+        "train.device=cpu",
+        f"train.output_dir={tmp_path}/out",
+    ]
+    return LazyConfig.apply_overrides(cfg, overrides)

@@ -3,7 +3,6 @@ import tarfile
 
 import pytest
 import torch
-from detectron2.config import LazyConfig
 
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.strategies import Pretraining, Standard
@@ -23,28 +22,6 @@ def digit_shards(digit_folders, tmp_path_factory):
                         info.size = len(content)
                         tar.addfile(info, io.BytesIO(content))
     return root
-
-
-@pytest.fixture
-def digits_cfg(digit_folders, tmp_path):
-    """The demo's pretraining recipe on those digits at their 16 pixels, for seconds."""
-    cfg = LazyConfig.load("configs/pretrain/demo_l2.py")
-    cfg.dataloader.test.dataset.transform.transforms[0].size = 16
-    cfg.dataloader.train.dataset.transform = cfg.dataloader.test.dataset.transform
-    overrides = [
-        "model.classifier.num_classes=2",
-        f"dataloader.train.dataset.root={digit_folders}/train",
-        f"dataloader.test.dataset.root={digit_folders}/val",
-        "dataloader.train.total_batch_size=16",
-        "dataloader.train.num_workers=0",
-        "dataloader.test.num_workers=0",
-        "model.strategy.attack.steps=1",
-        "evaluator.attack.steps=2",
-        "evaluator.max_attacked=20",
-        "train.device=cpu",
-        f"train.output_dir={tmp_path}/out",
-    ]
-    return LazyConfig.apply_overrides(cfg, overrides)
 
 
 @pytest.fixture

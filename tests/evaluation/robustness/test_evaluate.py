@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rt_detectron.detection import robustness
 from rt_detectron.evaluation.results import config_sha256
+from rt_detectron.evaluation.robustness import evaluate as robustness
 from rt_detectron.evaluation.robustness.evaluate import evaluate_robustness, robustness_table
 
 
