@@ -20,7 +20,7 @@ from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.config import add_robust_config
 from rt_detectron.detection import load_config
-from rt_detectron.study.cluster import ray_session
+from rt_detectron.study.run import ray_session
 
 DETECTOR_CONFIG = "configs/demo/mask_rcnn_r18_fpn.yaml"
 POOL_SIZE = 100_003  # prime, so that no two filters get the same stretch of it

@@ -13,12 +13,10 @@ import signal
 import sys
 from pathlib import Path
 
-from rt_detectron.study.cluster import import_ray
-from rt_detectron.study.grid import load_study
-from rt_detectron.study.plan import describe, missing_trials
+from rt_detectron.study.load import load_study
 from rt_detectron.study.record import output_folder
 from rt_detectron.study.report import study_table, terminal_table, write_report
-from rt_detectron.study.run import run_study
+from rt_detectron.study.run import describe, import_ray, missing_trials, run_study
 from rt_detectron.utils.errors import one_line_errors
 
 TOOLS = Path(__file__).resolve().parent

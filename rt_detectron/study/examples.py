@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from rt_detectron.study.answers import main_task
+from rt_detectron.study.bootstrap import f1_per_image
 from rt_detectron.study.figures import Figure
 from rt_detectron.study.grid import FINAL
-from rt_detectron.study.matching import f1_per_image
 from rt_detectron.study.measurements import CLEAN, Quantity
 from rt_detectron.study.record import Outcome
 from rt_detectron.study.statistics import Row
 from rt_detectron.study.table import UNREADABLE, load_matches, one_reason, test_sets_of
-from rt_detectron.study.words import main_task
 from rt_detectron.visualization.coco import (
     ground_truth_instances,
     load_coco,

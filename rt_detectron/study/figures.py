@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 
 from rt_detectron.study.analyses import Fit
+from rt_detectron.study.answers import Answer
 from rt_detectron.study.grid import FINAL, Study
-from rt_detectron.study.kinds import is_number
 from rt_detectron.study.measurements import (
     ATTACK,
     CLEAN,
@@ -19,10 +19,9 @@ from rt_detectron.study.measurements import (
     measurements,
     reported,
 )
-from rt_detectron.study.record import Outcome
+from rt_detectron.study.record import Outcome, is_number
 from rt_detectron.study.statistics import Change, Row
 from rt_detectron.study.tables import SIZES, attack_conditions, condition_name
-from rt_detectron.study.words import Answer
 from rt_detectron.visualization import plots
 
 CATEGORIES = 8  # that gain and lose most

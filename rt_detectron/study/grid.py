@@ -1,32 +1,31 @@
-"""A study: arms (backbones) x targets x learning rates x seeds, read from a YAML file."""
+"""A study: arms (backbones) x targets x learning rates x seeds, and the trials that they make."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
-from rt_detectron.study import schema
-from rt_detectron.study.kinds import KINDS, Kind, read_digest
-from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import file_sha256
+from rt_detectron.study.worker import Step
 
 SELECTION, FINAL = "selection", "final"  # a trial's stage
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: a backbone's weights, and config keys that go with them.
+    """What is compared: the weights of a backbone, with config keys.
 
     Attributes:
-        eps: the threat model's radius that the weights were trained with, if given; a figure's axis.
-        source_accuracy: what the weights' classifier has on its own data set, in percent, if given; as eps.
-        baseline: the arm to compare with, where it is not the study's.
+        weights_sha256: None for weights behind a scheme, such as ``detectron2://``.
+        eps: radius of the threat model that the weights were trained for, if given. Used in figures.
+        source_accuracy: accuracy of the weights' classifier on its own data set, in percent, if given.
+        baseline: the arm to compare with, if it is not the study's baseline.
     """
 
     name: str
     weights: str
-    weights_sha256: str | None  # None for weights behind a scheme, such as detectron2://
+    weights_sha256: str | None
     opts: tuple[str, ...]
     eps: float | None = None
     source_accuracy: float | None = None
@@ -35,25 +34,29 @@ class Arm:
 
 @dataclass(frozen=True)
 class Target:
-    """What a backbone is transferred to: a config file, and config keys that go with it."""
+    """What a backbone is transferred to: a config file, with config keys.
+
+    Attributes:
+        config_sha256: see :meth:`DownstreamTask.digest`.
+    """
 
     name: str
     config: str
-    config_sha256: str  # of all that it says, see Kind.digest
+    config_sha256: str
     opts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How the learning rate of each arm and target is chosen: by these seeds, with these config keys."""
+    """The trials that choose the learning rate of each arm and target: their seeds and config keys."""
 
     seeds: tuple[int, ...]
     opts: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, since OmegaConf fills it in
 class Resources:
-    """What one trial occupies; a part of a GPU (0.5) is shared with other trials."""
+    """What one trial needs. With a fraction of a GPU, such as 0.5, trials share one."""
 
     cpus: int = 1
     gpus: float = 0
@@ -61,19 +64,24 @@ class Resources:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run and its evaluations. Its fields decide its result: trial.json records them."""
+    """One training and its evaluations. Its fields determine its result; trial.json records them.
+
+    Attributes:
+        stage: SELECTION or FINAL.
+        evaluations: config keys of tools/evaluate_robustness.py; empty without an evaluation.
+    """
 
     arm: str
     target: str
     learning_rate: float
     seed: int
-    stage: str  # SELECTION or FINAL
+    stage: str
     config: str
     config_sha256: str
     weights: str
     weights_sha256: str | None
     opts: tuple[str, ...]
-    evaluations: tuple[str, ...]  # config keys of the robustness evaluation; empty: there is none
+    evaluations: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -82,8 +90,52 @@ class Trial:
         return f"{self.arm}/{self.target}/lr{self.learning_rate!r}/{prefix}seed{self.seed}"
 
     def specification(self) -> dict[str, Any]:
-        """The trial as JSON gives it back."""
+        """The trial as trial.json holds it."""
         return {**asdict(self), "opts": list(self.opts), "evaluations": list(self.evaluations)}
+
+
+class DownstreamTask(ABC):
+    """What the arms are transferred to: detection, or classification. See :mod:`rt_detectron.study.tasks`.
+
+    Attributes:
+        key: the key of the study file that lists the targets.
+        noun: what one target is called.
+        measure: what a learning rate is chosen by.
+        set_by_the_study: config key -> what sets it. ``opts`` may not.
+        set_by_the_selection: the same, for the ``opts`` of the selection.
+        has_evaluations: whether an evaluation can follow a trial's training.
+    """
+
+    key: ClassVar[str]
+    noun: ClassVar[str]
+    measure: ClassVar[str]
+    set_by_the_study: ClassVar[Mapping[str, str]]
+    set_by_the_selection: ClassVar[Mapping[str, str]]
+    has_evaluations: ClassVar[bool]
+
+    @abstractmethod
+    def digest(self, config: str) -> str:
+        """SHA-256 of everything that a config file says, including the files it imports.
+
+        Raises:
+            Exception: of any type, if it is no config file of this task.
+        """
+
+    @abstractmethod
+    def held_out(self, target: Target, opts: tuple[str, ...]) -> tuple[str, ...]:
+        """Config keys to train on a part of the training set and to score on the rest of it.
+
+        Args:
+            opts: the other config keys of the trial.
+        """
+
+    @abstractmethod
+    def steps(self, trial: Trial, tools: Path, folder: Path, resources: Resources) -> list[Step]:
+        """The processes of a trial. Each resumes from what ``folder`` already holds."""
+
+    @abstractmethod
+    def score(self, results: Mapping[str, Any]) -> float | None:
+        """The score in a results.json, in percent, that learning rates are compared by. None if undefined."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +143,16 @@ class Study:
     """The whole grid.
 
     Attributes:
-        kind: a key of :data:`rt_detectron.study.kinds.KINDS`.
-        baseline: name of the arm that the others are compared with; see :meth:`baseline_of`.
-        learning_rates: the same for every arm; where there are several, the selection chooses one for each
-            arm and target.
+        baseline: name of the arm that the others are compared with. See :meth:`baseline_of`.
+        learning_rates: the same for every arm. If there are several, the selection chooses one for each arm
+            and target.
         evaluations: name -> config keys of tools/evaluate_robustness.py, for the final trials.
         selection: None with a single learning rate.
         retries: how often a crashed trial is started again.
     """
 
     name: str
-    kind: str
+    downstream: DownstreamTask
     baseline: str
     arms: tuple[Arm, ...]
     targets: tuple[Target, ...]
@@ -114,11 +165,11 @@ class Study:
     retries: int
 
     def baseline_of(self, arm: str) -> str:
-        """The arm that the arm of this name is compared with; a baseline's is itself."""
+        """Name of the arm that ``arm`` is compared with. A baseline is its own."""
         return next(entry.baseline for entry in self.arms if entry.name == arm) or self.baseline
 
     def selection_trials(self) -> list[Trial]:
-        """Those that choose the learning rate, trained and scored within the training set; may be none."""
+        """The trials that choose learning rates. They train and score on parts of the training set."""
         if self.selection is None:
             return []
         return [
@@ -130,10 +181,14 @@ class Study:
         ]
 
     def final_trials(self, rates: Mapping[tuple[str, str], float] = MappingProxyType({})) -> list[Trial]:
-        """Those that are reported, for each (arm, target) that has its learning rate chosen in ``rates``.
+        """The trials that are reported.
 
-        Seed by seed and the arms next to each other: an unfinished study compares early. With a single
-        learning rate nothing needs choosing.
+        They are ordered by seed, with the arms next to each other, so that an unfinished study can already
+        be compared.
+
+        Args:
+            rates: (arm, target) -> its chosen learning rate. Pairs without one have no trials yet. Ignored
+                if the study has a single learning rate.
         """
         if self.selection is None:
             pairs = [(arm.name, target.name) for arm in self.arms for target in self.targets]
@@ -147,21 +202,26 @@ class Study:
         ]
 
     def possible_trials(self) -> list[Trial]:
-        """Every trial that any outcome of the selection can lead to."""
+        """All trials, for every possible outcome of the selection."""
         pairs = [(arm.name, target.name) for arm in self.arms for target in self.targets]
         finals = [self.final_trials(dict.fromkeys(pairs, rate)) for rate in self.learning_rates]
         return self.selection_trials() + [trial for trials in finals for trial in trials]
 
     def count_trials(self) -> int:
-        """How many trials the study takes, whatever the selection chooses."""
+        """Number of trials of the study. It does not depend on what the selection chooses."""
         return len(self.selection_trials()) + len(self.arms) * len(self.targets) * len(self.seeds)
+
+    def description(self) -> dict[str, Any]:
+        """The study as results.json holds it."""
+        fields = asdict(self)
+        return {"kind": fields.pop("downstream").key, **fields}
 
     def _trial(self, arm: Arm, target: Target, rate: float, seed: int, stage: str) -> Trial:
         opts = self.opts + target.opts + arm.opts
         evaluations = tuple(opt for evaluation in self.evaluations.values() for opt in evaluation)
         if stage == SELECTION:
             opts += self.selection.opts
-            opts += KINDS[self.kind].held_out(target, opts)
+            opts += self.downstream.held_out(target, opts)
             evaluations = ()
         return Trial(
             arm=arm.name,
@@ -176,114 +236,3 @@ class Study:
             opts=opts,
             evaluations=evaluations,
         )
-
-
-def load_study(file: str | Path) -> Study:
-    """Read and check a study file; paths in it are relative to the current directory.
-
-    Raises:
-        InputError: naming the file and the key that is wrong.
-    """
-    study = schema.mapping(
-        schema.read_yaml(file),
-        f"{file}",
-        required={"name", "baseline", "arms", "learning_rates", "seeds"},
-        optional={*KINDS, "opts", "evaluations", "selection", "resources", "retries"},
-    )
-    kind = _kind(study, f"{file}")
-    rates = schema.numbers(study["learning_rates"], f"{file}: learning_rates", schema.number)
-    seeds = schema.numbers(study["seeds"], f"{file}: seeds", schema.whole)
-    arms = schema.named(study["arms"], f"{file}: arms")
-    targets = schema.named(study[kind.key], f"{file}: {kind.key}")
-    result = Study(
-        name=schema.text(study["name"], f"{file}: name"),
-        kind=kind.key,
-        baseline=study["baseline"],
-        arms=tuple(_arm(kind, *entry) for entry in arms),
-        targets=tuple(_target(kind, *entry) for entry in targets),
-        learning_rates=rates,
-        seeds=seeds,
-        opts=schema.opts(study.get("opts"), f"{file}: opts", kind.set_by_the_grid),
-        evaluations=_evaluations(kind, study.get("evaluations"), f"{file}: evaluations"),
-        selection=_selection(kind, study.get("selection", {}), f"{file}: selection", seeds, len(rates) > 1),
-        resources=_resources(study.get("resources", {}), f"{file}: resources"),
-        retries=schema.whole(study.get("retries", 0), f"{file}: retries"),
-    )
-    _check_baselines(result, str(file))
-    return result
-
-
-def _kind(study: Mapping[str, Any], where: str) -> Kind:
-    given = [key for key in KINDS if key in study]
-    if len(given) != 1:
-        raise InputError(
-            f"{where}: give one of the keys {', '.join(KINDS)}, got {' and '.join(given) or 'none'}"
-        )
-    return KINDS[given[0]]
-
-
-def _arm(kind: Kind, name: str, entry: Any, where: str) -> Arm:
-    numbers = {"eps", "source_accuracy"}
-    entry = schema.mapping(entry, where, required={"weights"}, optional={*numbers, "baseline", "opts"})
-    weights = schema.file(entry["weights"], f"{where}.weights")
-    return Arm(
-        name,
-        weights,
-        None if "://" in weights else file_sha256(schema.local(weights)),
-        schema.opts(entry.get("opts"), f"{where}.opts", kind.set_by_the_grid),
-        **{key: schema.number(entry[key], f"{where}.{key}", zero=True) for key in numbers & entry.keys()},
-        baseline=entry.get("baseline"),
-    )
-
-
-def _target(kind: Kind, name: str, entry: Any, where: str) -> Target:
-    entry = schema.mapping(entry, where, required={"config"}, optional={"opts"})
-    config = schema.file(entry["config"], f"{where}.config")
-    digest = read_digest(kind, config, f"{where}.config")
-    return Target(name, config, digest, schema.opts(entry.get("opts"), f"{where}.opts", kind.set_by_the_grid))
-
-
-def _evaluations(kind: Kind, value: Any, where: str) -> dict[str, tuple[str, ...]]:
-    if value is None:
-        return {}
-    if not kind.evaluates:
-        raise InputError(f"{where}: only studies of detectors have them")
-    result, used = {}, {}
-    for name, entry, place in schema.named(value, where):
-        # All run in one process, so a key can have one value only.
-        result[name] = schema.opts(entry, place, {**kind.set_by_the_grid, **used})
-        used |= dict.fromkeys(result[name][::2], place)
-    return result
-
-
-def _selection(kind: Kind, value: Any, where: str, seeds: tuple[int, ...], wanted: bool) -> Selection | None:
-    entry = schema.mapping(value, where, optional={"seeds", "opts"})
-    refused = {**kind.set_by_the_grid, **kind.set_by_the_selection}
-    selection = Selection(
-        schema.numbers(entry.get("seeds", [seeds[0]]), f"{where}.seeds", schema.whole),
-        schema.opts(entry.get("opts"), f"{where}.opts", refused),
-    )
-    return selection if wanted else None
-
-
-def _resources(value: Any, where: str) -> Resources:
-    entry = schema.mapping(value, where, optional={"cpus", "gpus"})
-    gpus = schema.number(entry.get("gpus", 0), f"{where}.gpus", zero=True)
-    if gpus > 1 and not gpus.is_integer():
-        raise InputError(f"{where}.gpus: {gpus} is neither a whole number of GPUs nor a part of one")
-    return Resources(schema.whole(entry.get("cpus", 1), f"{where}.cpus", least=1), gpus)
-
-
-def _check_baselines(study: Study, file: str) -> None:
-    names = [arm.name for arm in study.arms]
-    given = {f"arms.{arm.name}.baseline": arm.baseline for arm in study.arms if arm.baseline is not None}
-    given = {"baseline": study.baseline, **given}
-    for place, baseline in given.items():
-        if baseline not in names:
-            raise InputError(f"{file}: {place}: {baseline!r} is not an arm; arms are {', '.join(names)}")
-    for place, baseline in given.items():
-        if (other := study.baseline_of(baseline)) != baseline:
-            raise InputError(
-                f"{file}: {place}: {baseline} itself is compared with {other}: "
-                f"give arms.{baseline}.baseline: {baseline}"
-            )

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from rt_detectron.study.kinds import by_test_set, is_number
-from rt_detectron.study.record import Outcome
+from rt_detectron.study.record import Outcome, by_test_set, is_number
 
 # Detectron2's names, and that of classification -> what people call the main number.
 TASKS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP", "accuracy": "accuracy"}

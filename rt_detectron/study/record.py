@@ -1,8 +1,9 @@
-"""The files of a study's trials: what was asked for, what came of it, and who holds the folder."""
+"""The files of a study's trials: their specifications, results and records."""
 
 import json
+import math
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +13,24 @@ import yaml
 from filelock import FileLock, Timeout
 
 from rt_detectron.study.grid import Trial
-from rt_detectron.study.kinds import RESULTS, ROBUSTNESS
 from rt_detectron.study.worker import PROCESSES, read_json
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.files import replaced_atomically, write_json
 
 SPECIFICATION, RECORD = "trial.json", "record.json"
+# Files that the processes of a trial write, and a key that a complete file has.
+RESULTS = ("results.json", "metrics")
+ROBUSTNESS = ("robustness.json", "clean")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trial and what came of it.
+    """A trial with its results.
 
     Attributes:
-        results: its results.json; None if it did not finish.
-        robustness: its robustness.json; None if the study asks for no evaluation or it did not finish.
-        error: why it did not finish.
+        results: content of results.json; None if the training did not finish.
+        robustness: content of robustness.json; None without an evaluation, or if it did not finish.
+        error: why the trial did not finish; None if it did.
     """
 
     trial: Trial
@@ -42,10 +45,10 @@ def trial_folder(output: Path, trial: Trial) -> Path:
 
 
 def is_finished(output: Path, trial: Trial) -> bool:
-    """Whether the trial has a record, and it is of this very specification.
+    """Whether the trial has a record and all of its results.
 
     Raises:
-        InputError: the trial's folder belongs to a different specification.
+        InputError: the folder was made for a different specification.
     """
     folder = trial_folder(output, trial)
     return (
@@ -56,7 +59,7 @@ def is_finished(output: Path, trial: Trial) -> bool:
 
 
 def prepare(output: Path, trial: Trial) -> Path:
-    """Make the trial's folder, with its trial.json; gives the folder. Another evaluation is forgotten."""
+    """Make the trial's folder and its trial.json. Results of a different evaluation are deleted."""
     folder = trial_folder(output, trial)
     if _has_other_evaluations(folder, trial):
         (folder / ROBUSTNESS[0]).unlink(missing_ok=True)
@@ -66,7 +69,7 @@ def prepare(output: Path, trial: Trial) -> Path:
 
 
 def read_outcome(output: Path, trial: Trial, error: str | None = None) -> Outcome:
-    """What the trial's files say; ``error`` counts only where they lack something."""
+    """Read the trial's files. ``error`` is dropped if they are complete."""
     folder = trial_folder(output, trial)
     results = read_json(folder / RESULTS[0], RESULTS[1])
     robustness = read_json(folder / ROBUSTNESS[0], ROBUSTNESS[1]) if trial.evaluations else None
@@ -75,11 +78,11 @@ def read_outcome(output: Path, trial: Trial, error: str | None = None) -> Outcom
 
 
 def write_record(outcome: Outcome, selection: dict[str, Any] | None) -> None:
-    """Write record.json, all there is to know about a finished trial, into its folder.
+    """Write record.json, which holds everything about a finished trial.
 
-    ``attempts`` counts the processes that crashed, and the one run that went well; ``wall_time_s`` is the sum
-    over ``processes``, of which those that died with the driver are missing; ``config`` is Detectron2's
-    config.yaml, as the training wrote it; ``selection`` is how its learning rate was chosen.
+    ``attempts`` is 1 plus the number of processes that crashed. ``wall_time_s`` is the sum over
+    ``processes``; processes that were killed together with the driver are missing there. ``config`` is the
+    config.yaml that the training wrote. ``selection`` says how the learning rate was chosen.
     """
     processes = _read_processes(outcome.folder)
     last = processes[-1] if processes else {}
@@ -99,7 +102,7 @@ def write_record(outcome: Outcome, selection: dict[str, Any] | None) -> None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the code that runs, and whether files differ from it; None where it is no checkout."""
+    """Commit of the running code, and whether files differ from it. None outside a git checkout."""
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
@@ -108,7 +111,7 @@ def git_state() -> dict[str, Any] | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != root.resolve():
-            return None  # installed somewhere below another project's checkout
+            return None  # installed inside another project's checkout
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -116,7 +119,7 @@ def git_state() -> dict[str, Any] | None:
 
 @contextmanager
 def output_folder(output: Path) -> Iterator[None]:
-    """Make ``output`` and hold it for this process alone."""
+    """Make the folder ``output`` and lock it for this process."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / "compare.lock", timeout=0)
@@ -134,16 +137,27 @@ def output_folder(output: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` is at any time either the old file or the whole new one."""
+    """Write ``text`` so that ``path`` is always either the old file or the complete new one."""
     with replaced_atomically(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
 
 
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite number. An undefined AP is NaN or null, depending on who wrote it."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def by_test_set(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """task -> metric -> value, for each test set. Detectron2 nests the metrics of several sets one deeper."""
+    is_nested = any(isinstance(value, Mapping) for task in metrics.values() for value in task.values())
+    return list(metrics.values()) if is_nested else [metrics]
+
+
 def _has_other_evaluations(folder: Path, trial: Trial) -> bool:
-    """Whether the folder's trial.json asks for other evaluations: then the training still counts.
+    """Whether the folder's trial.json differs from ``trial`` in its evaluations. The training can be kept.
 
     Raises:
-        InputError: it differs in more than that.
+        InputError: it differs in something else.
     """
     try:
         recorded = json.loads((folder / SPECIFICATION).read_text(encoding="utf-8"))
@@ -175,7 +189,7 @@ def _read_processes(folder: Path) -> list[dict[str, Any]]:
     try:
         for line in (folder / PROCESSES).read_text(encoding="utf-8").splitlines():
             processes.append(json.loads(line))
-    except (OSError, ValueError):  # the last line of a worker that was killed
+    except (OSError, ValueError):  # no file, or a killed worker left half a line
         pass
     return processes
 

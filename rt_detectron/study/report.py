@@ -12,17 +12,16 @@ from typing import Any
 import jinja2
 
 from rt_detectron.study import analyses
+from rt_detectron.study.answers import answers, cautions, main_task
 from rt_detectron.study.examples import SCORE_THRESHOLD, attacked, best_and_worst
 from rt_detectron.study.figures import Figure, Figures
 from rt_detectron.study.grid import Study
-from rt_detectron.study.kinds import KINDS
 from rt_detectron.study.measurements import ATTACK, CLEAN, CORRUPTION, TASKS, Quantity, measurements
 from rt_detectron.study.record import Outcome, write_atomically
 from rt_detectron.study.selection import choose
 from rt_detectron.study.statistics import Row
 from rt_detectron.study.table import study_table
 from rt_detectron.study.tables import latex, make_tables, markdown, terminal_table
-from rt_detectron.study.words import answers, cautions, main_task
 from rt_detectron.utils.files import replaced_atomically, write_json
 
 __all__ = ["study_table", "terminal_table", "write_report"]
@@ -48,7 +47,7 @@ def write_report(study: Study, outcomes: Sequence[Outcome], output: Path, comman
         outcomes: of all stages; trials that are missing are named in the report.
         command: the line that makes the study again, or what is missing of it, as shown in the report.
     """
-    kind = KINDS[study.kind]
+    kind = study.downstream
     note = _TABLE_NOTE.format(kind.measure[0].upper() + kind.measure[1:])
     rows = study_table(study, outcomes)
     choices = choose(study, outcomes)
@@ -99,7 +98,7 @@ def write_report(study: Study, outcomes: Sequence[Outcome], output: Path, comman
         "uri": _data_uri,
     }
     content = {
-        "study": asdict(study),
+        "study": study.description(),
         "command": command,
         "trials": trials,
         "table": _records(rows),

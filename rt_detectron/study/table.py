@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from rt_detectron.study.bootstrap import (
+    Matches,
     average_precision,
+    match,
     resampled_accuracy_differences,
     resampled_differences,
 )
 from rt_detectron.study.grid import FINAL, Study
-from rt_detectron.study.kinds import by_test_set
-from rt_detectron.study.matching import Matches, match
 from rt_detectron.study.measurements import CLEAN, TASKS, Quantity, measurements, reported
-from rt_detectron.study.record import Outcome
+from rt_detectron.study.record import Outcome, by_test_set
 from rt_detectron.study.statistics import Interval, Row, changes, percentile_interval, summaries
 from rt_detectron.visualization.coco import load_coco, load_detections
 

@@ -1,7 +1,7 @@
-"""What a Ray worker does with a trial: its processes, one after another.
+"""What a Ray worker does with a trial: run its processes, one after another.
 
-Imports nothing of the package. Workers get this module by value (:mod:`rt_detectron.study.cluster`), since
-importing rt_detectron, and torch with it, would cost each of them seconds and hundreds of megabytes.
+This module imports nothing of the package, and Ray pickles it by value. Importing rt_detectron, and torch
+with it, would cost each worker seconds and hundreds of megabytes.
 """
 
 import json
@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LOG = "trial.log"  # beside Detectron2's own log.txt, which misses tracebacks and stderr
-PROCESSES = "processes.jsonl"  # a line for each process of the trial that has ended
+LOG = "trial.log"  # Detectron2's own log.txt misses tracebacks and stderr
+PROCESSES = "processes.jsonl"  # one line for each process of the trial that has ended
 _LAST_LINES = 10
 _GRACE_S = 5.0
-# The trial's process dies with the worker that started it, and that one with the driver, however they end.
-# A process tells the kernel so itself, since between fork and exec of a threaded worker no Python may run.
+# A trial's process must die with the worker that started it, however that ends. (The worker dies with the
+# driver.) The process asks the kernel for it itself, since Python code between fork and exec is not safe in a
+# worker with threads.
 _DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
@@ -33,11 +34,12 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 @dataclass(frozen=True)
 class Step:
-    """A process of a trial, finished when it has left ``result`` in the trial's folder.
+    """A process of a trial. It is finished once ``result`` is in the trial's folder.
 
     Attributes:
-        command: script and arguments, to be run by Python.
-        result: name of a JSON file that holds the key ``holds``.
+        command: Python script and arguments.
+        result: name of a JSON file.
+        holds: a key that the complete file has.
     """
 
     command: tuple[str, ...]
@@ -46,7 +48,7 @@ class Step:
 
 
 def read_json(path: Path, holds: str) -> dict[str, Any] | None:
-    """An object with the key ``holds``; None if there is no such file, or not a whole one."""
+    """A JSON object with the key ``holds``; None if the file is missing or incomplete."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -57,13 +59,16 @@ def read_json(path: Path, holds: str) -> dict[str, Any] | None:
 def run_steps(
     steps: list[Step], folder: str, cwd: str, environment: dict[str, str], git: dict[str, Any] | None
 ) -> str | None:
-    """Run the steps that are not finished yet; gives what went wrong with the first that failed, or None.
+    """Run the steps that are not finished yet, until one fails.
 
     Args:
-        folder: of the trial, seen from ``cwd``.
-        cwd: where the processes run; so paths mean the same on every machine that shares the file system.
-        environment: variables to set beside this worker's, which hold the GPUs that Ray gave it.
-        git: goes into the folder's PROCESSES.
+        folder: folder of the trial, relative to ``cwd``.
+        cwd: where the processes run, so that paths mean the same on every machine of a cluster.
+        environment: variables to add to this worker's, which name the GPUs that Ray gave it.
+        git: state of the code, for PROCESSES.
+
+    Returns:
+        What went wrong, or None.
     """
     path = Path(cwd, folder)
     for step in steps:
@@ -89,10 +94,9 @@ def run_steps(
 
 
 def _run(step: Step, log: Path, cwd: str, environment: dict[str, str]) -> int:
-    """Run a step's process, adding its output to ``log``; gives its exit status.
+    """Run a step's process and append its output to ``log``. Returns the exit status.
 
-    Whatever interrupts the waiting stops the process and all that it started: it leads a process
-    group of its own.
+    The process leads its own process group. If the waiting is interrupted, the whole group is stopped.
     """
     command = [sys.executable, *step.command]
     with log.open("ab") as stream:
@@ -112,13 +116,13 @@ def _run(step: Step, log: Path, cwd: str, environment: dict[str, str]) -> int:
                 try:
                     return process.wait(1.0)
                 except subprocess.TimeoutExpired:
-                    continue  # so that Ray's cancelling, which is seen between waits only, takes effect
+                    continue  # Ray's cancellation only takes effect between waits
         finally:
             _stop(process)
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """End the process group of ``process``: asked first, then killed, also data workers it left behind."""
+    """End the process group of ``process``, including data workers it left behind: SIGTERM, then SIGKILL."""
     for request in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, request)
@@ -130,7 +134,7 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def _crash(status: int, step: Step, shown: Path, log: Path) -> str:
-    """What the user reads about a step that left no result, with the end of its log."""
+    """The message about a step that left no result, with the end of its log."""
     with log.open(encoding="utf-8", errors="replace") as stream:
         last_lines = "".join(deque(stream, maxlen=_LAST_LINES)).rstrip()
     how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from pycocotools import mask as rle_masks
 
-from rt_detectron.study.grid import load_study
+from rt_detectron.study.load import load_study
 from rt_detectron.study.report import write_report
 
 
@@ -81,6 +82,38 @@ retries: 0
         return load_study("study.yaml")
 
     return make
+
+
+@pytest.fixture
+def write_study(tmp_path, monkeypatch):
+    """Writes study.yaml, valid but for the given changes (None removes a key); gives its name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "std.pkl").write_bytes(b"standard")
+    (tmp_path / "l2.pkl").write_bytes(b"robust")
+    (tmp_path / "base.yaml").write_text("DATASETS:\n  TRAIN: ('a_train', 'b')\n")
+    (tmp_path / "mask.yaml").write_text("_BASE_: base.yaml\n")
+
+    def write(**changes):
+        study = {
+            "name": "test",
+            "baseline": "standard",
+            "arms": {
+                "standard": {"weights": "std.pkl"},
+                "l2": {"weights": "l2.pkl", "opts": ["A.B", [1, 2]]},
+            },
+            "detectors": {"mask": {"config": "mask.yaml", "opts": ["A.C", True]}},
+            "learning_rates": [0.02, "1e-2"],
+            "seeds": [1, 2],
+            "opts": ["A.D", 0.5],
+            **changes,
+        }
+        text = yaml.safe_dump(
+            {key: value for key, value in study.items() if value is not None}, sort_keys=False
+        )
+        (tmp_path / "study.yaml").write_text(text)
+        return "study.yaml"
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rt_detectron.study.grid import Trial, load_study
+from rt_detectron.study.grid import Trial
+from rt_detectron.study.load import load_study
 from rt_detectron.study.record import Outcome
 
 QUALITY = {"standard": 0.75, "robust": 0.5, "robust_small": 0.72}  # the share of objects an arm finds

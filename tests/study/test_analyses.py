@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from rt_detectron.study.analyses import best_eps, fits
-from rt_detectron.study.grid import load_study
+from rt_detectron.study.load import load_study
 from rt_detectron.study.measurements import Quantity
 from rt_detectron.study.statistics import Row, changes, summaries
 

@@ -10,10 +10,11 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from rt_detectron.study.bootstrap import (
     average_precision,
+    f1_per_image,
+    match,
     resampled_accuracy_differences,
     resampled_differences,
 )
-from rt_detectron.study.matching import match
 
 IMAGES, SIDE = 8, 100
 
@@ -182,3 +183,38 @@ def test_resampled_accuracy_is_that_of_the_drawn_images(per_class, reference):
         drawn = np.repeat(np.arange(30), counts)
         scores = [reference(labels[drawn], predicted[drawn]) for predicted in (ours, theirs)]
         assert difference == pytest.approx(100 * (scores[0] - scores[1]))
+
+
+def test_f1_per_image_by_hand():
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": i, "width": 100, "height": 100} for i in (3, 5, 8, 9)],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [
+            box_annotation(1, 3, 1, 0),
+            box_annotation(2, 3, 2, 40),
+            box_annotation(3, 5, 1, 0),
+            box_annotation(4, 9, 1, 0, crowd=1),
+        ],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    detections = [
+        box_detection(3, 1, 0, 0.9),  # hit
+        box_detection(3, 1, 40, 0.8),  # a dog called cat
+        box_detection(3, 2, 40, 0.2),  # hit, but below the threshold
+        box_detection(9, 1, 0, 0.9),  # on a crowd: neither hit nor false alarm
+    ]
+    f1 = f1_per_image(match(coco, detections, "bbox"), 0.3)
+    # image 3: one hit of two shown and two objects; image 5: one object missed; image 8: nothing at all
+    np.testing.assert_allclose(f1, [2 * 1 / (2 + 2), 0, np.nan, np.nan])
+    assert f1_per_image(match(coco, detections, "bbox"), 0.1)[0] == 2 * 2 / (3 + 2)
+
+
+def box_annotation(number, image, category, x, crowd=0):
+    box = {"bbox": [x, 0, 20, 20], "area": 400, "iscrowd": crowd}
+    return {"id": number, "image_id": image, "category_id": category, **box}
+
+
+def box_detection(image, category, x, score):
+    return {"image_id": image, "category_id": category, "bbox": [x, 0, 20, 20], "score": score}

@@ -2,9 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from rt_detectron.study.kinds import is_number
 from rt_detectron.study.measurements import Quantity, measurements, reported
-from rt_detectron.study.record import Outcome
+from rt_detectron.study.record import Outcome, is_number
 
 
 def attack(eps, ap, noise=None):

@@ -1,13 +1,17 @@
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from rt_detectron.study.record import is_finished
-from rt_detectron.study.run import run_study
+from rt_detectron.study.grid import Resources
+from rt_detectron.study.record import Outcome, is_finished
+from rt_detectron.study.run import describe, import_ray, missing_trials, parallel_trials, run_study
 from rt_detectron.utils.errors import InputError
 
-OUT = Path("out")
+OUT, TOOLS = Path("out"), Path("tools")
+MACHINES = [{"CPU": 16.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 6.0}]
 EVALUATIONS = "evaluations: {attack: [TEST.ATTACK.L2_EPS, [0.5, 1], TEST.ATTACK.STEPS, 5]}"
 
 
@@ -133,3 +137,80 @@ def test_worker_that_dies_is_a_crash(make_study, tools):
     (tools / "train_net.py").write_text("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n")
     outcomes = run_study(make_study(seeds=[1]), OUT, tools)
     assert all(outcome.error.startswith("WorkerCrashedError: ") for outcome in outcomes)
+
+
+def test_nothing_is_known_at_first(make_study):
+    text = describe(make_study(learning_rates=[0.02, 0.01]), OUT, TOOLS, None)
+    assert "standard/mask_rcnn/lr0.02/selection-seed1  to run" in text
+    assert "robust/mask_rcnn, seeds 1, 2               after the selection" in text
+    assert "8 of 8 trials to run" in text
+    assert text.count("python tools/train_net.py") == 4
+    assert text.endswith(
+        "time of 8 trials: unknown until one of each group has finished: "
+        "mask_rcnn (final), mask_rcnn (selection)"
+    )
+    assert not OUT.exists()
+
+
+def test_missing_are_the_failed_and_those_they_hold_up(make_study):
+    study = make_study(learning_rates=[0.02, 0.01])
+    results = {"metrics": {"bbox": {"AP": 1.0}}}
+    outcomes = [Outcome(trial, OUT, results) for trial in study.selection_trials()]
+    assert missing_trials(study, outcomes) == (4, [])
+    outcomes[0] = Outcome(outcomes[0].trial, OUT, None, error="exit status 1")
+    missing, reasons = missing_trials(study, outcomes)
+    assert missing == 5
+    assert reasons == [
+        "trial standard/mask_rcnn/lr0.02/selection-seed1 failed: exit status 1",
+        "no learning rate for standard on mask_rcnn: standard/mask_rcnn/lr0.02/selection-seed1 failed",
+    ]
+
+
+def test_estimate_is_from_finished_trials(make_study, tools, ray_here):
+    study = make_study(seeds=[1])
+    for outcome in run_study(study, OUT, tools):
+        record = json.loads((outcome.folder / "record.json").read_text())
+        record["wall_time_s"] = 600 if outcome.trial.arm == "standard" else 1200
+        (outcome.folder / "record.json").write_text(json.dumps(record))
+    text = describe(make_study(seeds=[1, 2, 3]), OUT, TOOLS, None)
+    parallel = int(ray_here.cluster_resources()["CPU"])
+    assert "standard/mask_rcnn/lr0.02/seed1  finished" in text
+    assert "4 of 6 trials to run" in text
+    assert "time: about 1:00:00 in all" in text
+    assert f"with {parallel} trials at a time" in text
+    if parallel == 2:
+        assert "30:00 with 2" in text
+
+
+@pytest.mark.parametrize(
+    ("resources", "fits"),
+    [
+        (Resources(), 16 + 16 + 6),
+        (Resources(cpus=4), 4 + 4 + 1),
+        (Resources(gpus=1), 8 + 4),
+        (Resources(gpus=8), 1),
+        (Resources(cpus=4, gpus=2), 4 + 2),
+        (Resources(gpus=0.5), 16 + 8),
+        (Resources(gpus=0.4), 16 + 8),  # the last fifth of each GPU is left
+    ],
+)
+def test_trials_that_fit_the_machines(resources, fits):
+    nodes = [{"Alive": True, "Resources": machine} for machine in MACHINES]
+    dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
+    assert parallel_trials(SimpleNamespace(nodes=lambda: [*nodes, dead]), resources) == fits
+
+
+def test_trial_that_no_machine_can_run():
+    ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    with pytest.raises(InputError, match="needs 1 CPUs and 8 GPUs, which no machine has"):
+        parallel_trials(ray, Resources(gpus=8))
+
+
+def test_ray_is_this_machines(ray_here):
+    assert parallel_trials(ray_here, Resources()) == len(os.sched_getaffinity(0))
+
+
+def test_missing_ray_is_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(InputError, match=r"pip install 'rt_detectron\[study\]'"):
+        import_ray()

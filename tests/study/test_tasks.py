@@ -3,12 +3,11 @@ from pathlib import Path
 import pytest
 from detectron2.config import LazyConfig
 
-from rt_detectron.study.grid import Resources, load_study
-from rt_detectron.study.kinds import KINDS
-from rt_detectron.utils.errors import InputError
+from rt_detectron.study.grid import Resources
+from rt_detectron.study.tasks import DOWNSTREAM_TASKS
 
 TOOLS, FOLDER = Path("tools"), Path("out/x")
-DETECTION, TRANSFER = KINDS["detectors"], KINDS["transfers"]
+DETECTION, TRANSFER = DOWNSTREAM_TASKS["detectors"], DOWNSTREAM_TASKS["transfers"]
 
 
 @pytest.fixture
@@ -101,37 +100,3 @@ def test_the_digest_sees_what_a_config_imports(transfer_study, tmp_path):
     assert before == transfer_study.targets[0].config_sha256
     (tmp_path / "common" / "base.py").write_text("dataset = dict(name='other')\n")
     assert TRANSFER.digest("fixed.py") != before
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"transfers: {cifar10": "transfer: {cifar10"}, "unknown key transfer;"),
-        (
-            {"transfers: {cifar10": "detectors: {a: {config: fixed.py}}\ntransfers: {cifar10"},
-            "got detectors and transfers",
-        ),
-        ({"transfers: {cifar10": "other: {cifar10"}, "unknown key other"),
-        ({"config: fixed.py": "config: broken.py"}, "broken.py is no config file"),
-        ({"dataset.name,": "optimizer.lr,"}, "optimizer.lr is set by learning_rates"),
-        ({"retries: 0": "evaluations: {a: [b, 1]}"}, "only studies of detectors have them"),
-    ],
-)
-def test_what_is_wrong_in_a_transfer_study_is_one_line(transfer_study, tmp_path, changes, words):
-    (tmp_path / "broken.py").write_text("dataset = (")
-    text = (tmp_path / "study.yaml").read_text()
-    for old, new in changes.items():
-        assert old in text
-        text = text.replace(old, new)
-    (tmp_path / "study.yaml").write_text(text)
-    with pytest.raises(InputError, match=words) as error:
-        load_study("study.yaml")
-    assert "\n" not in str(error.value)
-
-
-def test_a_study_needs_targets(make_transfer_study, tmp_path):
-    make_transfer_study()
-    text = (tmp_path / "study.yaml").read_text()
-    (tmp_path / "study.yaml").write_text("\n".join(x for x in text.splitlines() if "transfers" not in x))
-    with pytest.raises(InputError, match="give one of the keys detectors, transfers, got none"):
-        load_study("study.yaml")

@@ -1,8 +1,8 @@
+from rt_detectron.study.answers import answers, cautions
 from rt_detectron.study.measurements import Quantity
 from rt_detectron.study.selection import Choice
 from rt_detectron.study.statistics import Change, Interval, Row, Summary
 from rt_detectron.study.tables import terminal_table
-from rt_detectron.study.words import answers, cautions
 
 BOX = Quantity("clean", "bbox")
 

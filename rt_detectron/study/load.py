@@ -1,0 +1,300 @@
+"""Read a study's YAML file. Any mistake in it is reported in one line that names the file and the key."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf, SCMode
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from rt_detectron.study.grid import Arm, DownstreamTask, Resources, Selection, Study, Target
+from rt_detectron.study.tasks import DOWNSTREAM_TASKS
+from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.files import file_sha256
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names of arms and targets become folders
+
+
+@dataclass
+class ArmEntry:
+    """One of ``arms``."""
+
+    weights: str = MISSING
+    opts: list[Any] | None = None
+    eps: float | None = None
+    source_accuracy: float | None = None
+    baseline: str | None = None
+
+
+@dataclass
+class TargetEntry:
+    """One of ``detectors`` or ``transfers``."""
+
+    config: str = MISSING
+    opts: list[Any] | None = None
+
+
+@dataclass
+class SelectionEntry:
+    """``selection``."""
+
+    seeds: list[int] | None = None
+    opts: list[Any] | None = None
+
+
+@dataclass
+class StudyFile:
+    """The keys of a study file. docs/compare.md explains them."""
+
+    name: str = MISSING
+    baseline: str = MISSING
+    arms: dict[str, ArmEntry] = MISSING
+    detectors: dict[str, TargetEntry] | None = None
+    transfers: dict[str, TargetEntry] | None = None
+    learning_rates: list[float] = MISSING
+    seeds: list[int] = MISSING
+    opts: list[Any] | None = None
+    evaluations: dict[str, list[Any]] | None = None
+    selection: SelectionEntry = field(default_factory=SelectionEntry)
+    resources: Resources = field(default_factory=Resources)
+    retries: int = 0
+
+
+def load_study(file: str | Path) -> Study:
+    """Read and check a study file. Paths in it are relative to the current directory.
+
+    Raises:
+        InputError: naming the file and the key that is wrong.
+    """
+    content = _read_yaml(file)
+    try:
+        return _study(_validated(content))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+
+
+def _read_yaml(file: str | Path) -> Any:
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        for key in _repeated_keys(yaml.compose(text)):
+            raise InputError(f"{file}: {key}: this key is given twice")
+        # Not OmegaConf.load: it reads 1e-4 as a number, and so would change the opts of existing trials.
+        return yaml.safe_load(text)
+    except FileNotFoundError:
+        raise InputError(f"no study file {file}: the shipped studies are in configs/study/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file}: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{file} is not valid YAML: {one_line(error)}") from None
+
+
+def _repeated_keys(node: yaml.Node | None, parent: str = "") -> Iterator[str]:
+    """Full names of keys that a mapping has twice. PyYAML silently keeps the last of them."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            name = f"{parent}{key.value}"
+            if name in seen:
+                yield name
+            seen.add(name)
+            yield from _repeated_keys(value, f"{name}.")
+
+
+def _validated(content: Any) -> StudyFile:
+    """The content with the keys and types of :class:`StudyFile`."""
+    if not isinstance(content, dict):
+        known = ", ".join(entry.name for entry in fields(StudyFile))
+        raise InputError(f"give some of the keys {known}, got {content!r}")
+    config, key = OmegaConf.structured(StudyFile), None
+    try:
+        for key, value in content.items():  # one by one, since not every error of OmegaConf names its key
+            config = OmegaConf.merge(config, {key: value})
+        return OmegaConf.to_container(
+            config, throw_on_missing=True, structured_config_mode=SCMode.INSTANTIATE
+        )
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key or key}: {_reason(error)}") from None
+
+
+def _reason(error: OmegaConfBaseException) -> str:
+    if isinstance(error, ConfigKeyError):
+        return f"unknown key; known are {', '.join(entry.name for entry in fields(error.object_type))}"
+    if isinstance(error, MissingMandatoryValue):
+        return "this key is missing"
+    return str(error.msg).splitlines()[0]
+
+
+def _study(file: StudyFile) -> Study:
+    task = _downstream_task(file)
+    if not file.name.strip():
+        raise InputError("name: give the study a name")
+    rates = _distinct("learning_rates", [_number("learning_rates", rate) for rate in file.learning_rates])
+    seeds = _seeds("seeds", file.seeds)
+    study = Study(
+        name=file.name,
+        downstream=task,
+        baseline=file.baseline,
+        arms=tuple(
+            _arm(f"arms.{name}", name, entry, task) for name, entry in _named("arms", file.arms).items()
+        ),
+        targets=tuple(
+            _target(f"{task.key}.{name}", name, entry, task)
+            for name, entry in _named(task.key, getattr(file, task.key)).items()
+        ),
+        learning_rates=rates,
+        seeds=seeds,
+        opts=_opts("opts", file.opts, task.set_by_the_study),
+        evaluations=_evaluations(file, task),
+        selection=_selection(file.selection, task, seeds, len(rates) > 1),
+        resources=_resources(file.resources),
+        retries=_whole("retries", file.retries),
+    )
+    _check_baselines(study)
+    return study
+
+
+def _downstream_task(file: StudyFile) -> DownstreamTask:
+    given = [key for key in DOWNSTREAM_TASKS if getattr(file, key) is not None]
+    if len(given) != 1:
+        known = ", ".join(DOWNSTREAM_TASKS)
+        raise InputError(f"give one of the keys {known}, got {' and '.join(given) or 'none'}")
+    return DOWNSTREAM_TASKS[given[0]]
+
+
+def _arm(key: str, name: str, entry: ArmEntry, task: DownstreamTask) -> Arm:
+    path = _existing(f"{key}.weights", entry.weights)
+    numbers = {}
+    for number in ("eps", "source_accuracy"):
+        if (value := getattr(entry, number)) is not None:
+            numbers[number] = _number(f"{key}.{number}", value, zero=True)
+    return Arm(
+        name=name,
+        weights=entry.weights,
+        weights_sha256=file_sha256(path) if path else None,
+        opts=_opts(f"{key}.opts", entry.opts, task.set_by_the_study),
+        baseline=entry.baseline,
+        **numbers,
+    )
+
+
+def _target(key: str, name: str, entry: TargetEntry, task: DownstreamTask) -> Target:
+    _existing(f"{key}.config", entry.config)
+    try:
+        digest = task.digest(entry.config)
+    except Exception as error:  # whatever the file's content leads to
+        raise InputError(f"{key}.config: {entry.config} is no config file: {one_line(error)}") from None
+    return Target(name, entry.config, digest, _opts(f"{key}.opts", entry.opts, task.set_by_the_study))
+
+
+def _evaluations(file: StudyFile, task: DownstreamTask) -> dict[str, tuple[str, ...]]:
+    if file.evaluations is None:
+        return {}
+    if not task.has_evaluations:
+        raise InputError("evaluations: only studies of detectors have them")
+    result: dict[str, tuple[str, ...]] = {}
+    refused = dict(task.set_by_the_study)
+    for name, entry in _named("evaluations", file.evaluations).items():
+        key = f"evaluations.{name}"
+        result[name] = _opts(key, entry, refused)
+        refused |= dict.fromkeys(result[name][::2], key)  # all run in one process: one value for each key
+    return result
+
+
+def _selection(
+    entry: SelectionEntry, task: DownstreamTask, seeds: tuple[int, ...], needed: bool
+) -> Selection | None:
+    refused = {**task.set_by_the_study, **task.set_by_the_selection}
+    selection = Selection(
+        seeds[:1] if entry.seeds is None else _seeds("selection.seeds", entry.seeds),
+        _opts("selection.opts", entry.opts, refused),
+    )
+    return selection if needed else None
+
+
+def _resources(resources: Resources) -> Resources:
+    _whole("resources.cpus", resources.cpus, least=1)
+    gpus = _number("resources.gpus", resources.gpus, zero=True)
+    if gpus > 1 and not gpus.is_integer():
+        raise InputError(f"resources.gpus: {gpus} is neither a whole number of GPUs nor a fraction of one")
+    return resources
+
+
+def _check_baselines(study: Study) -> None:
+    names = [arm.name for arm in study.arms]
+    given = {f"arms.{arm.name}.baseline": arm.baseline for arm in study.arms if arm.baseline is not None}
+    given = {"baseline": study.baseline, **given}
+    for key, baseline in given.items():
+        if baseline not in names:
+            raise InputError(f"{key}: {baseline!r} is not an arm; arms are {', '.join(names)}")
+    for key, baseline in given.items():
+        if (other := study.baseline_of(baseline)) != baseline:
+            raise InputError(
+                f"{key}: {baseline} itself is compared with {other}: "
+                f"give arms.{baseline}.baseline: {baseline}"
+            )
+
+
+def _named(key: str, entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``entries``, if there is at least one and every name can be a folder's."""
+    if not entries:
+        raise InputError(f"{key}: give at least one, as NAME: ...")
+    for name in entries:
+        if not _SAFE_NAME.fullmatch(name):
+            raise InputError(
+                f"{key}: the name {name!r} becomes a folder: use only letters, digits, '.', '_' and '-', "
+                "and start with a letter or digit"
+            )
+    return entries
+
+
+def _existing(key: str, path: str) -> Path | None:
+    """The file at ``path``, which must exist. None for a path with a scheme, such as ``robust://``."""
+    if not path:
+        raise InputError(f"{key}: give a path")
+    if "://" in path:
+        return None
+    file = Path(path.split("?")[0])  # Detectron2 takes options after a '?'
+    if not file.is_file():
+        raise InputError(f"{key}: no file {path} (paths are relative to the current directory)")
+    return file
+
+
+def _opts(key: str, value: list[Any] | None, refused: Mapping[str, str]) -> tuple[str, ...]:
+    """``[KEY, VALUE, ...]`` as the tools' command lines take it. ``refused``: key -> what sets it instead."""
+    value = value or []
+    if len(value) % 2 or not all(isinstance(name, str) for name in value[::2]):
+        raise InputError(f"{key}: give pairs [KEY, VALUE, ...], got {value!r}")
+    for name in value[::2]:
+        if name in refused:
+            raise InputError(f"{key}: {name} is set by {refused[name]}")
+    return tuple(map(str, value))
+
+
+def _distinct(key: str, values: Sequence[Any]) -> tuple[Any, ...]:
+    if not values:
+        raise InputError(f"{key}: give at least one number")
+    for position, value in enumerate(values):
+        if value in values[:position]:
+            raise InputError(f"{key}: {value} is given twice")
+    return tuple(values)
+
+
+def _seeds(key: str, values: list[int]) -> tuple[int, ...]:
+    return _distinct(key, [_whole(key, value) for value in values])
+
+
+def _number(key: str, value: float, zero: bool = False) -> float:
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise InputError(f"{key}: {value!r} is not {'0 or ' if zero else ''}a positive number")
+    return value
+
+
+def _whole(key: str, value: int, least: int = 0) -> int:
+    # Detectron2 takes a negative SEED as "a random one", which no second run could repeat.
+    if not least <= value < 2**31:
+        raise InputError(f"{key}: {value!r} is not a whole number from {least} to 2147483647")
+    return value
