@@ -57,6 +57,7 @@ setup(
         "jinja2",
         "numpy",
         "opencv-python",
+        "pandas>=2.2",
         "pillow",
         "pycocotools>=2.0.7",
         "pyyaml",

@@ -13,10 +13,12 @@ import signal
 import sys
 from pathlib import Path
 
+from rt_detectron.study.evaluations import tidy_table
 from rt_detectron.study.load import load_study
 from rt_detectron.study.record import output_folder
-from rt_detectron.study.report import study_table, terminal_table, write_report
+from rt_detectron.study.report import terminal_table, write_report
 from rt_detectron.study.run import describe, import_ray, missing_trials, run_study
+from rt_detectron.study.statistics import compare
 from rt_detectron.utils.errors import one_line_errors
 
 TOOLS = Path(__file__).resolve().parent
@@ -57,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with output_folder(output):
             outcomes = run_study(study, output, TOOLS, args.ray_address)
-            report = write_report(study, outcomes, output, command)
+            comparison = compare(study, outcomes, tidy_table(outcomes))
+            report = write_report(comparison, output, command)
     except KeyboardInterrupt:
         print(f"stopped; this goes on where it stopped: {command} --resume", file=sys.stderr)
         return 130
@@ -65,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     print(*reasons, sep="\n", end="\n" if reasons else "", file=sys.stderr)
     if missing:
         print(f"missing trials: {missing}; this runs only them: {command} --resume", file=sys.stderr)
-    print(terminal_table(study_table(study, outcomes)))
+    print(terminal_table(comparison.scores))
     print(report, flush=True)
     return 1 if missing else 0
 

@@ -1,47 +1,55 @@
-"""What the arms of a study say together: the best eps, and source accuracy against what is transferred.
+"""Analyses across the arms of a study: the best eps, and source accuracy against transfer.
 
-The analyses of Salman et al. 2020 (https://arxiv.org/abs/2007.08489, sections 4.1 and 4.2), with intervals.
+They follow Salman et al. 2020 (https://arxiv.org/abs/2007.08489, sections 4.1 and 4.2), with intervals.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-from scipy.special import stdtrit
+from scipy import stats
 
-from rt_detectron.study.grid import FINAL, Arm, Study
-from rt_detectron.study.measurements import CLEAN, TASKS, Quantity, measurements, reported
-from rt_detectron.study.record import Outcome
-from rt_detectron.study.statistics import CONFIDENCE, Row, Scores, paired_differences, summarize, t_interval
-from rt_detectron.study.tables import Cell, Line, Table, format_change, format_number, format_summary
-
-ANALYSIS = "analysis"  # the kind of these tables
+from rt_detectron.study.evaluations import Chapter
+from rt_detectron.study.figures import Charts, Figure, svg_figure
+from rt_detectron.study.grid import FINAL, Arm
+from rt_detectron.study.statistics import (
+    CLEAN,
+    CONFIDENCE,
+    TASKS,
+    Comparison,
+    main_metric,
+    select,
+    summarize,
+    t_interval,
+)
+from rt_detectron.study.tables import Cell, Line, Table, format_interval, format_number, score_cell
+from rt_detectron.visualization import plots
 
 
 @dataclass(frozen=True)
 class BestEps:
-    """The best of the arms that share a baseline, on one target.
+    """The arm with the highest mean score of those that share a baseline, on one target.
 
     Attributes:
-        row: of the arm with the highest mean.
-        eps: its own.
-        candidates: eps of the arms that cannot be told from it: the interval of the difference, paired by
-            seed, holds 0. None where a single seed gives no interval.
+        line: its line of the comparison's scores.
+        candidates: eps of the arms that are not distinguishable from the best: the interval of the
+            difference to it, paired by seed, contains 0. None if there is no interval, with a single seed.
     """
 
-    row: Row
+    line: Any
     eps: float
     candidates: tuple[float, ...] | None
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A straight line through (source accuracy, mean score) of arms, on one target, by least squares.
+    """A least-squares line through (source accuracy, mean score) of arms, on one target.
 
     Attributes:
-        group: which arms.
+        group: which arms these are.
         points: arm -> (source accuracy, mean score), both in percent.
-        interval: of the slope, Student's with len(points) - 2 degrees of freedom.
+        interval: of the slope, from Student's t with len(points) - 2 degrees of freedom.
     """
 
     target: str
@@ -54,55 +62,45 @@ class Fit:
 
     @property
     def ends(self) -> list[tuple[float, float]]:
-        """The line at the least and the greatest source accuracy."""
+        """The line at the smallest and at the largest source accuracy."""
         sources = [source for source, _ in self.points.values()]
         return [(x, self.intercept + self.slope * x) for x in (min(sources), max(sources))]
 
 
-def scores_by_seed(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], Scores]:
-    """(target, arm) -> seed -> what the final trial measured."""
-    found: dict[tuple[str, str], dict] = {}
-    for outcome in outcomes:
-        trial = outcome.trial
-        if trial.stage == FINAL and outcome.results:
-            found.setdefault((trial.target, trial.arm), {})[trial.seed] = reported(measurements(outcome))
-    return found
-
-
-def best_eps(
-    study: Study, rows: Sequence[Row], scores: Mapping[tuple[str, str], Scores], task: str
-) -> list[BestEps]:
-    """For each target, and each baseline's arms among which at least two have an eps."""
-    quantity = Quantity(CLEAN, task)
-    eps = {arm.name: arm.eps for arm in study.arms if arm.eps is not None}
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.arm in eps and quantity in row.scores:
-            groups.setdefault((row.target, row.baseline), []).append(row)
+def best_eps(comparison: Comparison, task: str) -> list[BestEps]:
+    """For each target, and for the arms of each baseline if at least two of them have different eps."""
+    quantity = {"kind": CLEAN, "task": task, "metric": main_metric(task)}
+    lines = select(comparison.scores, **quantity)
+    lines = lines.assign(eps=lines["arm"].map({arm.name: arm.eps for arm in comparison.study.arms}))
+    lines = lines[lines["eps"].notna()]
+    table = select(comparison.table, stage=FINAL, **quantity)
     found = []
-    for (target, _), members in groups.items():
-        if len({eps[row.arm] for row in members}) < 2:
+    for (target, _), arms in lines.groupby(["target", "baseline"], sort=False):
+        if arms["eps"].nunique() < 2:
             continue
-        best = max(members, key=lambda row: row.scores[quantity].mean)
-        candidates: set[float] | None = {eps[best.arm]}
-        for row in members:
-            pair = scores[target, row.arm], scores[target, best.arm]
-            differences = paired_differences(*pair, quantity)
-            interval = t_interval(summarize(differences)) if differences else None
-            if interval is None:
+        best = arms.loc[arms["mean"].idxmax()]
+        by_seed = select(table, target=target).pivot(index="seed", columns="arm", values="value")
+        differences = by_seed.sub(by_seed[best["arm"]], axis=0)
+        candidates: set[float] | None = {best["eps"]}
+        for arm, eps in zip(arms["arm"], arms["eps"], strict=True):
+            paired = differences[arm].dropna()
+            if len(paired) < 2:
                 candidates = None
                 break
-            if interval.low <= 0 <= interval.high:
-                candidates.add(eps[row.arm])
-        found.append(BestEps(best, eps[best.arm], candidates and tuple(sorted(candidates))))
+            low, high = t_interval(*summarize(paired))
+            if low <= 0 <= high:
+                candidates.add(eps)
+        line = next(arms.loc[[best.name]].itertuples())
+        found.append(BestEps(line, best["eps"], candidates and tuple(sorted(candidates))))
     return found
 
 
-def fits(study: Study, rows: Sequence[Row], task: str) -> list[Fit]:
-    """Lines through three source accuracies or more: of one baseline's arms (across eps), and of one eps."""
-    quantity = Quantity(CLEAN, task)
+def fits(comparison: Comparison, task: str) -> list[Fit]:
+    """Lines through three or more source accuracies, for the arms of one baseline and those of one eps."""
+    study = comparison.study
+    lines = select(comparison.scores, kind=CLEAN, task=task, metric=main_metric(task))
+    means = dict(zip(zip(lines["target"], lines["arm"], strict=True), lines["mean"], strict=True))
     arms = [arm for arm in study.arms if arm.source_accuracy is not None]
-    means = {(row.target, row.arm): row.scores[quantity].mean for row in rows if quantity in row.scores}
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
         groups.setdefault(f"across eps, {study.baseline_of(arm.name)}", []).append(arm)
@@ -122,53 +120,61 @@ def fits(study: Study, rows: Sequence[Row], task: str) -> list[Fit]:
 
 
 def _fit(target: str, group: str, points: dict[str, tuple[float, float]]) -> Fit:
-    x, y = np.array(list(points.values())).T
-    freedom, spread = len(points) - 2, ((x - x.mean()) ** 2).sum()
-    slope = float(((x - x.mean()) * y).sum() / spread)
-    intercept = float(y.mean() - slope * x.mean())
-    left, total = ((y - intercept - slope * x) ** 2).sum(), ((y - y.mean()) ** 2).sum()
-    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2) * np.sqrt(left / freedom / spread))
-    r2 = float(1 - left / total) if total > 0 else 0.0  # a constant score explains nothing
+    line = stats.linregress(*zip(*points.values(), strict=True))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(points) - 2) * line.stderr)
+    slope, intercept = float(line.slope), float(line.intercept)
+    r2 = 0.0 if math.isnan(line.rvalue) else float(line.rvalue) ** 2  # a constant score has no correlation
     return Fit(target, group, points, slope, intercept, (slope - half, slope + half), r2)
 
 
-def make_tables(best: Sequence[BestEps], lines: Sequence[Fit], task: str) -> list[Table]:
-    """The tables that have a line in them."""
-    quantity = Quantity(CLEAN, task)
+def chapter(best: Sequence[BestEps], lines: Sequence[Fit], task: str, charts: Charts) -> Chapter:
+    """The chapter on these analyses; without tables if there are none."""
     tables = [
         Table(
-            ANALYSIS,
             "Best eps",
-            ["eps", "not told apart", TASKS[task]],
-            [_best_line(entry, quantity) for entry in best],
+            ["eps", "not distinguishable from the best", TASKS[task]],
+            [_best_line(entry) for entry in best],
         ),
-        Table(
-            ANALYSIS,
-            "Source accuracy against transfer",
-            ["arms", "slope", "R²"],
-            [_fit_line(fit) for fit in lines],
-        ),
+        Table("Source accuracy against transfer", ["arms", "slope", "R²"], [_fit_line(fit) for fit in lines]),
     ]
-    return [table for table in tables if table.lines]
+    text = (
+        "The best eps has the highest mean score. For those “not distinguishable from the best”, the "
+        "interval of the difference to it, paired by seed, contains 0. The best arm is chosen by the same "
+        "scores that are shown, so it would probably score lower in new trials. A slope is in points of the "
+        "score per point of source accuracy, by least squares through the means of the arms."
+    )
+    tables = [table for table in tables if table.lines]
+    return Chapter("Across arms", text, tables, _plots(lines, task, charts))
 
 
-def _best_line(best: BestEps, quantity: Quantity) -> Line:
-    row = best.row
-    change = row.changes.get(quantity)
-    told = ", ".join(f"{eps:g}" for eps in best.candidates) if best.candidates else "no interval"
-    score = Cell(
-        format_summary(row.scores[quantity]),
-        format_change(change) if change else "",
-        change.verdict if change else "",
-    )
-    return Line(
-        row.target, row.arm, row.is_baseline, len(row.seeds), [Cell(f"{best.eps:g}"), Cell(told), score]
-    )
+def _best_line(best: BestEps) -> Line:
+    line = best.line
+    candidates = ", ".join(f"{eps:g}" for eps in best.candidates) if best.candidates else "no interval"
+    cells = [Cell(f"{best.eps:g}"), Cell(candidates), score_cell(line)]
+    return Line(line.target, line.arm, line.arm == line.baseline, len(line.seeds), cells)
 
 
 def _fit_line(fit: Fit) -> Line:
-    low, high = fit.interval
-    slope = f"{format_number(fit.slope)} [{format_number(low)}, {format_number(high)}]"
-    return Line(
-        fit.target, fit.group, False, None, [Cell(str(len(fit.points))), Cell(slope), Cell(f"{fit.r2:.2f}")]
-    )
+    slope = format_number(fit.slope) + format_interval(*fit.interval)
+    cells = [Cell(str(len(fit.points))), Cell(slope), Cell(f"{fit.r2:.2f}")]
+    return Line(fit.target, fit.group, False, None, cells)
+
+
+def _plots(fits: Sequence[Fit], task: str, charts: Charts) -> list[Figure]:
+    """For each target, the score of each arm against its source accuracy, with the fitted lines."""
+    figures = []
+    for target in dict.fromkeys(fit.target for fit in fits):
+        here = [fit for fit in fits if fit.target == target]
+        points = {arm: point for fit in here for arm, point in fit.points.items()}
+        dots = [(series, *points[series.name]) for series in charts.series if series.name in points]
+        lines = {fit.group: fit.ends for fit in here}
+        figures.append(
+            svg_figure(
+                f"source-{target}-{task}",
+                f"{target}: {TASKS[task]} against the accuracy on the weights' own data set; a dot per arm, "
+                "lines by least squares.",
+                ", ".join(f"{arm} {source:.1f}: {score:.1f}" for arm, (source, score) in points.items()),
+                plots.fit_plot(dots, lines, ("source accuracy (%)", f"{TASKS[task]} (%)")),
+            )
+        )
+    return figures

@@ -1,130 +1,120 @@
-"""What a study's rows say in words: the answer, and what it does not cover."""
+"""The answers of a study in words, and what their intervals do not cover."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from rt_detectron.study.measurements import ATTACK, CLEAN, MEAN_ATTACK, MPC, TASKS, Quantity
+import pandas as pd
+
+from rt_detectron.study.evaluations import EVALUATIONS
 from rt_detectron.study.selection import Choice
-from rt_detectron.study.statistics import IMAGES, SEEDS, Row
-from rt_detectron.study.tables import format_change, quantity_name
+from rt_detectron.study.statistics import CLEAN, IMAGES, SEEDS, TASKS, Comparison, main_metric, select
+from rt_detectron.study.tables import format_change
 
 VERDICTS = ("better", "worse", "undecided")
 _FEW_SEEDS = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answer:
-    """One question's answer.
+    """The answer to one question.
 
     Attributes:
-        verdict: one of VERDICTS, or "mixed" where the comparisons differ.
-        summary: the one comparison in words, or how many there are of each verdict.
-        listed: of several comparisons, verdict -> those that have it, each with its difference.
+        lines: the lines of the comparison's scores that it rests on.
+        verdict: one of VERDICTS, or "mixed" if the comparisons differ.
+        summary: a sentence on the only comparison, or the number of comparisons with each verdict.
+        listed: verdict -> the comparisons that have it, with their differences; empty for a single one.
     """
 
     question: str
-    quantity: Quantity
+    lines: pd.DataFrame
     verdict: str
     summary: str
     listed: dict[str, list[str]]
 
 
-def answers(rows: Sequence[Row]) -> list[Answer]:
-    """Whether arms are better than their baseline on clean, attacked and corrupted images, where measured."""
-    task = main_task(rows)
-    attacks = {
-        (q.condition, q.level) for row in rows for q in row.scores if (q.kind, q.task) == (ATTACK, task)
-    }
-    mean = "" if len(attacks) == 1 else f" (mean of {len(attacks)} attacks)"
-    questions = {
-        "On clean images": (Quantity(CLEAN, task), TASKS[task]),
-        "Under attack": (Quantity(MEAN_ATTACK, task), f"{TASKS[task]}{mean}"),
-        "Under corruption": (Quantity(MPC, task), quantity_name(Quantity(MPC, task))),
-    }
-    return [
-        _answer(question, compared, quantity, name)
-        for question, (quantity, name) in questions.items()
-        if (compared := [row for row in rows if quantity in row.changes])
-    ]
+def answers(scores: pd.DataFrame) -> list[Answer]:
+    """For each evaluation that was run: are the arms better than their baselines?"""
+    task = main_task(scores)
+    found = []
+    for evaluation in EVALUATIONS:
+        lines = evaluation.main_lines(scores, task)
+        lines = lines[lines["change"].notna()]
+        if len(lines):
+            found.append(_answer(evaluation.question, lines, evaluation.measure(scores, task)))
+    return found
 
 
-def main_task(rows: Sequence[Row]) -> str:
-    """Boxes where there are any."""
-    return next((t for t in TASKS if any(Quantity(CLEAN, t) in row.scores for row in rows)), "bbox")
+def main_task(scores: pd.DataFrame) -> str:
+    """The first of TASKS that was measured."""
+    clean = select(scores, kind=CLEAN)
+    measured = set(clean["task"][clean["metric"] == clean["task"].map(main_metric)])
+    return next((task for task in TASKS if task in measured), "bbox")
 
 
-def _answer(question: str, rows: Sequence[Row], quantity: Quantity, name: str) -> Answer:
-    several = len({row.target for row in rows}) > 1
-    by_verdict = {
-        verdict: [row for row in rows if row.changes[quantity].verdict == verdict] for verdict in VERDICTS
-    }
-    by_verdict = {verdict: those for verdict, those in by_verdict.items() if those}
+def _answer(question: str, lines: pd.DataFrame, measure: str) -> Answer:
+    by_verdict = {verdict: select(lines, verdict=verdict) for verdict in VERDICTS}
+    by_verdict = {verdict: group for verdict, group in by_verdict.items() if len(group)}
     verdict = next(iter(by_verdict)) if len(by_verdict) == 1 else "mixed"
-    if len(rows) == 1:
-        return Answer(question, quantity, verdict, _sentence(rows[0], quantity, name), {})
-    counts = ", ".join(f"{len(those)} {verdict}" for verdict, those in by_verdict.items())
-    counts = counts.replace(" ", f" of {len(rows)} comparisons ", 1)
+    if len(lines) == 1:
+        return Answer(question, lines, verdict, _sentence(next(lines.itertuples()), measure), {})
+    counts = ", ".join(f"{len(group)} {verdict}" for verdict, group in by_verdict.items())
+    counts = counts.replace(" ", f" of {len(lines)} comparisons ", 1)
+    several = lines["target"].nunique() > 1
     listed = {
         verdict: [
-            f"{row.arm}{f' ({row.target})' if several else ''} "
-            + format_change(row.changes[quantity]).replace(" ", "\N{NO-BREAK SPACE}")
-            for row in those
+            f"{line.arm}{f' ({line.target})' if several else ''} "
+            + format_change(line).replace(" ", "\N{NO-BREAK SPACE}")
+            for line in group.itertuples()
         ]
-        for verdict, those in by_verdict.items()
+        for verdict, group in by_verdict.items()
     }
-    summary = f"{name[0].upper()}{name[1:]}: {counts}."
-    return Answer(question, quantity, verdict, summary, listed)
+    return Answer(question, lines, verdict, f"{measure[0].upper()}{measure[1:]}: {counts}.", listed)
 
 
-def _sentence(row: Row, quantity: Quantity, name: str) -> str:
-    change = row.changes[quantity]
+def _sentence(line: Any, measure: str) -> str:
     claim = {
-        "better": f"{row.arm} is better than {row.baseline}",
-        "worse": f"{row.arm} is worse than {row.baseline}",
-        "undecided": f"Whether {row.arm} differs from {row.baseline} is undecided",
-    }[change.verdict]
-    return f"{claim}: {name} {format_change(change)}."
+        "better": f"{line.arm} is better than {line.baseline}",
+        "worse": f"{line.arm} is worse than {line.baseline}",
+        "undecided": f"Whether {line.arm} differs from {line.baseline} is undecided",
+    }[line.verdict]
+    return f"{claim}: {measure} {format_change(line)}."
 
 
-def cautions(rows: Sequence[Row], choices: Sequence[Choice]) -> list[str]:
+def cautions(comparison: Comparison, choices: Sequence[Choice]) -> list[str]:
     """What the intervals cover and what they do not."""
-    compared = [change for row in rows for q, change in row.changes.items() if q.kind == CLEAN]
-    if not compared:
-        return ["No arm can be compared with its baseline yet: they share no finished seed."]
+    scores = comparison.scores
+    compared = select(scores, kind=CLEAN)
+    compared = compared[compared["change"].notna()]
+    if compared.empty:
+        return ["No arm can be compared with its baseline yet: they have no finished seed in common."]
     texts = []
-    over = {change.interval.over for change in compared if change.interval}
-    fewest = min(change.differences.n for change in compared)
+    over, fewest = set(compared["over"]), int(compared["change_n"].min())
     if SEEDS in over:
         texts.append(
             "Intervals are Student's t over differences paired by seed. They cover what the seed changes, "
             "not the choice of test images."
         )
         if fewest < _FEW_SEEDS:
-            texts.append(f"From {max(fewest, 2)} seeds they are wide: undecided does not mean equal.")
+            texts.append(f"With {max(fewest, 2)} seeds they are wide: undecided does not mean equal.")
     if IMAGES in over:
         texts.append(
             "With a single seed, intervals come from resampling the test images, the same for both arms. "
-            "They cover the choice of images only: another seed may change the result by more."
+            "They only cover the choice of images: another seed may change the result by more."
         )
     if fewest == 1 and IMAGES not in over:
-        texts.append("A single seed shows no spread: its difference cannot be told from chance.")
-    intervals = [
-        row.changes[answer.quantity].interval
-        for answer in answers(rows)
-        for row in rows
-        if answer.quantity in row.changes
-    ]
-    count = sum(interval is not None for interval in intervals)
+        texts.append("With a single seed there is no spread, so a difference may be due to chance.")
+    count = sum(int((answer.lines["over"] != "").sum()) for answer in answers(scores))
     if count > 1:
         texts.append(
-            f"These answers rest on {count} intervals, each wrong in 5 % of cases and not corrected for "
-            f"their number: even if no arm differed, about {0.05 * count:.1f} would leave out 0 by chance."
+            f"These answers rest on {count} intervals. Each misses the true difference in 5 % of cases, and "
+            f"they are not corrected for their number: even if no arm differed from its baseline, about "
+            f"{0.05 * count:.1f} of them would exclude 0 by chance."
         )
     at_border = [f"{choice.arm} ({choice.target})" for choice in choices if choice.at_border]
     if at_border:
         texts.append(
-            "The best learning rate lies at the border of the grid, so a better one may lie outside, for "
-            f"{', '.join(at_border)}."
+            "The best learning rate is at the border of the grid for "
+            f"{', '.join(at_border)}: a better one may lie outside."
         )
-    texts += sorted({f"{row.arm}, {row.target}: {row.note}." for row in rows if row.note})
-    return texts
+    return texts + sorted(comparison.notes)

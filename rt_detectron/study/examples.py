@@ -1,19 +1,27 @@
-"""Pictures: where an arm does best and worst against its baseline, and images before and after an attack."""
+"""Pictures of a report: images on which an arm gains or loses most, and images before and after an attack."""
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
-from rt_detectron.study.answers import main_task
 from rt_detectron.study.bootstrap import f1_per_image
 from rt_detectron.study.figures import Figure
-from rt_detectron.study.grid import FINAL
-from rt_detectron.study.measurements import CLEAN, Quantity
 from rt_detectron.study.record import Outcome
-from rt_detectron.study.statistics import Row
-from rt_detectron.study.table import UNREADABLE, load_matches, one_reason, test_sets_of
+from rt_detectron.study.statistics import (
+    CLEAN,
+    UNREADABLE,
+    Comparison,
+    final_outcomes,
+    load_matches,
+    main_metric,
+    one_reason,
+    select,
+    test_sets_of,
+)
 from rt_detectron.visualization.coco import (
     ground_truth_instances,
     load_coco,
@@ -23,58 +31,51 @@ from rt_detectron.visualization.coco import (
 )
 from rt_detectron.visualization.draw import draw_instances, panel
 
-SCORE_THRESHOLD = 0.3  # of the predictions shown, and of those that the F1 of an image counts
-_EACH = 2  # best and worst images of a comparison, and attacked ones of an arm
-_MANY = 6  # comparisons, from which on only the greatest difference of each target has pictures, one each
-_WIDTH = 960  # pixels of a picture on the page
+SCORE_THRESHOLD = 0.3  # for the predictions that are drawn and that count for the F1 of an image
+_EACH = 2  # best and worst images of a comparison, and attacked images of an arm
+_MANY = 6  # from so many comparisons on, only the largest difference of each target has pictures, one each
+_WIDTH = 960  # of a picture in the report, in pixels
 
 
-def best_and_worst(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> tuple[list[Figure], list[str]]:
-    """Ground truth, baseline and arm side by side on the images whose F1 rises and falls most.
+def best_and_worst(comparison: Comparison) -> tuple[list[Figure], list[str]]:
+    """Ground truth, baseline and arm side by side, on the images whose F1 rises and falls most.
 
-    Of each comparison its first common seed is shown.
+    They are of the first common seed of each comparison.
 
     Returns:
-        The pictures, and what is to say about comparisons that have none.
+        The pictures, and notes on comparisons without any.
     """
     figures, notes = [], []
-    compared = [row for row in rows if not row.is_baseline]
-    each = _EACH
+    scores = comparison.scores[comparison.scores["arm"] != comparison.scores["baseline"]]
+    compared, each = scores.drop_duplicates(["target", "arm"]), _EACH
     if len(compared) >= _MANY:
-        compared, each = _greatest(compared), 1
-    finished = {_key(o): o for o in outcomes if o.trial.stage == FINAL and o.results}
-    for row in compared:
-        seeds = [seed for seed in row.seeds if (row.baseline, row.target, seed) in finished]
+        compared, each = _largest_differences(scores), 1
+    finished = final_outcomes(comparison.outcomes)
+    for line in compared.itertuples():
+        seeds = [seed for seed in line.seeds if (line.target, line.baseline, seed) in finished]
         if not seeds:
-            continue  # that is said of the numbers already
-        pair = [finished[arm, row.target, seeds[0]] for arm in (row.arm, row.baseline)]
+            continue  # the report already says that these cannot be compared
+        pair = [finished[line.target, arm, seeds[0]] for arm in (line.arm, line.baseline)]
         try:
-            found = _comparison(row, *pair, each)
+            found = _comparison(line, *pair, each)
         except UNREADABLE as error:
-            notes.append(f"{row.arm}, {row.target}: no pictures ({one_reason(error)}).")
+            notes.append(f"{line.arm}, {line.target}: no pictures ({one_reason(error)}).")
             continue
         figures += found
         if not found:
-            notes.append(f"{row.arm}, {row.target}: F1 differs on no image, so no pictures.")
+            notes.append(f"{line.arm}, {line.target}: F1 differs on no image, so no pictures.")
     return figures, notes
 
 
-def _greatest(rows: Sequence[Row]) -> list[Row]:
-    """Of each target the arm whose main number differs most from its baseline's."""
-    found: dict[str, tuple[float, Row]] = {}
-    for row in rows:
-        change = row.changes.get(Quantity(CLEAN, main_task([row])))
-        size = abs(change.differences.mean) if change else -1.0
-        if row.target not in found or size > found[row.target][0]:
-            found[row.target] = size, row
-    return [row for _, row in found.values()]
+def _largest_differences(scores: pd.DataFrame) -> pd.DataFrame:
+    """For each target, the arm whose main metric differs most from its baseline."""
+    lines = select(scores, kind=CLEAN)
+    lines = lines[lines["change"].notna() & (lines["metric"] == lines["task"].map(main_metric))]
+    lines = lines.drop_duplicates(["target", "arm"])
+    return lines.loc[lines["change"].abs().groupby(lines["target"], sort=False).idxmax()]
 
 
-def _key(outcome: Outcome) -> tuple[str, str, int]:
-    return outcome.trial.arm, outcome.trial.target, outcome.trial.seed
-
-
-def _comparison(row: Row, outcome: Outcome, baseline: Outcome, each: int) -> list[Figure]:
+def _comparison(line: Any, outcome: Outcome, baseline: Outcome, each: int) -> list[Figure]:
     dataset, others = test_sets_of(outcome, baseline)
     task = next(task for task in ("bbox", "segm") if task in outcome.results["metrics"])
     ours, theirs = (load_matches(d["json_file"], d["predictions"], task) for d in (dataset, others))
@@ -90,15 +91,17 @@ def _comparison(row: Row, outcome: Outcome, baseline: Outcome, each: int) -> lis
         image = load_image(coco, dataset["image_root"], image_id)
         truth = ground_truth_instances(coco, image_id)
         pictures, captions = [draw_instances(image, truth)], [f"ground truth: {len(truth)}"]
-        for arm, of_image, f1 in zip((row.baseline, row.arm), predictions, scores[:, position], strict=True):
+        for arm, of_image, f1 in zip(
+            (line.baseline, line.arm), predictions, scores[:, position], strict=True
+        ):
             predicted = predicted_instances(coco, of_image[image_id], SCORE_THRESHOLD)
             pictures.append(draw_instances(image, predicted))
             captions.append(f"{arm}: F1 {100 * f1:.0f} %, {len(predicted)} found")
         which = "gains" if change[position] > 0 else "loses"
         figures.append(
             _jpeg(
-                f"{which}-{row.target}-{row.arm}-{image_id}",
-                f"{row.target}: {row.arm} {which} most, image {image_id}, seed {outcome.trial.seed}.",
+                f"{which}-{line.target}-{line.arm}-{image_id}",
+                f"{line.target}: {line.arm} {which} most, image {image_id}, seed {outcome.trial.seed}.",
                 "; ".join(captions),
                 panel(pictures, captions),
             )
@@ -106,8 +109,8 @@ def _comparison(row: Row, outcome: Outcome, baseline: Outcome, each: int) -> lis
     return figures
 
 
-def attacked(outcomes: Sequence[Outcome]) -> tuple[list[Figure], list[str]]:
-    """Some of the before and after pictures that the robustness evaluation left, of each arm's first seed."""
+def evaluation_pictures(outcomes: Sequence[Outcome]) -> tuple[list[Figure], list[str]]:
+    """Some of the pictures that the evaluation under attack wrote, of the first seed of each arm."""
     figures, notes, seen = [], [], set()
     for outcome in outcomes:
         pair = (outcome.trial.arm, outcome.trial.target)

@@ -1,301 +1,264 @@
 """The plots of a report."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from rt_detectron.study.analyses import Fit
-from rt_detectron.study.answers import Answer
+import pandas as pd
+
 from rt_detectron.study.grid import FINAL, Study
-from rt_detectron.study.measurements import (
-    ATTACK,
-    CLEAN,
-    NOISE,
-    TASKS,
-    UNATTACKED,
-    Quantity,
-    measurements,
-    reported,
-)
 from rt_detectron.study.record import Outcome, is_number
-from rt_detectron.study.statistics import Change, Row
-from rt_detectron.study.tables import SIZES, attack_conditions, condition_name
+from rt_detectron.study.statistics import CLEAN, TASKS, main_metric, of_categories, select
 from rt_detectron.visualization import plots
 
-CATEGORIES = 8  # that gain and lose most
+CATEGORIES = 8  # number of categories shown that gain most, and that lose most
+SIZES = {"small": "APs", "medium": "APm", "large": "APl"}  # of objects, by area
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture of the page.
+    """A picture of the report.
 
     Attributes:
-        name: of its file, without ending.
-        kind: of the content, such as "image/svg+xml".
+        name: of its file, without suffix.
+        alt: the content in words.
+        media_type: such as "image/svg+xml".
     """
 
     name: str
     caption: str
     alt: str
-    kind: str
+    media_type: str
     content: bytes
 
 
-class Figures:
-    """Makes the plots of one study. Arms keep their colour, by their place in the study, in all of them."""
+class Charts:
+    """Draws the plots of one study. Each arm keeps its colour, by its place in the study, in all of them.
 
-    def __init__(self, study: Study, outcomes: Sequence[Outcome], rows: Sequence[Row]):
+    Args:
+        scores: of a :class:`~rt_detectron.study.statistics.Comparison`. ``lines`` below are lines of it.
+    """
+
+    def __init__(self, study: Study, scores: pd.DataFrame):
         self.study = study
-        self.rows = rows
+        self.scores = scores
         self.series = [plots.Series(arm.name, index) for index, arm in enumerate(study.arms)]
         self.color = {series.name: series.color_index for series in self.series}
         self.families = {
             baseline: [one for one in self.series if study.baseline_of(one.name) == baseline]
             for baseline in dict.fromkeys(study.baseline_of(arm.name) for arm in study.arms)
         }
-        self.finals = [o for o in outcomes if o.trial.stage == FINAL]
-        self.scores = [(o.trial, reported(measurements(o))) for o in self.finals if o.results]
-        self.targets = [d.name for d in study.targets if any(row.target == d.name for row in rows)]
 
-    def answer(self, answer: Answer) -> Figure:
-        """Every arm's difference to its baseline, with its interval."""
+    def groups(self, kind: str) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
+        """(target, task, condition) and the lines of its main metric, for each that was measured."""
+        lines = select(self.scores, kind=kind)
+        for target in self.study.targets:
+            for task in TASKS:
+                chosen = select(lines, target=target.name, task=task, metric=main_metric(task))
+                for condition, group in chosen.groupby("condition", sort=False):
+                    yield (target.name, task, condition), group
+
+    def differences(self, name: str, caption: str, task: str, lines: pd.DataFrame) -> Figure:
+        """The difference of every arm to its baseline, with its interval."""
         groups = {
-            target: [
-                self._difference(row.arm, row.arm, row.changes[answer.quantity])
-                for row in self.rows
-                if row.target == target and answer.quantity in row.changes
-            ]
-            for target in self.targets
+            target: [self._difference(line.arm, line) for line in group.itertuples()]
+            for target, group in lines.groupby("target", sort=False)
         }
-        groups = {target: lines for target, lines in groups.items() if lines}
-        label = f"difference in {TASKS[answer.quantity.task]}"
-        return _plot(
-            f"answer-{answer.quantity.kind.replace(': ', '-')}",
-            f"{answer.question}: difference to the baseline and its 95 % interval.",
-            "; ".join(f"{line.name} {line.value:+.1f}" for lines in groups.values() for line in lines),
-            plots.difference_plot(groups, label),
+        return svg_figure(
+            name,
+            caption,
+            "; ".join(f"{line.name} {line.value:+.1f}" for group in groups.values() for line in group),
+            plots.difference_plot(groups, f"difference in {TASKS[task]}"),
         )
 
     def clean(self) -> list[Figure]:
-        """The main number per arm; against the arms' eps, where all have one."""
+        """The main metric of each arm; against the arms' eps, if all have one."""
         by_eps = all(arm.eps is not None for arm in self.study.arms)
-        draw = self._radii if by_eps else self._dots
-        return [draw(target, task) for target, task in self._measured()]
+        draw = self._against_training_eps if by_eps else self._dots
+        return [draw(target, task, lines) for (target, task, _), lines in self.groups(CLEAN)]
 
-    def details(self) -> list[Figure]:
-        """AP by object size, and the categories that differ most."""
-        measured = self._measured()
-        return [
-            *(figure for target, task in measured for figure in self._sizes(target, task)),
-            *(figure for target, task in measured for figure in self._categories(target, task)),
-        ]
-
-    def _measured(self) -> list[tuple[str, str]]:
-        """The pairs of target and task that were measured."""
-        return [
-            (target, task)
-            for target in self.targets
-            for task in TASKS
-            if any(Quantity(CLEAN, task) in row.scores for row in self.rows if row.target == target)
-        ]
-
-    def _dots(self, target: str, task: str) -> Figure:
-        quantity = Quantity(CLEAN, task)
-        values = [self._values(target, arm.name, quantity) for arm in self.study.arms]
-        return _plot(
+    def _dots(self, target: str, task: str, lines: pd.DataFrame) -> Figure:
+        values = _by_arm(self.series, lines)
+        return svg_figure(
             f"clean-{target}-{task}",
             f"{target}: {TASKS[task]} of each arm; a dot per seed, a bar at the mean.",
-            _spoken(self.series, values),
+            _in_words(self.series, values),
             plots.dot_plot(self.series, values, f"{TASKS[task]} (%)"),
         )
 
-    def _radii(self, target: str, task: str) -> Figure:
+    def _against_training_eps(self, target: str, task: str, lines: pd.DataFrame) -> Figure:
         eps = {arm.name: arm.eps for arm in self.study.arms}
+        values = dict(zip(self.series, _by_arm(self.series, lines), strict=True))
         families = {
             f"compared with {baseline}": [
                 (
-                    # With two families the colour tells these apart; the arms are told apart by their eps.
+                    # Colours tell arms apart; with several families they tell these apart instead.
                     series if len(self.families) == 1 else plots.Series(series.name, number),
                     eps[series.name],
-                    self._values(target, series.name, Quantity(CLEAN, task)),
+                    values[series],
                 )
                 for series in members
             ]
             for number, (baseline, members) in enumerate(self.families.items())
         }
         families = {
-            name: members for name, members in families.items() if any(values for _, _, values in members)
+            name: members for name, members in families.items() if any(numbers for _, _, numbers in members)
         }
-        every = [member for members in families.values() for member in members]
         labels = ("eps that the backbone was trained with", f"{TASKS[task]} (%)")
-        return _plot(
+        return svg_figure(
             f"clean-{target}-{task}",
-            f"{target}: {TASKS[task]} against the backbone's training eps; a dot per seed, the line "
-            "joins the means.",
-            _spoken([series for series, _, _ in every], [values for _, _, values in every]),
+            f"{target}: {TASKS[task]} against the backbone's training eps; a dot per seed, the line joins "
+            "the means.",
+            _in_words(list(values), list(values.values())),
             plots.radius_plot(families, labels),
         )
 
-    def _sizes(self, target: str, task: str) -> list[Figure]:
-        found = []
-        for baseline, series in self.families.items():
-            values = [
-                [self._values(target, arm.name, Quantity(CLEAN, task, metric)) for metric in SIZES.values()]
-                for arm in series
-            ]
-            if any(numbers for of_arm in values for numbers in of_arm):
-                spoken = [_spoken(series, column) for column in zip(*values, strict=True)]
-                found.append(
-                    _plot(
+    def sizes(self) -> list[Figure]:
+        """AP by object size."""
+        figures = []
+        for (target, task, _), _ in self.groups(CLEAN):
+            lines = select(self.scores, target=target, task=task, kind=CLEAN)
+            columns = [select(lines, metric=metric) for metric in SIZES.values()]
+            for baseline, series in self.families.items():
+                values = [_by_arm(series, column) for column in columns]
+                if not any(numbers for column in values for numbers in column):
+                    continue
+                spoken = (
+                    f"{size}: {_in_words(series, column)}" for size, column in zip(SIZES, values, strict=True)
+                )
+                by_arm = list(zip(*values, strict=True))
+                figures.append(
+                    svg_figure(
                         f"sizes-{target}-{task}{self._suffix(baseline)}",
                         f"{target}: {TASKS[task]} by object size; a dot per seed, a bar at the mean.",
-                        "; ".join(f"{size}: {text}" for size, text in zip(SIZES, spoken, strict=True)),
-                        plots.group_plot(series, list(SIZES), values, f"{TASKS[task]} (%)"),
+                        "; ".join(spoken),
+                        plots.group_plot(series, list(SIZES), by_arm, f"{TASKS[task]} (%)"),
                     )
                 )
-        return found
+        return figures
 
-    def _categories(self, target: str, task: str) -> list[Figure]:
-        """Per arm the categories that gain and lose most against the baseline."""
-        found = []
-        for row in self.rows:
-            changes = {
-                quantity.category: change
-                for quantity, change in row.changes.items()
-                if (quantity.kind, quantity.task) == (CLEAN, task) and quantity.category is not None
-            }
-            if row.target != target or len(changes) < 2:
-                continue
-            ordered = sorted(changes, key=lambda name: -changes[name].differences.mean)
-            shown, which = ordered, "all categories"
-            if len(ordered) > 2 * CATEGORIES:
-                shown = ordered[:CATEGORIES] + ordered[-CATEGORIES:]
-                which = f"the {CATEGORIES} categories of {len(ordered)} that gain and that lose most"
-            lines = [self._difference(name, row.arm, changes[name]) for name in shown]
-            found.append(
-                _plot(
-                    f"categories-{target}-{task}-{row.arm}",
-                    f"{target}: {TASKS[task]} of {row.arm} minus {row.baseline}, {which}.",
-                    ", ".join(f"{line.name} {line.value:+.1f}" for line in lines),
-                    plots.difference_plot({"": lines}, f"difference in {TASKS[task]}"),
+    def categories(self) -> list[Figure]:
+        """For each arm, the categories that gain and lose most against the baseline."""
+        figures = []
+        changes = select(self.scores, kind=CLEAN)
+        changes = changes[changes["change"].notna() & of_categories(changes)]
+        for (target, task, _), _ in self.groups(CLEAN):
+            for arm, lines in select(changes, target=target, task=task).groupby("arm", sort=False):
+                if len(lines) < 2:
+                    continue
+                lines = lines.sort_values("change", ascending=False, kind="stable")
+                which = "all categories"
+                if len(lines) > 2 * CATEGORIES:
+                    which = f"the {CATEGORIES} of {len(lines)} categories that gain and that lose most"
+                    lines = pd.concat([lines.head(CATEGORIES), lines.tail(CATEGORIES)])
+                prefix = f"{main_metric(task)}-"
+                shown = [
+                    self._difference(line.metric.removeprefix(prefix), line) for line in lines.itertuples()
+                ]
+                figures.append(
+                    svg_figure(
+                        f"categories-{target}-{task}-{arm}",
+                        f"{target}: {TASKS[task]} of {arm} minus {lines['baseline'].iloc[0]}, {which}.",
+                        ", ".join(f"{line.name} {line.value:+.1f}" for line in shown),
+                        plots.difference_plot({"": shown}, f"difference in {TASKS[task]}"),
+                    )
+                )
+        return figures
+
+    def against_level(
+        self,
+        name: str,
+        caption: str,
+        label: str,
+        lines: pd.DataFrame,
+        unchanged: pd.DataFrame,
+        noise: pd.DataFrame,
+    ) -> list[Figure]:
+        """The scores of each arm against the level of an attack, one figure for each baseline.
+
+        Args:
+            label: of the axis of levels.
+            lines: of one target, task and condition, at all levels.
+            unchanged: the same without attack, drawn at level 0.
+            noise: the same under random noise, for dotted lines.
+        """
+        task = lines["task"].iloc[0]
+        unchanged = unchanged.assign(level=0.0)
+        at_level = {0.0: unchanged, **dict(list(lines.sort_values("level").groupby("level")))}
+        figures = []
+        for baseline, series in self.families.items():
+            values = {level: _by_arm(series, group) for level, group in at_level.items()}
+            points = [
+                {level: by_arm[position] for level, by_arm in values.items() if by_arm[position]}
+                for position in range(len(series))
+            ]
+            noises = [
+                {line.level: line.mean for line in part.itertuples()} if len(part) > 1 else {}
+                for part in (select(pd.concat([unchanged, noise]), arm=one.name) for one in series)
+            ]
+            dotted = " Dotted: random noise of the same size." if any(noises) else ""
+            spoken = (f"eps {level:g}: {_in_words(series, by_arm)}" for level, by_arm in values.items())
+            figures.append(
+                svg_figure(
+                    f"{name}{self._suffix(baseline)}",
+                    f"{caption} Lines are means over seeds, bands show the range of the values.{dotted}",
+                    "; ".join(spoken),
+                    plots.line_plot(series, points, noises, (label, f"{TASKS[task]} (%)")),
                 )
             )
-        return found
+        return figures
 
-    def attack(self) -> list[Figure]:
-        """AP against the attack's eps, with random noise of the same size."""
-        return [
-            self._attack(target, task, condition, levels, baseline)
-            for target in self.targets
-            for task in TASKS
-            for condition, levels in attack_conditions(
-                [row for row in self.rows if row.target == target], task
-            ).items()
-            for baseline in self.families
-        ]
-
-    def _attack(
-        self, target: str, task: str, condition: str, levels: Sequence[float], baseline: str
-    ) -> Figure:
-        series = self.families[baseline]
-        points, noises = [], []
-        for arm in series:
-            unattacked = self._values(
-                target, arm.name, Quantity(UNATTACKED, task, "AP", condition, levels[0])
-            )
-            attacked, noise = (
-                {0.0: unattacked}
-                | {
-                    eps: self._values(target, arm.name, Quantity(kind, task, "AP", condition, eps))
-                    for eps in levels
-                }
-                for kind in (ATTACK, NOISE)
-            )
-            points.append({eps: values for eps, values in attacked.items() if values})
-            means = {eps: fmean(values) for eps, values in noise.items() if values}
-            noises.append(means if len(means) > 1 else {})
-        norm, _, loss = condition.partition(", ")
-        unit = ", in 1/255" if norm == "linf" else ""
-        labels = (f"eps of the attack{unit}", f"{TASKS[task]} (%)")
-        dotted = " Dotted: random noise of the same size." if any(noises) else ""
-        return _plot(
-            f"attack-{target}-{task}-{norm}-{loss}{self._suffix(baseline)}",
-            f"{target}: {TASKS[task]} under {condition_name(condition)}; lines at the mean over seeds, "
-            f"bands from the least to the greatest.{dotted}",
-            "; ".join(
-                f"eps {eps:g}: {_spoken(series, [at.get(eps, []) for at in points])}" for eps in [0, *levels]
-            ),
-            plots.line_plot(series, points, noises, labels),
-        )
-
-    def fits(self, fits: Sequence[Fit], task: str) -> list[Figure]:
-        """Each arm's score against its source accuracy, with the fitted lines."""
-        found = []
-        for target in self.targets:
-            here = [fit for fit in fits if fit.target == target]
-            if not here:
-                continue
-            points = {arm: point for fit in here for arm, point in fit.points.items()}
-            dots = [(series, *points[series.name]) for series in self.series if series.name in points]
-            lines = {fit.group: fit.ends for fit in here}
-            found.append(
-                _plot(
-                    f"source-{target}-{task}",
-                    f"{target}: {TASKS[task]} against the accuracy on the weights' own data set; a dot per "
-                    "arm, lines by least squares.",
-                    ", ".join(f"{arm} {source:.1f}: {score:.1f}" for arm, (source, score) in points.items()),
-                    plots.fit_plot(dots, lines, ("source accuracy (%)", f"{TASKS[task]} (%)")),
-                )
-            )
-        return found
-
-    def curves(self) -> list[Figure]:
+    def curves(self, outcomes: Sequence[Outcome]) -> list[Figure]:
         """The training loss of every final trial, also of unfinished ones."""
-        found = []
+        figures = []
+        finals = [outcome for outcome in outcomes if outcome.trial.stage == FINAL]
         for target in self.study.targets:
-            here = [o for o in self.finals if o.trial.target == target.name]
+            here = [outcome for outcome in finals if outcome.trial.target == target.name]
             for baseline, series in self.families.items():
                 curves = [
                     [curve for o in here if o.trial.arm == arm.name and (curve := _loss_curve(o.folder))[0]]
                     for arm in series
                 ]
                 if any(curves):
-                    found.append(
-                        _plot(
+                    figures.append(
+                        svg_figure(
                             f"training-{target.name}{self._suffix(baseline)}",
                             f"{target.name}: total training loss; a line per seed.",
                             f"total training loss of {target.name} against the iteration",
                             plots.curve_plot(series, curves),
                         )
                     )
-        return found
+        return figures
 
-    def _difference(self, name: str, arm: str, change: Change) -> plots.Difference:
-        ends = (change.interval.low, change.interval.high) if change.interval else (None, None)
-        return plots.Difference(name, self.color[arm], change.differences.mean, *ends)
-
-    def _values(self, target: str, arm: str, quantity: Quantity) -> list[float]:
-        """Of the quantity, one per seed that has it."""
-        return [
-            measured[quantity]
-            for trial, measured in self.scores
-            if (trial.target, trial.arm) == (target, arm) and quantity in measured
-        ]
+    def _difference(self, name: str, line: Any) -> plots.Difference:
+        ends = (line.low, line.high) if line.over else (None, None)
+        return plots.Difference(name, self.color[line.arm], line.change, *ends)
 
     def _suffix(self, baseline: str) -> str:
         return f"-{baseline}" if len(self.families) > 1 else ""
 
 
-def _spoken(series: Sequence[plots.Series], values: Sequence[Sequence[float]]) -> str:
-    """The mean of each arm, for those who do not see the plot."""
+def svg_figure(name: str, caption: str, alt: str, svg: bytes) -> Figure:
+    return Figure(name, caption, alt, "image/svg+xml", svg)
+
+
+def _by_arm(series: Sequence[plots.Series], lines: pd.DataFrame) -> list[list[float]]:
+    """The value of each seed, for each arm."""
+    values = dict(zip(lines["arm"], lines["seed_values"], strict=True))
+    return [values.get(one.name, []) for one in series]
+
+
+def _in_words(series: Sequence[plots.Series], values: Sequence[Sequence[float]]) -> str:
+    """The mean of each arm, for readers who do not see the plot."""
     pairs = zip(series, values, strict=True)
     return ", ".join(f"{arm.name} {fmean(numbers):.1f}" for arm, numbers in pairs if numbers)
 
 
 def _loss_curve(folder: Path) -> tuple[list[int], list[float]]:
-    """Iterations and total losses from Detectron2's metrics.json; of a repeated iteration the last counts."""
+    """Iterations and total losses in Detectron2's metrics.json. The last of a repeated iteration counts."""
     losses: dict[int, float] = {}
     try:
         lines = (folder / "metrics.json").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -307,9 +270,5 @@ def _loss_curve(folder: Path) -> tuple[list[int], list[float]]:
             if is_number(record["total_loss"]):
                 losses[int(record["iteration"])] = record["total_loss"]
         except (ValueError, KeyError, TypeError):
-            continue  # evaluation records have no loss; a killed trial leaves half a line
+            continue  # a record of an evaluation, or half a line of a killed trial
     return sorted(losses), [losses[iteration] for iteration in sorted(losses)]
-
-
-def _plot(name: str, caption: str, alt: str, svg: bytes) -> Figure:
-    return Figure(name, caption, alt, "image/svg+xml", svg)

@@ -1,111 +1,96 @@
-"""The report of a study: a self-contained report.html, and its numbers and tables as files beside it."""
+"""The report of a study: a self-contained report.html, with its numbers and tables as files beside it."""
 
 import base64
-import csv
-import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import pandas as pd
+from tabulate import tabulate
 
 from rt_detectron.study import analyses
-from rt_detectron.study.answers import answers, cautions, main_task
-from rt_detectron.study.examples import SCORE_THRESHOLD, attacked, best_and_worst
-from rt_detectron.study.figures import Figure, Figures
-from rt_detectron.study.grid import Study
-from rt_detectron.study.measurements import ATTACK, CLEAN, CORRUPTION, TASKS, Quantity, measurements
+from rt_detectron.study.answers import Answer, answers, cautions, main_task
+from rt_detectron.study.evaluations import EVALUATIONS
+from rt_detectron.study.examples import SCORE_THRESHOLD, best_and_worst
+from rt_detectron.study.figures import Charts, Figure
 from rt_detectron.study.record import Outcome, write_atomically
 from rt_detectron.study.selection import choose
-from rt_detectron.study.statistics import Row
-from rt_detectron.study.table import study_table
-from rt_detectron.study.tables import latex, make_tables, markdown, terminal_table
+from rt_detectron.study.statistics import (
+    CLEAN,
+    QUANTITY,
+    TASKS,
+    TRIAL,
+    Comparison,
+    main_metric,
+    of_categories,
+    select,
+)
+from rt_detectron.study.tables import latex, markdown, score_cell
 from rt_detectron.utils.files import replaced_atomically, write_json
-
-__all__ = ["study_table", "terminal_table", "write_report"]
 
 _TABLE_NOTE = "{} in percent, mean ± sample standard deviation over seeds."
 _PLAIN_NOTE = " Δ: difference to the baseline, paired by seed, with its 95 % interval."
-_CHAPTERS = {
-    CLEAN: "Clean images",
-    ATTACK: "Under attack",
-    CORRUPTION: "Under corruption",
-    analyses.ANALYSIS: "Across arms",
-}
 _SUFFIXES = {"image/svg+xml": "svg", "image/jpeg": "jpg"}
 
 
-def write_report(study: Study, outcomes: Sequence[Outcome], output: Path, command: str) -> Path:
-    """Write the report into ``output`` from what the trials left; gives the path of report.html.
+def write_report(comparison: Comparison, output: Path, command: str) -> Path:
+    """Write the report of a study into ``output``. Missing trials are named in it.
 
-    Beside it: results.json (all trials and the table), results.csv (one line per trial and number),
-    tables.md, tables.tex, and figures/ (those of the page, as files).
+    Beside report.html this writes results.json (all trials and the scores), results.csv (the tidy table),
+    tables.md, tables.tex, and figures/ (the figures of the page as files).
 
     Args:
-        outcomes: of all stages; trials that are missing are named in the report.
-        command: the line that makes the study again, or what is missing of it, as shown in the report.
+        command: the line that makes the study, or what is missing of it, as shown in the report.
+
+    Returns:
+        The path of report.html.
     """
-    kind = study.downstream
-    note = _TABLE_NOTE.format(kind.measure[0].upper() + kind.measure[1:])
-    rows = study_table(study, outcomes)
+    study, outcomes, scores = comparison.study, comparison.outcomes, comparison.scores
+    measure = study.downstream.measure
+    note = _TABLE_NOTE.format(measure[0].upper() + measure[1:])
     choices = choose(study, outcomes)
-    task = main_task(rows)
-    best = analyses.best_eps(study, rows, analyses.scores_by_seed(outcomes), task)
-    fits = analyses.fits(study, rows, task)
-    tables = make_tables(rows) + analyses.make_tables(best, fits, task)
-    trials = [_trial_record(outcome) for outcome in outcomes]
-    found = answers(rows)
-    plots = Figures(study, outcomes, rows)
-    drawn = {
-        CLEAN: plots.clean(),
-        ATTACK: plots.attack(),
-        analyses.ANALYSIS: plots.fits(fits, task),
-    }
+    task = main_task(scores)
+    best, fits = analyses.best_eps(comparison, task), analyses.fits(comparison, task)
+    charts = Charts(study, scores)
+    chapters = [evaluation.chapter(comparison, charts) for evaluation in EVALUATIONS]
     chapters = [
-        {
-            "title": title,
-            "tables": [table for table in tables if table.kind == kind],
-            "figures": drawn.get(kind, []),
-            "details": plots.details() if kind == CLEAN else [],
-        }
-        for kind, title in _CHAPTERS.items()
+        chapter for chapter in [*chapters, analyses.chapter(best, fits, task, charts)] if chapter.tables
     ]
-    examples, example_notes = best_and_worst(rows, outcomes)
-    pictures, picture_notes = attacked(outcomes)
+    examples, picture_notes = best_and_worst(comparison)
+    trials = _trials(comparison)
     page = {
         "study": study,
         "command": command,
-        "families": plots.families,
+        "baselines": list(charts.families),
         "trials": trials,
         "missing": study.count_trials() - sum(outcome.error is None for outcome in outcomes),
         "wanted": study.count_trials(),
-        "answers": [(answer, plots.answer(answer)) for answer in found],
-        "cautions": cautions(rows, choices),
+        "answers": [(answer, _answer_figure(answer, task, charts)) for answer in answers(scores)],
+        "cautions": cautions(comparison, choices),
         "choices": choices,
-        "kind": kind,
         "table_note": note,
-        "chapters": [chapter for chapter in chapters if chapter["tables"]],
-        "attacks": _attack_settings(outcomes),
+        "chapters": chapters,
         "examples": examples,
-        "pictures": pictures,
-        "picture_notes": example_notes + picture_notes,
-        "curves": plots.curves(),
+        "picture_notes": picture_notes + [text for chapter in chapters for text in chapter.notes],
+        "curves": charts.curves(outcomes),
         "score_threshold": SCORE_THRESHOLD,
         "versions": _versions(outcomes),
         "options": dict.fromkeys(" ".join(outcome.trial.opts) or "none" for outcome in outcomes),
         "uri": _data_uri,
+        "suffixes": _SUFFIXES,
     }
     content = {
         "study": study.description(),
         "command": command,
         "trials": trials,
-        "table": _records(rows),
+        "table": _records(scores),
         "best_eps": [
             {
-                "target": entry.row.target,
-                "arm": entry.row.arm,
+                "target": entry.line.target,
+                "arm": entry.line.arm,
                 "eps": entry.eps,
                 "candidates": entry.candidates,
             }
@@ -113,8 +98,9 @@ def write_report(study: Study, outcomes: Sequence[Outcome], output: Path, comman
         ],
         "fits": [asdict(fit) for fit in fits],
     }
+    tables = [table for chapter in chapters for table in chapter.tables]
     write_json(output / "results.json", _without_nan(content))
-    write_atomically(output / "results.csv", _csv(outcomes))
+    write_atomically(output / "results.csv", comparison.table.to_csv(index=False))
     write_atomically(output / "tables.md", markdown(tables, note + _PLAIN_NOTE))
     write_atomically(output / "tables.tex", latex(tables, note + _PLAIN_NOTE))
     _write_figures(output / "figures", page)
@@ -122,52 +108,78 @@ def write_report(study: Study, outcomes: Sequence[Outcome], output: Path, comman
     return output / "report.html"
 
 
+def terminal_table(scores: pd.DataFrame) -> str:
+    """The main number of each task and evaluation as plain text, with change and verdict."""
+    rows = []
+    for task in TASKS:
+        for evaluation in EVALUATIONS:
+            lines = evaluation.main_lines(scores, task)
+            for line in lines.itertuples():
+                cell = score_cell(line)
+                name = evaluation.measure(scores, task)
+                start = [name, line.target, line.arm, f"{line.learning_rate:g}", len(line.seeds)]
+                rows.append([*start, cell.score, cell.change, cell.verdict])
+    headers = ["", "target", "arm", "lr", "seeds", "score", "to its baseline", "verdict"]
+    return tabulate(rows, headers, disable_numparse=True)
+
+
+def _answer_figure(answer: Answer, task: str, charts: Charts) -> Figure:
+    kind = answer.lines["kind"].iloc[0].replace(": ", "-")
+    caption = f"{answer.question}: difference to the baseline and its 95 % interval."
+    return charts.differences(f"answer-{kind}", caption, task, answer.lines)
+
+
 def _write_figures(folder: Path, page: dict[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
-    figures: list[Figure] = [figure for _, figure in page["answers"]]
-    figures += [figure for chapter in page["chapters"] for figure in chapter["figures"] + chapter["details"]]
-    for figure in figures + page["examples"] + page["pictures"] + page["curves"]:
-        with replaced_atomically(folder / f"{figure.name}.{_SUFFIXES[figure.kind]}") as temporary:
+    figures: list[Figure] = [figure for _, figure in page["answers"]] + page["examples"] + page["curves"]
+    for chapter in page["chapters"]:
+        figures += chapter.figures + chapter.details + chapter.pictures
+    for figure in figures:
+        with replaced_atomically(folder / f"{figure.name}.{_SUFFIXES[figure.media_type]}") as temporary:
             Path(temporary).write_bytes(figure.content)
 
 
-def _trial_record(outcome: Outcome) -> dict[str, Any]:
-    status = "finished"
-    if outcome.error or outcome.results is None:
-        status = "missing"
-    elif not any(measurements(outcome).get(Quantity(CLEAN, task)) is not None for task in TASKS):
-        status = "without AP"
-    return {
-        **outcome.trial.specification(),
-        "name": outcome.trial.name,
-        "folder": str(outcome.folder),
-        "status": status,
-        "error": outcome.error,
-        "results": outcome.results,
-        "robustness": outcome.robustness,
-    }
-
-
-def _records(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """One entry per arm, target and quantity; categories are in results.csv only."""
+def _trials(comparison: Comparison) -> list[dict[str, Any]]:
+    """All trials as results.json and the page's last table have them."""
+    table = comparison.table
+    table = select(table, kind=CLEAN)[
+        table["value"].notna() & (table["metric"] == table["task"].map(main_metric))
+    ]
+    measured = set(table[TRIAL].itertuples(index=False, name=None))
     records = []
-    for row in rows:
-        for quantity, score in row.scores.items():
-            if quantity.category is not None:
-                continue
-            change = row.changes.get(quantity)
-            records.append(
-                {
-                    "arm": row.arm,
-                    "target": row.target,
-                    "baseline": row.baseline,
-                    "learning_rate": row.learning_rate,
-                    "seeds": row.seeds,
-                    **asdict(quantity),
-                    **asdict(score),
-                    "change": {**asdict(change), "verdict": change.verdict} if change else None,
-                }
-            )
+    for outcome in comparison.outcomes:
+        trial = outcome.trial
+        status = "finished"
+        if outcome.error or outcome.results is None:
+            status = "missing"
+        elif tuple(getattr(trial, column) for column in TRIAL) not in measured:
+            status = "without AP"
+        records.append(
+            {
+                **trial.specification(),
+                "name": trial.name,
+                "folder": str(outcome.folder),
+                "status": status,
+                "error": outcome.error,
+                "results": outcome.results,
+                "robustness": outcome.robustness,
+            }
+        )
+    return records
+
+
+def _records(scores: pd.DataFrame) -> list[dict[str, Any]]:
+    """One entry per arm, target and quantity. Single categories are only in results.csv."""
+    columns = ["arm", "target", "baseline", "learning_rate", "seeds", *QUANTITY, "n", "mean", "sd"]
+    lines = scores[~of_categories(scores)]
+    records = lines[columns].to_dict("records")
+    for record, line in zip(records, lines.itertuples(), strict=True):
+        record["change"] = None
+        if not line.verdict:
+            continue
+        interval = {"low": line.low, "high": line.high, "over": line.over} if line.over else None
+        differences = {"n": int(line.change_n), "mean": line.change, "sd": line.change_sd}
+        record["change"] = {"differences": differences, "interval": interval, "verdict": line.verdict}
     return records
 
 
@@ -179,30 +191,8 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _csv(outcomes: Sequence[Outcome]) -> str:
-    """One line per trial and number; an undefined value is empty."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    trial_columns = ["stage", "arm", "target", "learning_rate", "seed"]
-    writer.writerow([*trial_columns, "kind", "task", "metric", "condition", "level", "value"])
-    for outcome in outcomes:
-        trial = [getattr(outcome.trial, column) for column in trial_columns]
-        for quantity, value in measurements(outcome).items():
-            writer.writerow([*trial, *asdict(quantity).values(), value])  # None is written as nothing
-    return stream.getvalue()
-
-
-def _attack_settings(outcomes: Sequence[Outcome]) -> str:
-    """How the attacks were run, of the first trial that has some."""
-    for outcome in outcomes:
-        for attack in (outcome.robustness or {}).get("attack") or []:
-            restarts = "" if attack["restarts"] == 1 else f", {attack['restarts']} restarts"
-            return f"PGD, {attack['steps']} steps{restarts}, on {attack['images']} images"
-    return ""
-
-
 def _versions(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """Package versions; several values where trials ran with different ones."""
+    """Package -> its versions in all trials."""
     found: dict[str, set[str]] = {}
     for outcome in outcomes:
         for package, version in (outcome.results or {}).get("versions", {}).items():
@@ -210,8 +200,8 @@ def _versions(outcomes: Sequence[Outcome]) -> dict[str, str]:
     return {package: ", ".join(sorted(versions)) for package, versions in found.items()}
 
 
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def _data_uri(figure: Figure) -> str:
+    return f"data:{figure.media_type};base64,{base64.b64encode(figure.content).decode()}"
 
 
 def _template() -> jinja2.Template:

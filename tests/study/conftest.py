@@ -5,13 +5,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
 from pycocotools import mask as rle_masks
 
+from rt_detectron.study.evaluations import tidy_table
 from rt_detectron.study.load import load_study
 from rt_detectron.study.report import write_report
+from rt_detectron.study.statistics import QUANTITY, TRIAL, compare
 
 
 @pytest.fixture
@@ -117,6 +120,24 @@ def write_study(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def make_table():
+    """``make_table({(target, arm): {quantity: {seed: value}}})``: the tidy table of final trials."""
+
+    def make(values):
+        lines = [
+            ["final", arm, target, 0.01, seed, *quantity, value]
+            for (target, arm), quantities in values.items()
+            for quantity, by_seed in quantities.items()
+            for seed, value in by_seed.items()
+        ]
+        return pd.DataFrame(lines, columns=[*TRIAL, *QUANTITY, "value"], dtype=object).astype(
+            {"value": float}
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_coco(tmp_path_factory):
     """Six image files with three annotated discs each, of two categories; gives the folder of val.json."""
     root = tmp_path_factory.mktemp("coco")
@@ -166,5 +187,6 @@ def whole_report(tmp_path_factory, build_study):
     """The report of a study of three arms, two detectors, two seeds and all evaluations."""
     folder = tmp_path_factory.mktemp("study")
     study, outcomes = build_study(folder, name="A <script>alert(1)</script> study")
-    page = write_report(study, outcomes, folder / "out", "python tools/compare.py --study <x>")
+    comparison = compare(study, outcomes, tidy_table(outcomes))
+    page = write_report(comparison, folder / "out", "python tools/compare.py --study <x>")
     return SimpleNamespace(study=study, outcomes=outcomes, page=page, folder=page.parent)

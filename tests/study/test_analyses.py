@@ -6,15 +6,14 @@ from scipy import stats
 
 from rt_detectron.study.analyses import best_eps, fits
 from rt_detectron.study.load import load_study
-from rt_detectron.study.measurements import Quantity
-from rt_detectron.study.statistics import Row, changes, summaries
+from rt_detectron.study.statistics import Quantity, compare
 
-ACCURACY = Quantity("clean", "accuracy")
+ACCURACY = Quantity("clean", "accuracy", "accuracy")
 
 
 @pytest.fixture
-def make_rows(make_transfer_study, tmp_path):
-    """``make_rows({arm: (eps, source accuracy, [a score for each seed])})``: study, rows, scores by seed."""
+def make_comparison(make_transfer_study, make_table, tmp_path):
+    """``make_comparison({arm: (eps, source accuracy, [a score for each seed])})``."""
 
     def make(arms, baselines=MappingProxyType({})):
         make_transfer_study()
@@ -31,22 +30,15 @@ def make_rows(make_transfer_study, tmp_path):
         (tmp_path / "study.yaml").write_text(text[:start] + "".join(entries) + text[end:])
         study = load_study("study.yaml")
         scores = {
-            ("cifar10", name): {seed: {ACCURACY: value} for seed, value in enumerate(values)}
-            for name, (_, _, values) in arms.items()
+            ("cifar10", name): {ACCURACY: dict(enumerate(values))} for name, (_, _, values) in arms.items()
         }
-        rows = []
-        for name in arms:
-            measured, baseline = scores["cifar10", name], study.baseline_of(name)
-            change = {} if baseline == name else changes(measured, scores["cifar10", baseline])
-            seeds = tuple(measured)
-            rows.append(Row(name, "cifar10", baseline, 0.01, seeds, summaries(measured), change))
-        return study, rows, scores
+        return compare(study, [], make_table(scores))
 
     return make
 
 
-def test_the_best_eps_and_those_that_may_be_as_good(make_rows):
-    study, rows, scores = make_rows(
+def test_the_best_eps_and_those_that_may_be_as_good(make_comparison):
+    comparison = make_comparison(
         {
             "standard": (0, None, [50.0, 51.0, 52.0]),
             "small": (0.1, None, [59.9, 61.5, 61.6]),  # 0.2 below on average, above for one seed
@@ -54,11 +46,11 @@ def test_the_best_eps_and_those_that_may_be_as_good(make_rows):
             "large": (3, None, [40.0, 41.5, 42.0]),
         }
     )
-    (best,) = best_eps(study, rows, scores, "accuracy")
-    assert (best.row.arm, best.eps, best.candidates) == ("middle", 0.5, (0.1, 0.5))
+    (best,) = best_eps(comparison, "accuracy")
+    assert (best.line.arm, best.eps, best.candidates) == ("middle", 0.5, (0.1, 0.5))
 
 
-def test_every_family_has_its_own_best_eps(make_rows):
+def test_every_family_has_its_own_best_eps(make_comparison):
     arms = {
         "standard": (0, None, [50.0, 51.0]),
         "robust": (3, None, [60.0, 61.0]),
@@ -66,22 +58,22 @@ def test_every_family_has_its_own_best_eps(make_rows):
         "wide_robust": (3, None, [60.0, 61.0]),
         "alone": (None, None, [99.0, 99.0]),  # without an eps
     }
-    study, rows, scores = make_rows(arms, baselines={"wide": "wide", "wide_robust": "wide"})
-    assert [entry.row.arm for entry in best_eps(study, rows, scores, "accuracy")] == ["robust", "wide"]
+    comparison = make_comparison(arms, baselines={"wide": "wide", "wide_robust": "wide"})
+    assert [entry.line.arm for entry in best_eps(comparison, "accuracy")] == ["robust", "wide"]
 
 
-def test_a_single_seed_tells_none_apart(make_rows):
+def test_a_single_seed_tells_none_apart(make_comparison):
     arms = {"standard": (0, None, [50.0]), "robust": (3, None, [60.0])}
-    (best,) = best_eps(*make_rows(arms), "accuracy")
+    (best,) = best_eps(make_comparison(arms), "accuracy")
     assert (best.eps, best.candidates) == (3, None)
 
 
-def test_one_eps_alone_is_no_choice(make_rows):
+def test_one_eps_alone_is_no_choice(make_comparison):
     arms = {"standard": (0, None, [50.0, 51.0]), "other": (0, None, [60.0, 61.0])}
-    assert best_eps(*make_rows(arms), "accuracy") == []
+    assert best_eps(make_comparison(arms), "accuracy") == []
 
 
-def test_lines_across_eps_and_at_one_eps(make_rows):
+def test_lines_across_eps_and_at_one_eps(make_comparison):
     generator = np.random.default_rng(1)
     values = iter(generator.normal(70, 3, 9))
     arms, baselines = {}, {}
@@ -90,8 +82,8 @@ def test_lines_across_eps_and_at_one_eps(make_rows):
             name = family if eps == 0 else f"{family}{eps}"
             arms[name] = (eps, float(generator.uniform(60, 80)), [next(values)])
             baselines[name] = family
-    study, rows, _ = make_rows(arms, baselines=baselines)
-    found = {fit.group: fit for fit in fits(study, rows, "accuracy")}
+    comparison = make_comparison(arms, baselines=baselines)
+    found = {fit.group: fit for fit in fits(comparison, "accuracy")}
     assert list(found) == [
         "across eps, standard", "across eps, wide", "across eps, wider", "at eps 0", "at eps 1", "at eps 3",
     ]  # fmt: skip
@@ -111,14 +103,14 @@ def test_lines_across_eps_and_at_one_eps(make_rows):
                             (x.max(), pytest.approx(intercept + slope * x.max()))]  # fmt: skip
 
 
-def test_two_points_are_no_line(make_rows):
+def test_two_points_are_no_line(make_comparison):
     arms = {"standard": (0, 70, [50.0]), "a": (1, 60, [60.0]), "b": (3, None, [60.0])}
-    study, rows, _ = make_rows(arms)
-    assert fits(study, rows, "accuracy") == []
+    comparison = make_comparison(arms)
+    assert fits(comparison, "accuracy") == []
 
 
-def test_a_constant_score_has_a_slope_of_none(make_rows):
+def test_a_constant_score_has_a_slope_of_none(make_comparison):
     arms = {"standard": (0, 70, [50.0]), "a": (1, 60, [50.0]), "b": (3, 55, [50.0])}
-    study, rows, _ = make_rows(arms)
-    (fit,) = fits(study, rows, "accuracy")
+    comparison = make_comparison(arms)
+    (fit,) = fits(comparison, "accuracy")
     assert (fit.slope, fit.r2) == pytest.approx((0, 0), abs=1e-9)

@@ -7,7 +7,9 @@ from statistics import fmean
 
 import pytest
 
+from rt_detectron.study.evaluations import tidy_table
 from rt_detectron.study.report import write_report
+from rt_detectron.study.statistics import compare
 
 COMMAND = "python tools/compare.py --study <x>"
 SMALL = {"detectors": ("faster_rcnn",), "arms": ("standard", "robust"), "rates": (0.02,)}
@@ -44,7 +46,8 @@ def report(tmp_path, build_study):
 
     def report(change=list, **options):
         study, outcomes = build_study(tmp_path, **SMALL | options)
-        page = write_report(study, change(outcomes), tmp_path / "out", COMMAND)
+        outcomes = change(outcomes)
+        page = write_report(compare(study, outcomes, tidy_table(outcomes)), tmp_path / "out", COMMAND)
         return Page(page.read_text())
 
     return report
@@ -70,7 +73,7 @@ def test_answers_come_first_with_their_verdicts(page):
     assert re.search(r"robust \(mask_rcnn\) -\d+\.\d\d \[-\d+\.\d\d, [+-]\d+\.\d\d\]", top)
     assert "paired by seed" in top
     assert "not the choice of test images" in top
-    assert "From 2 seeds they are wide" in top
+    assert "With 2 seeds they are wide" in top
     assert "rest on 12 intervals" in top
 
 
@@ -143,8 +146,8 @@ def test_csv_has_a_line_per_trial_and_number(whole_report):
 
 
 def test_chosen_learning_rates_and_borders_are_shown(page):
-    assert "The best learning rate lies at the border of the grid" in page.text
-    assert "for robust (mask_rcnn), robust (faster_rcnn)." in page.text
+    assert "The best learning rate is at the border of the grid" in page.text
+    assert "for robust (mask_rcnn), robust (faster_rcnn):" in page.text
     assert re.search(r"robust\s*mask_rcnn\s*20.00\s*15.00\s*15.00\s*0.01\s*border of the grid", page.text)
 
 
@@ -164,7 +167,7 @@ def test_single_seed_without_predictions_is_undecided(report):
     page = report(lose, seeds=[3])
     assert "Whether robust differs from standard is undecided: box AP -" in page.text
     assert "no interval over the test images (FileNotFoundError" in page.text
-    assert "A single seed shows no spread" in page.text
+    assert "With a single seed there is no spread" in page.text
     assert "robust, faster_rcnn: no pictures (FileNotFoundError" in page.text
 
 

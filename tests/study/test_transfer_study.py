@@ -5,30 +5,34 @@ import json
 
 import pytest
 
-from rt_detectron.study.report import study_table, terminal_table, write_report
+from rt_detectron.study.evaluations import tidy_table
+from rt_detectron.study.report import terminal_table, write_report
 from rt_detectron.study.run import run_study
+from rt_detectron.study.statistics import compare, select
 
 
 @pytest.fixture
 def finished(make_transfer_study, tools):
-    """``finished(...)``: the study, its outcomes and the folder of its report, with the report's text."""
+    """``finished(...)``: the comparison, and the folder of its report, with the report's text."""
 
     def run(**options):
         study = make_transfer_study(**options)
         outcomes = run_study(study, tools / "out", tools)
-        page = write_report(study, outcomes, tools / "out", "python tools/compare.py ...").read_text()
-        return study, outcomes, tools / "out", page
+        comparison = compare(study, outcomes, tidy_table(outcomes))
+        page = write_report(comparison, tools / "out", "python tools/compare.py ...").read_text()
+        return comparison, tools / "out", page
 
     return run
 
 
 def test_accuracies_are_compared_by_seed(finished):
-    study, outcomes, folder, page = finished(rates=(0.1, 0.01))
+    comparison, folder, page = finished(rates=(0.1, 0.01))
+    outcomes = comparison.outcomes
     assert not any(outcome.error for outcome in outcomes)
     assert len(outcomes) == 8  # the selection's four, and two arms with two seeds each
     rates = {outcome.trial.learning_rate for outcome in outcomes if outcome.trial.stage == "final"}
     assert rates == {0.01}  # the stand-in loses accuracy with the rate
-    table = terminal_table(study_table(study, outcomes))
+    table = terminal_table(comparison.scores)
     assert "+2.50 [+2.50, +2.50]" in table
     (record,) = [
         entry
@@ -53,18 +57,19 @@ def test_accuracies_are_compared_by_seed(finished):
 
 
 def test_a_single_seed_has_its_interval_from_the_images(finished):
-    study, outcomes, _, page = finished(seeds=(1,))
-    (row,) = [row for row in study_table(study, outcomes) if row.arm == "robust"]
-    (change,) = [change for q, change in row.changes.items() if q.metric == "accuracy"]
-    assert change.interval.over == "images"
+    comparison, _, page = finished(seeds=(1,))
+    (line,) = select(comparison.scores, arm="robust", metric="accuracy").itertuples()
+    assert line.over == "images"
     # 63 against 60.5 of 100 images: three of them differ, and all to the better.
-    assert 0 <= change.interval.low < 2.5 < change.interval.high < 8
+    assert 0 <= line.low < 2.5 < line.high < 8
     assert "intervals come from resampling the test images" in page
 
 
 def test_other_images_give_no_interval(finished, tools):
-    study, outcomes, folder, _ = finished(seeds=(1,))
+    comparison, folder, _ = finished(seeds=(1,))
+    study, outcomes = comparison.study, comparison.outcomes
     path = next((folder / "trials").rglob("standard/**/predictions.json"))
     path.write_text(path.read_text().replace('"keys": ["0"', '"keys": ["other"'))
-    (row,) = [row for row in study_table(study, outcomes) if row.arm == "robust"]
-    assert "was not evaluated on the same images" in row.note
+    (note,) = compare(study, outcomes, comparison.table).notes
+    assert note.startswith("robust, cifar10: ")
+    assert "was not evaluated on the same images" in note

@@ -1,0 +1,309 @@
+"""What is measured of a trained model: its scores on clean images, under attack and under corruption.
+
+An evaluation turns its part of a trial's result files into lines of the study's tidy table, and makes a
+chapter of the report. To add one, derive from :class:`Evaluation` and append it to EVALUATIONS. No other file
+of the study names an evaluation.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, ClassVar
+
+import pandas as pd
+
+from rt_detectron.study.examples import evaluation_pictures
+from rt_detectron.study.figures import SIZES, Charts, Figure
+from rt_detectron.study.record import Outcome, by_test_set, is_number
+from rt_detectron.study.statistics import (
+    CLEAN,
+    QUANTITY,
+    TASKS,
+    TRIAL,
+    Comparison,
+    Quantity,
+    main_metric,
+    select,
+)
+from rt_detectron.study.tables import Table, score_table
+
+Numbers = dict[Quantity, float | None]  # None is an undefined value
+
+
+@dataclass
+class Chapter:
+    """A chapter of the report.
+
+    Attributes:
+        text: explains the tables.
+        details: figures that follow the tables.
+        pictures: large pictures at the end.
+        notes: on pictures that are missing.
+    """
+
+    title: str
+    text: str
+    tables: list[Table]
+    figures: list[Figure] = field(default_factory=list)
+    details: list[Figure] = field(default_factory=list)
+    pictures: list[Figure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Evaluation(ABC):
+    """One way to evaluate a trained model.
+
+    Attributes:
+        name: of its part of robustness.json.
+        title: of its chapter in the report.
+        question: what its answer in the report is about, such as "Under attack".
+        main_kind: the kind of the number that answers the question, in each task's main metric.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    question: ClassVar[str]
+    main_kind: ClassVar[str]
+
+    def part(self, outcome: Outcome) -> Any:
+        """Its part of the trial's result files; empty or None if it was not run."""
+        return (outcome.robustness or {}).get(self.name)
+
+    @abstractmethod
+    def numbers(self, part: Any) -> Numbers:
+        """The numbers in its part of the result files."""
+
+    @abstractmethod
+    def tables(self, scores: pd.DataFrame, task: str) -> list[Table]:
+        """Its tables of one task, from a comparison's scores."""
+
+    def measure(self, scores: pd.DataFrame, task: str) -> str:
+        """The name of its main number, such as "box mPC"."""
+        return TASKS[task]
+
+    def main_lines(self, scores: pd.DataFrame, task: str) -> pd.DataFrame:
+        """The scores that are its main number."""
+        return select(scores, kind=self.main_kind, task=task, metric=main_metric(task))
+
+    def text(self, outcomes: Sequence[Outcome]) -> str:
+        """What its chapter says about its tables."""
+        return ""
+
+    def figures(self, charts: Charts) -> list[Figure]:
+        return []
+
+    def details(self, charts: Charts) -> list[Figure]:
+        return []
+
+    def pictures(self, outcomes: Sequence[Outcome]) -> tuple[list[Figure], list[str]]:
+        """Pictures, and notes on those that cannot be read."""
+        return [], []
+
+    def chapter(self, comparison: Comparison, charts: Charts) -> Chapter:
+        outcomes, scores = comparison.outcomes, comparison.scores
+        return Chapter(
+            self.title,
+            self.text(outcomes),
+            [table for task in TASKS for table in self.tables(scores, task)],
+            self.figures(charts),
+            self.details(charts),
+            *self.pictures(outcomes),
+        )
+
+
+class Clean(Evaluation):
+    """The metrics of the training's own evaluation; with several test sets, those of the first."""
+
+    name, title, question, main_kind = CLEAN, "Clean images", "On clean images", CLEAN
+
+    def part(self, outcome: Outcome) -> Any:
+        return outcome.results and by_test_set(outcome.results["metrics"])[0]
+
+    def numbers(self, part: Any) -> Numbers:
+        return dict(_numbers(CLEAN, part))
+
+    def tables(self, scores: pd.DataFrame, task: str) -> list[Table]:
+        metrics = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", **SIZES}
+        if task == "accuracy":
+            metrics = {"accuracy": "accuracy", "top-1": "top1", "mean per class": "mean_per_class"}
+        return score_table(
+            _title(task),
+            {
+                heading: select(scores, kind=CLEAN, task=task, metric=metric)
+                for heading, metric in metrics.items()
+            },
+        )
+
+    def figures(self, charts: Charts) -> list[Figure]:
+        return charts.clean()
+
+    def details(self, charts: Charts) -> list[Figure]:
+        return charts.sizes() + charts.categories()
+
+
+class Attack(Evaluation):
+    """Adversarial attacks, each with clean images and random noise of the same size on the same images."""
+
+    ATTACKED, UNATTACKED, NOISE, MEAN = "attack", "attack: clean", "noise", "attack: mean"
+    name, title, question, main_kind = "attack", "Under attack", "Under attack", MEAN
+
+    def numbers(self, part: Any) -> Numbers:
+        found: Numbers = {}
+        for attack in part:
+            condition = f"{attack['norm']}, {attack['loss']}"
+            for kind, key in (
+                (self.UNATTACKED, "clean"), (self.ATTACKED, "metrics"), (self.NOISE, "noise"),
+            ):  # fmt: skip
+                found.update(_numbers(kind, attack[key] or {}, condition, attack["eps"]))
+        return found | _means(found, self.ATTACKED, self.MEAN)
+
+    def measure(self, scores: pd.DataFrame, task: str) -> str:
+        attacks = select(scores, kind=self.ATTACKED, task=task)[["condition", "level"]].drop_duplicates()
+        return f"{TASKS[task]} under attack" + (f" (mean of {len(attacks)})" if len(attacks) > 1 else "")
+
+    def tables(self, scores: pd.DataFrame, task: str) -> list[Table]:
+        mean = {"mean of all attacks": self.main_lines(scores, task)}
+        scores = select(scores, task=task, metric="AP")
+        same = ["target", "arm", "condition", "level"]
+        noise = select(scores, kind=self.NOISE)[[*same, "mean"]].rename(columns={"mean": "noise"})
+        attacked = select(scores, kind=self.ATTACKED)
+        noise = attacked[same].merge(noise, how="left", on=same)["noise"].to_numpy()
+        attacked = attacked.assign(extra=[f"noise {ap:.2f}" if ap == ap else "" for ap in noise])
+        groups = dict(list(attacked.groupby("condition", sort=False)))
+        tables = score_table(f"{_title(task)} under attack", mean) if len(groups) > 1 else []
+        for condition, lines in groups.items():
+            levels = sorted(lines["level"].unique())
+            columns = {
+                "no attack": select(scores, kind=self.UNATTACKED, condition=condition, level=levels[0]),
+                **{f"eps {level:g}": select(lines, level=level) for level in levels},
+            }
+            if len(groups) == 1 and len(levels) > 1:
+                columns |= mean
+            tables += score_table(f"{_title(task)} under {attack_name(condition)}", columns)
+        return tables
+
+    def text(self, outcomes: Sequence[Outcome]) -> str:
+        text = (
+            "eps is in units of images in [0, 1], after resizing (Linf: in 1/255). “No attack” is AP on the "
+            "same images, “noise” is AP under random noise of the same size as the attack."
+        )
+        for attack in (attack for outcome in outcomes for attack in self.part(outcome) or []):
+            restarts = "" if attack["restarts"] == 1 else f", {attack['restarts']} restarts"
+            return f"PGD, {attack['steps']} steps{restarts}, on {attack['images']} images. {text}"
+        return text
+
+    def figures(self, charts: Charts) -> list[Figure]:
+        return [
+            figure
+            for (target, task, condition), lines in charts.groups(self.ATTACKED)
+            for figure in self._against_eps(charts, target, task, condition, lines)
+        ]
+
+    def _against_eps(
+        self, charts: Charts, target: str, task: str, condition: str, lines: pd.DataFrame
+    ) -> list[Figure]:
+        norm, _, loss = condition.partition(", ")
+        others = select(charts.scores, target=target, task=task, metric="AP", condition=condition)
+        return charts.against_level(
+            f"attack-{target}-{task}-{norm}-{loss}",
+            f"{target}: {TASKS[task]} under {attack_name(condition)}.",
+            "eps of the attack" + (", in 1/255" if norm == "linf" else ""),
+            lines,
+            unchanged=select(others, kind=self.UNATTACKED, level=lines["level"].min()),
+            noise=select(others, kind=self.NOISE),
+        )
+
+    def pictures(self, outcomes: Sequence[Outcome]) -> tuple[list[Figure], list[str]]:
+        return evaluation_pictures(outcomes)
+
+
+class Corruption(Evaluation):
+    """Image corruptions, such as fog: mean AP over all of them (mPC), and relative to clean images (rPC)."""
+
+    CORRUPTED, UNCORRUPTED, MPC, RPC = "corruption", "corruption: clean", "mPC", "rPC"
+    name, title, question, main_kind = "corruption", "Under corruption", "Under corruption", MPC
+
+    def numbers(self, part: Any) -> Numbers:
+        found = dict(_numbers(self.UNCORRUPTED, part["clean"]))
+        for kind in (self.MPC, self.RPC):
+            found.update(_numbers(kind, {task: {"AP": value} for task, value in part[kind].items()}))
+        for result in part["results"]:
+            found.update(
+                _numbers(self.CORRUPTED, result["metrics"], result["corruption"], result["severity"])
+            )
+        for name in dict.fromkeys(result["corruption"] for result in part["results"]):
+            found |= _means(found, self.CORRUPTED, self.CORRUPTED, name)
+        return found
+
+    def measure(self, scores: pd.DataFrame, task: str) -> str:
+        return TASKS[task].replace("AP", "mPC")
+
+    def tables(self, scores: pd.DataFrame, task: str) -> list[Table]:
+        scores = select(scores, task=task, metric="AP")
+        means = select(scores, kind=self.CORRUPTED, level=None)
+        columns = {
+            "no corruption": select(scores, kind=self.UNCORRUPTED),
+            "mPC": select(scores, kind=self.MPC),
+            "rPC, %": select(scores, kind=self.RPC),
+            **{name.replace("_", " "): lines for name, lines in means.groupby("condition", sort=False)},
+        }
+        return score_table(f"{_title(task)} under corruption", columns)
+
+    def text(self, outcomes: Sequence[Outcome]) -> str:
+        return (
+            "mPC is the mean AP over all corruptions and severities, and rPC is mPC in percent of the AP "
+            "without corruption. The column of a single corruption is the mean over its severities."
+        )
+
+
+EVALUATIONS: list[Evaluation] = [Clean(), Attack(), Corruption()]  # in the order of the report
+
+
+def tidy_table(outcomes: Iterable[Outcome]) -> pd.DataFrame:
+    """All numbers of all trials, one per line. See :class:`~rt_detectron.study.statistics.Comparison`."""
+    lines = []
+    for outcome in outcomes:
+        trial = [getattr(outcome.trial, column) for column in TRIAL]
+        for evaluation in EVALUATIONS:
+            if part := evaluation.part(outcome):
+                lines += [[*trial, *quantity, value] for quantity, value in evaluation.numbers(part).items()]
+    # As objects, so that integer levels (severities) stay integers beside None.
+    table = pd.DataFrame(lines, columns=[*TRIAL, *QUANTITY, "value"], dtype=object)
+    return table.astype({"learning_rate": float, "seed": int, "value": float})
+
+
+def attack_name(condition: str) -> str:
+    """``L2 attack``, and what it attacks if that is not the detector's whole loss."""
+    norm, loss = condition.split(", ")
+    if loss == "vanishing":
+        return f"{norm.capitalize()} vanishing attack"
+    return f"{norm.capitalize()} attack" + ("" if loss == "all" else f" on {loss}")
+
+
+def _title(task: str) -> str:
+    return TASKS[task][0].upper() + TASKS[task][1:]
+
+
+def _numbers(
+    kind: str, metrics: Mapping[str, Mapping[str, Any]], condition: str = "", level: float | None = None
+) -> Iterator[tuple[Quantity, float | None]]:
+    """From task -> metric -> value."""
+    for task, values in metrics.items():
+        for metric, value in values.items():
+            quantity = Quantity(kind, task, metric, condition, level)
+            yield quantity, float(value) if is_number(value) else None
+
+
+def _means(found: Numbers, kind: str, mean_kind: str, condition: str = "") -> Numbers:
+    """The mean AP of each task over all levels, of one condition or of all. Undefined if one of them is."""
+    means: Numbers = {}
+    for task in TASKS:
+        values = [
+            value
+            for quantity, value in found.items()
+            if quantity[:3] == (kind, task, "AP") and condition in ("", quantity.condition)
+        ]
+        if values:
+            means[Quantity(mean_kind, task, "AP", condition)] = None if None in values else fmean(values)
+    return means

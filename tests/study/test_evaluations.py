@@ -1,0 +1,93 @@
+import math
+from pathlib import Path
+
+import pytest
+
+from rt_detectron.study.evaluations import tidy_table
+from rt_detectron.study.grid import Trial
+from rt_detectron.study.record import Outcome, is_number
+from rt_detectron.study.statistics import QUANTITY, Quantity
+
+TRIAL = Trial("a", "t", 0.01, 1, "final", "c.yaml", "", "w.pkl", None, (), ())
+
+
+def attack(eps, ap, noise=None):
+    return {
+        "norm": "l2",
+        "eps": eps,
+        "loss": "all",
+        "metrics": {"bbox": {"AP": ap}},
+        "clean": {"bbox": {"AP": 40.0}},
+        "noise": noise,
+    }
+
+
+def outcome(metrics, **robustness):
+    return Outcome(TRIAL, Path("x"), {"metrics": metrics}, robustness)
+
+
+def measurements(outcome):
+    """Quantity -> value, of one trial's lines of the tidy table."""
+    table = tidy_table([outcome])
+    quantities = [Quantity(*line) for line in table[QUANTITY].itertuples(index=False)]
+    return dict(zip(quantities, table["value"], strict=True))
+
+
+def test_every_number_has_its_name():
+    found = measurements(
+        outcome(
+            {"bbox": {"AP": 40.0, "AP-person": 50}},
+            attack=[attack(0.5, 20.0, {"bbox": {"AP": 39.0}}), attack(1.0, 10.0)],
+            corruption={
+                "clean": {"bbox": {"AP": 41.0}},
+                "mPC": {"bbox": 12.0},
+                "rPC": {"bbox": 30.0},
+                "results": [
+                    {"corruption": "fog", "severity": level, "metrics": {"bbox": {"AP": ap}}}
+                    for level, ap in ((1, 16.0), (3, 8.0))
+                ],
+            },
+        )
+    )
+    expected = {
+        Quantity("clean", "bbox"): 40.0,
+        Quantity("clean", "bbox", metric="AP-person"): 50.0,
+        Quantity("attack: clean", "bbox", condition="l2, all", level=0.5): 40.0,
+        Quantity("attack", "bbox", condition="l2, all", level=0.5): 20.0,
+        Quantity("noise", "bbox", condition="l2, all", level=0.5): 39.0,
+        Quantity("attack: clean", "bbox", condition="l2, all", level=1.0): 40.0,
+        Quantity("attack", "bbox", condition="l2, all", level=1.0): 10.0,
+        Quantity("attack: mean", "bbox"): 15.0,
+        Quantity("corruption: clean", "bbox"): 41.0,
+        Quantity("mPC", "bbox"): 12.0,
+        Quantity("rPC", "bbox"): 30.0,
+        Quantity("corruption", "bbox", condition="fog", level=1): 16.0,
+        Quantity("corruption", "bbox", condition="fog", level=3): 8.0,
+        Quantity("corruption", "bbox", condition="fog"): 12.0,
+    }
+    assert found == expected
+
+
+def test_a_mean_with_an_undefined_part_is_undefined():
+    found = measurements(outcome({}, attack=[attack(0.5, 20.0), attack(1.0, None)]))
+    assert math.isnan(found[Quantity("attack: mean", "bbox")])
+
+
+def test_unfinished_trials_measure_nothing():
+    assert measurements(Outcome(TRIAL, Path("x"), None)) == {}
+
+
+def test_of_several_test_sets_the_first_counts():
+    found = measurements(outcome({"coco_val": {"bbox": {"AP": 3.0}}, "other": {"bbox": {"AP": 5.0}}}))
+    assert found == {Quantity("clean", "bbox"): 3.0}
+
+
+def test_accuracy_is_the_main_number_of_classification():
+    found = measurements(outcome({"accuracy": {"accuracy": 80.0, "top1": 81.0, "accuracy-cat": 70.0}}))
+    assert found[Quantity("clean", "accuracy", "accuracy")] == 80.0
+    assert [quantity.metric for quantity in found] == ["accuracy", "top1", "accuracy-cat"]
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), True, "3", {}])
+def test_undefined_ap_is_no_number(value):
+    assert not is_number(value)

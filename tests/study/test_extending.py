@@ -1,0 +1,72 @@
+"""An evaluation is added in one place, and then is in the table, the files, the answers and the report."""
+
+import csv
+import json
+
+import pytest
+
+from rt_detectron.study.evaluations import EVALUATIONS, Evaluation, tidy_table
+from rt_detectron.study.report import terminal_table, write_report
+from rt_detectron.study.statistics import TASKS, Quantity, compare, select
+from rt_detectron.study.tables import score_table
+
+
+class Rotation(Evaluation):
+    """AP on rotated images. Its part of robustness.json: angle in degrees -> task -> AP."""
+
+    name, title, question, main_kind = "rotation", "Rotated images", "On rotated images", "rotation: mean"
+
+    def numbers(self, part):
+        found = {}
+        for angle, by_task in part.items():
+            found |= {Quantity("rotation", task, "AP", "", int(angle)): ap for task, ap in by_task.items()}
+        for task in part["90"]:
+            means = [by_task[task] for by_task in part.values()]
+            found[Quantity("rotation: mean", task)] = sum(means) / len(means)
+        return found
+
+    def tables(self, scores, task):
+        lines = select(scores, kind="rotation", task=task)
+        columns = {f"{angle}°": select(lines, level=angle) for angle in (90, 180)}
+        return score_table(f"{TASKS[task]} on rotated images", columns)
+
+    def text(self, outcomes):
+        return "Images are rotated clockwise."
+
+
+@pytest.fixture
+def report(tmp_path, build_study):
+    """A report's comparison and folder, of a study whose trials were also evaluated on rotated images."""
+    options = {"detectors": ("faster_rcnn",), "arms": ("standard", "robust"), "rates": (0.02,)}
+    study, outcomes = build_study(tmp_path, **options)
+    for outcome in outcomes:
+        base = (50.0 if outcome.trial.arm == "robust" else 40.0) + outcome.trial.seed
+        outcome.robustness["rotation"] = {"90": {"bbox": base}, "180": {"bbox": base - 20}}
+    EVALUATIONS.append(Rotation())
+    try:
+        comparison = compare(study, outcomes, tidy_table(outcomes))
+        write_report(comparison, tmp_path / "out", "command")
+        yield comparison, tmp_path / "out"
+    finally:
+        EVALUATIONS.pop()
+
+
+def test_a_new_evaluation_is_everywhere(report):
+    comparison, folder = report
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    values = {
+        (row["arm"], row["seed"], row["level"]): row["value"] for row in rows if row["kind"] == "rotation"
+    }
+    assert values["robust", "2", "180"] == "32.0"
+    assert len(values) == 2 * 2 * 2
+    table = json.loads((folder / "results.json").read_text())["table"]
+    (mean,) = [row for row in table if (row["kind"], row["arm"]) == ("rotation: mean", "robust")]
+    assert (mean["mean"], mean["change"]["differences"]["mean"]) == (41.5, 10.0)
+    for name in ("tables.md", "tables.tex"):
+        assert "box AP on rotated images" in (folder / name).read_text()
+    page = (folder / "report.html").read_text()
+    assert "<h2>Rotated images</h2>" in page
+    assert "Images are rotated clockwise." in page
+    assert "robust is better than standard: box AP +10.00 [+10.00, +10.00]." in page
+    assert (folder / "figures" / "answer-rotation-mean.svg").is_file()
+    assert "+10.00 [+10.00, +10.00]  better" in terminal_table(comparison.scores)
