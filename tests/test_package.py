@@ -126,11 +126,16 @@ stand_in = types.ModuleType("rt_detectron")
 stand_in.__path__ = [{str(PACKAGE)!r}]
 stand_in.__version__ = "0"
 sys.modules["rt_detectron"] = stand_in
-hidden = dict.fromkeys(["torch", "detectron2"])
-sys.modules.update(hidden)
+# Not as None in sys.modules: SciPy takes that for a torch that has been imported.
+class Hidden:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "detectron2"):
+            raise ModuleNotFoundError("hidden: " + name)
+sys.meta_path.insert(0, Hidden)
 for name in {light}:
     importlib.import_module(name)
-for name in [name for name in sys.modules if name.split(".")[0] == "rt_detectron" or name in hidden]:
+sys.meta_path.remove(Hidden)
+for name in [name for name in sys.modules if name.split(".")[0] == "rt_detectron"]:
     del sys.modules[name]
 for name in {MODULES}:
     importlib.import_module(name)
