@@ -25,7 +25,7 @@ import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.attacks import PGD, DetectorAttack, ThreatModel
 from rt_detectron.attacks.detection import LOSSES
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
-from rt_detectron.detection import load_config
+from rt_detectron.detection import load_detector_config
 from rt_detectron.utils.errors import one_line_errors
 
 CONFIG = "configs/coco_subset/mask_rcnn_r18_fpn.yaml"
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[320, 640], help="widths of the image")
     args = parser.parse_args()
     with one_line_errors():
-        print(table(load_config(args.config_file, ["MODEL.WEIGHTS", args.weights]), args))
+        print(table(load_detector_config(args.config_file, ["MODEL.WEIGHTS", args.weights]), args))
 
 
 def table(cfg: CfgNode, args: argparse.Namespace) -> str:

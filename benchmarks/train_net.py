@@ -22,7 +22,7 @@ from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
 import rt_detectron  # noqa: F401  (registers the backbones)
-from rt_detectron.detection import Trainer, load_config
+from rt_detectron.detection import Trainer, load_detector_config
 
 SEED = 1
 
@@ -31,7 +31,9 @@ class Side:
     """One trainer, whose iterations are run one at a time."""
 
     def __init__(self, trainer_class: type[DefaultTrainer], config_file: str, opts: list[str], folder: str):
-        cfg = load_config(config_file, [*opts, "OUTPUT_DIR", folder, "SOLVER.CHECKPOINT_PERIOD", "1000000"])
+        cfg = load_detector_config(
+            config_file, [*opts, "OUTPUT_DIR", folder, "SOLVER.CHECKPOINT_PERIOD", "1000000"]
+        )
         seed_all_rng(SEED)
         self.trainer = trainer_class(cfg)
         self.trainer.resume_or_load(resume=False)

@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from rt_detectron.checkpoint.architectures import build_classifier, get_architecture
 from rt_detectron.checkpoint.convert import read_network
-from rt_detectron.transfer.config import load_config
 from rt_detectron.transfer.datasets import classification_dataset
+from rt_detectron.transfer.recipe import load_transfer_config
 from rt_detectron.transfer.trainer import do_transfer
 from rt_detectron.utils.errors import one_line_errors
 
@@ -79,7 +79,7 @@ def ours(args: argparse.Namespace, folder: Path, seed: int) -> tuple[float, floa
         "train.export": "false",
         "train.output_dir": output,
     }
-    cfg = load_config(str(CONFIG), [f"{key}={value}" for key, value in overrides.items()])
+    cfg = load_transfer_config(str(CONFIG), [f"{key}={value}" for key, value in overrides.items()])
     start = time.perf_counter()
     do_transfer(cfg)
     seconds = time.perf_counter() - start

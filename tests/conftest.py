@@ -19,7 +19,7 @@ import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.config import add_robust_config
-from rt_detectron.detection import load_config
+from rt_detectron.detection import load_detector_config
 from rt_detectron.study.run import ray_session
 
 DETECTOR_CONFIG = "configs/demo/mask_rcnn_r18_fpn.yaml"
@@ -187,7 +187,7 @@ class ThreeConvolutions(Backbone):
 def learned(tiny_datasets, tmp_path_factory):
     """The config of a Mask R-CNN that knows the six pictures of the tiny training set by heart, of which they
     are DATASETS.TEST, and that detector in eval mode."""
-    from rt_detectron.detection import Trainer, load_config  # here: most test files do without
+    from rt_detectron.detection import Trainer, load_detector_config  # here: most test files do without
 
     name = "rt_test_learned"
     folder = tiny_datasets / "demo" / "detection"
@@ -221,7 +221,7 @@ def learned(tiny_datasets, tmp_path_factory):
         "OUTPUT_DIR": tmp_path_factory.mktemp("learned"),
     }
     opts = [str(part) for pair in keys.items() for part in pair]
-    cfg = load_config("configs/demo/mask_rcnn_r18_fpn.yaml", opts)
+    cfg = load_detector_config("configs/demo/mask_rcnn_r18_fpn.yaml", opts)
     seed_all_rng(0)  # numpy's decides the order of the pictures
     trainer = Trainer(cfg)
     trainer.train()
@@ -274,7 +274,9 @@ def tiny_cfg(sets, tiny_opts):
 
     def make(output, *opts):
         names = ["DATASETS.TRAIN", f"('{sets['train']}',)", "DATASETS.TEST", f"('{sets['val']}',)"]
-        return load_config(DETECTOR_CONFIG, [*tiny_opts, *names, "OUTPUT_DIR", str(output), *map(str, opts)])
+        return load_detector_config(
+            DETECTOR_CONFIG, [*tiny_opts, *names, "OUTPUT_DIR", str(output), *map(str, opts)]
+        )
 
     return make
 

@@ -24,13 +24,13 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from rt_detectron.engine.launch import launch
-from rt_detectron.pretrain.config import load_config
 from rt_detectron.pretrain.evaluation import evaluate_classifier
+from rt_detectron.pretrain.recipe import load_pretrain_config
 from rt_detectron.utils.errors import one_line_errors
 
 
 def main(args: argparse.Namespace) -> None:
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_pretrain_config(args.config_file, args.opts)
     cfg.train.output_dir = args.output or f"{os.path.splitext(args.weights)[0]}_evaluation"
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")

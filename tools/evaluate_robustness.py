@@ -32,7 +32,7 @@ from detectron2.utils.logger import setup_logger
 import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
-from rt_detectron.detection import Trainer, load_config
+from rt_detectron.detection import Trainer, load_detector_config
 from rt_detectron.engine.launch import launch
 from rt_detectron.evaluation.robustness.evaluate import (
     evaluate_robustness,
@@ -44,7 +44,7 @@ from rt_detectron.utils.errors import one_line_errors
 
 
 def main(args: argparse.Namespace) -> None:
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_detector_config(args.config_file, args.opts)
     robustness_plan(cfg)  # a mistake is better told before anything is loaded
     check_datasets(cfg.DATASETS.TEST)
     own = robustness_config(cfg)

@@ -21,15 +21,15 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from rt_detectron.engine.launch import launch
-from rt_detectron.engine.loop import locked
-from rt_detectron.pretrain.config import load_config
+from rt_detectron.engine.loop import sole_training
+from rt_detectron.pretrain.recipe import load_pretrain_config
 from rt_detectron.pretrain.trainer import build_model, do_eval, do_train, load_weights
 from rt_detectron.utils.errors import InputError, one_line_errors
 
 
 def main(args: argparse.Namespace) -> None:
-    cfg = load_config(args.config_file, args.opts)
-    with locked(cfg.train.output_dir):
+    cfg = load_pretrain_config(args.config_file, args.opts)
+    with sole_training(cfg.train.output_dir):
         default_setup(cfg, args)
         setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")
         if not args.eval_only:

@@ -21,7 +21,7 @@ from detectron2.utils.logger import setup_logger
 import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
-from rt_detectron.detection import Trainer, load_config
+from rt_detectron.detection import Trainer, load_detector_config
 from rt_detectron.engine.launch import launch
 from rt_detectron.evaluation.results import write_results
 from rt_detectron.utils.errors import one_line_errors
@@ -29,7 +29,7 @@ from rt_detectron.utils.errors import one_line_errors
 
 def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_detector_config(args.config_file, args.opts)
     check_datasets([*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="rt_detectron")

@@ -24,15 +24,15 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from rt_detectron.engine.launch import launch
-from rt_detectron.engine.loop import locked
-from rt_detectron.transfer.config import load_config
+from rt_detectron.engine.loop import sole_training
+from rt_detectron.transfer.recipe import load_transfer_config
 from rt_detectron.transfer.trainer import do_transfer, is_finished
 from rt_detectron.utils.errors import one_line_errors
 
 
 def main(args: argparse.Namespace) -> None:
-    cfg = load_config(args.config_file, args.opts)
-    with locked(cfg.train.output_dir):
+    cfg = load_transfer_config(args.config_file, args.opts)
+    with sole_training(cfg.train.output_dir):
         if is_finished(cfg, args.resume):
             print(f"{cfg.train.output_dir}/results.json is there: nothing to do")
             return

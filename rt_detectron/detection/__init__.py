@@ -9,7 +9,7 @@ from rt_detectron.detection.lazy import (
 )
 from rt_detectron.detection.predictor import Predictor, load_predictors
 from rt_detectron.detection.steps import backbone_factor
-from rt_detectron.detection.trainer import Trainer, load_config
+from rt_detectron.detection.trainer import Trainer, load_detector_config
 from rt_detectron.evaluation.results import write_results
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "build_lazy_model",
     "do_test",
     "do_train",
-    "load_config",
+    "load_detector_config",
     "load_lazy_config",
     "load_predictors",
     "write_lazy_results",

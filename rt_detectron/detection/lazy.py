@@ -18,7 +18,7 @@ from rt_detectron.data import check_datasets
 from rt_detectron.detection.adversarial import replayed
 from rt_detectron.detection.hooks import build_average, training_hooks
 from rt_detectron.detection.steps import DIVERGED, build_trainer, fast
-from rt_detectron.engine.lazy_config import config_sha256, read_lazy_config
+from rt_detectron.engine.lazy_config import lazy_config_sha256, read_lazy_config
 from rt_detectron.engine.train_hooks import SafeCheckpointing
 from rt_detectron.evaluation.results import describe_dataset
 from rt_detectron.utils.errors import InputError
@@ -149,7 +149,7 @@ def write_lazy_results(cfg, results: dict, wall_time_s: float, iterations: int) 
         "iterations": iterations,
         "seed": cfg.train.get("seed", -1),
         "wall_time_s": round(wall_time_s, 1),
-        "config_sha256": config_sha256(cfg),
+        "config_sha256": lazy_config_sha256(cfg),
         "weights": cfg.train.init_checkpoint or OmegaConf.select(cfg, "model.backbone.name") or "",
         "versions": versions(),
         "datasets": [describe_dataset(name, folder) for name in dataset_names(cfg, "test")],

@@ -9,7 +9,7 @@ from detectron2.structures import Instances
 
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
-from rt_detectron.detection.trainer import load_config
+from rt_detectron.detection.trainer import load_detector_config
 from rt_detectron.utils.errors import InputError
 
 
@@ -57,7 +57,8 @@ def load_predictors(
         opts: ``KEY VALUE ...``, for all.
 
     Raises:
-        InputError: for numbers of files or captions that do not go together, and as load_config, Predictor.
+        InputError: for numbers of files or captions that do not match, and as :func:`load_detector_config`
+            and :class:`Predictor`.
     """
     if not 0 <= threshold <= 1:
         raise InputError(f"--threshold {threshold}: a score lies in 0 to 1")
@@ -77,7 +78,7 @@ def load_predictors(
     predictors = {}
     for caption, path, file in zip(captions, config_files, weights, strict=True):
         own = ["MODEL.WEIGHTS", file] if file else []
-        predictors[caption] = Predictor(load_config(path, [*first, *opts, *own]))
+        predictors[caption] = Predictor(load_detector_config(path, [*first, *opts, *own]))
     return predictors
 
 

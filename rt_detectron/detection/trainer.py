@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 WAY_OUT = "a lower SOLVER.BASE_LR, or with SOLVER.CLIP_GRADIENTS.ENABLED True"
 
 
-def load_config(path: str, opts: list[str]) -> CfgNode:
+def load_detector_config(path: str, opts: list[str]) -> CfgNode:
     """Detectron2's and our keys, the file at ``path``, then ``opts`` (``KEY VALUE ...``); frozen.
 
     Where there is no GPU, MODEL.DEVICE becomes "cpu", with a warning.

@@ -1,7 +1,6 @@
 """Reading and writing LazyConfig files, Detectron2's configuration in Python."""
 
 import copy
-import hashlib
 import logging
 import os
 import tempfile
@@ -15,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.files import text_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,8 @@ def as_yaml(cfg) -> str:
             return file.read()
 
 
-def config_sha256(cfg) -> str:
-    """Identifies a run's configuration wherever its output lies."""
+def lazy_config_sha256(cfg) -> str:
+    """SHA-256 of a configuration, whatever its output folder."""
     cfg = copy.deepcopy(cfg)
     cfg.train.output_dir = ""
-    return hashlib.sha256(as_yaml(cfg).encode()).hexdigest()
+    return text_sha256(as_yaml(cfg))

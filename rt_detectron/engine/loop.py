@@ -99,7 +99,7 @@ def run(
 
 
 @contextmanager
-def locked(folder: str) -> Iterator[None]:
+def sole_training(folder: str) -> Iterator[None]:
     """Keep every other training out of ``folder``; the kernel ends this when the process dies.
 
     Raises:

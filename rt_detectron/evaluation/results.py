@@ -1,13 +1,12 @@
 """The one JSON that a training or evaluation leaves: what came out, and of what."""
 
-import hashlib
 import os
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from rt_detectron.evaluation.build import inference_folder
-from rt_detectron.utils.files import finite, write_json
+from rt_detectron.utils.files import finite, text_sha256, write_json
 from rt_detectron.utils.versions import versions
 
 
@@ -39,11 +38,11 @@ def provenance(cfg: CfgNode, wall_time_s: float) -> dict:
 
 
 def config_sha256(cfg: CfgNode) -> str:
-    """Identifies a run's configuration wherever its output lies."""
+    """SHA-256 of a configuration, whatever its output folder."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = ""
-    return hashlib.sha256(cfg.dump().encode()).hexdigest()
+    return text_sha256(cfg.dump())
 
 
 def describe_dataset(name: str, folder: str) -> dict[str, str | None]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from rt_detectron.checkpoint.checkpointer import TrainingCheckpointer
 from rt_detectron.data.loader import TrainLoader, build_test_loader
-from rt_detectron.engine.lazy_config import config_sha256
+from rt_detectron.engine.lazy_config import lazy_config_sha256
 from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
 from rt_detectron.layers.sync_bn import use_sync_bn
 from rt_detectron.modeling.classifier import Classifier
@@ -56,7 +56,7 @@ def is_finished(cfg, resume: bool) -> bool:
         raise InputError(
             f"{folder} holds results: add --resume to keep them, or choose another train.output_dir"
         )
-    if known != config_sha256(cfg):
+    if known != lazy_config_sha256(cfg):
         raise InputError(
             f"{folder} holds the results of another configuration: choose another train.output_dir"
         )
@@ -200,7 +200,7 @@ def _write_results(cfg, source: dict, test, results: dict, iterations: int, star
         "iterations": iterations,
         "seed": cfg.train.seed,
         "wall_time_s": round(time.perf_counter() - start, 1),
-        "config_sha256": config_sha256(cfg),
+        "config_sha256": lazy_config_sha256(cfg),
         "weights": str(cfg.transfer.weights),
         "source": {key: source[key] for key in ("arch", "norm", "eps", "sha256")},
         "versions": versions(),

@@ -10,7 +10,7 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 
-from rt_detectron.detection import Trainer, load_config
+from rt_detectron.detection import Trainer, load_detector_config
 from rt_detectron.detection.hooks import build_average
 from rt_detectron.detection.steps import DetectorTrainer
 from rt_detectron.utils.errors import InputError
@@ -218,7 +218,7 @@ def test_evaluations_during_training_are_in_the_metrics(tiny_cfg, tmp_path, scri
 
 def preempted_in_one_process(opts):
     """Runs in each of two processes; the second alone gets the signal."""
-    cfg = load_config(CONFIG, opts)
+    cfg = load_detector_config(CONFIG, opts)
     original = DetectorTrainer.run_step
 
     def run_step(self):

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 
 from rt_detectron.checkpoint import zoo
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
-from rt_detectron.detection import Trainer, load_config
+from rt_detectron.detection import Trainer, load_detector_config
 from rt_detectron.evaluation import COCOEvaluator
 from rt_detectron.evaluation.results import write_results
 from rt_detectron.utils.errors import InputError
@@ -47,7 +47,7 @@ def loaded(cfg) -> torch.nn.Module:
 class TestLoadConfig:
     @pytest.mark.parametrize("path", SHIPPED, ids=str)
     def test_shipped_configs_load_and_build(self, path):
-        cfg = load_config(str(path), []).clone()
+        cfg = load_detector_config(str(path), []).clone()
         cfg.defrost()
         cfg.MODEL.DEVICE = "meta"
         with torch.device("meta"):
@@ -63,9 +63,9 @@ class TestLoadConfig:
 
     def test_each_robust_config_has_its_fair_baseline(self):
         for path in Path("configs").glob("*robust_*_eps3.yaml"):
-            robust = load_config(str(path), ["OUTPUT_DIR", "x"]).clone()
+            robust = load_detector_config(str(path), ["OUTPUT_DIR", "x"]).clone()
             baseline = path.with_name(path.name.replace("robust", "standard").replace("eps3", "eps0"))
-            standard = load_config(str(baseline), ["OUTPUT_DIR", "x"])
+            standard = load_detector_config(str(baseline), ["OUTPUT_DIR", "x"])
             robust.defrost()
             arch = robust.MODEL.ROBUST.ARCH
             assert f"robust://{arch}_l2_eps3.pkl" == robust.MODEL.WEIGHTS
@@ -73,7 +73,7 @@ class TestLoadConfig:
             assert robust.dump() == standard.dump()
 
     def test_opts_win_over_the_file_and_the_result_is_frozen(self):
-        cfg = load_config(CONFIG, ["SOLVER.BASE_LR", "0.5", "MODEL.ROBUST.ARCH", "resnet34"])
+        cfg = load_detector_config(CONFIG, ["SOLVER.BASE_LR", "0.5", "MODEL.ROBUST.ARCH", "resnet34"])
         assert (cfg.SOLVER.BASE_LR, cfg.MODEL.ROBUST.ARCH) == (0.5, "resnet34")
         with pytest.raises(AttributeError):
             cfg.SEED = 3
@@ -93,7 +93,7 @@ class TestLoadConfig:
     )
     def test_bad_input_is_one_line(self, path, opts, words):
         with pytest.raises(InputError, match=words) as error:
-            load_config(path, opts)
+            load_detector_config(path, opts)
         assert "\n" not in str(error.value)
 
     @pytest.mark.parametrize(
@@ -111,13 +111,13 @@ class TestLoadConfig:
     def test_a_broken_file_is_one_line(self, tmp_path, content, words):
         (tmp_path / "broken.yaml").write_text(content)
         with pytest.raises(InputError, match=words) as error:
-            load_config(str(tmp_path / "broken.yaml"), [])
+            load_detector_config(str(tmp_path / "broken.yaml"), [])
         assert "\n" not in str(error.value)
 
     @pytest.mark.parametrize(("gpu", "device", "warnings"), [(False, "cpu", 1), (True, "cuda", 0)])
     def test_without_a_gpu_the_cpu_serves(self, monkeypatch, caplog, gpu, device, warnings):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-        cfg = load_config(CONFIG, ["SOLVER.AMP.ENABLED", "True"])
+        cfg = load_detector_config(CONFIG, ["SOLVER.AMP.ENABLED", "True"])
         found = (cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
         assert found == (device, gpu)
         assert len([line for line in caplog.messages if "No GPU found" in line]) == warnings

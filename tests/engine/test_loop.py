@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rt_detectron.checkpoint.checkpointer import periodic_checkpoints
-from rt_detectron.engine.loop import locked
+from rt_detectron.engine.loop import sole_training
 from rt_detectron.pretrain.strategies import Adversarial
 from rt_detectron.pretrain.trainer import do_train
 from rt_detectron.utils.errors import InputError
@@ -114,7 +114,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
 
 def test_a_folder_has_one_training_at_a_time(tmp_path):
     folder = str(tmp_path / "out")
-    with locked(folder), pytest.raises(InputError, match=r"another process is training into .*out: choose"):
-        locked(folder).__enter__()
-    with locked(folder):
+    with (
+        sole_training(folder),
+        pytest.raises(InputError, match=r"another process is training into .*out: choose"),
+    ):
+        sole_training(folder).__enter__()
+    with sole_training(folder):
         pass

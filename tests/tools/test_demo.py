@@ -9,7 +9,7 @@ import torch
 from detectron2.modeling import build_model
 from PIL import Image
 
-from rt_detectron.detection import load_config
+from rt_detectron.detection import load_detector_config
 
 REPOSITORY = Path(__file__).parents[2]
 TOOL = str(REPOSITORY / "tools" / "demo.py")
@@ -29,7 +29,7 @@ def weights(opts, tmp_path_factory):
     for seed in (1, 2):
         torch.manual_seed(seed)
         files.append(tmp_path_factory.mktemp("weights") / f"{seed}.pth")
-        torch.save({"model": build_model(load_config(CONFIG, opts)).state_dict()}, files[-1])
+        torch.save({"model": build_model(load_detector_config(CONFIG, opts)).state_dict()}, files[-1])
     return [str(file) for file in files]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rt_detectron.transfer.config import load_config
+from rt_detectron.transfer.recipe import load_transfer_config
 from rt_detectron.transfer.trainer import do_transfer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def test_two_processes_share_the_features_and_fit_one_layer(in_two_processes, ov
     results, predictions = in_two_processes("fixed_feature")
     assert {"config.yaml", "log.txt", "metrics.json", "classifier.pth"} <= set(os.listdir(tmp_path / "two"))
     (tmp_path / "one").mkdir()
-    do_transfer(load_config(str(CONFIGS / "fixed_feature.py"), overrides("one")))
+    do_transfer(load_transfer_config(str(CONFIGS / "fixed_feature.py"), overrides("one")))
     expected = read(tmp_path / "one")
     assert (results["metrics"], predictions) == (expected[0]["metrics"], expected[1])
     assert results["config_sha256"] == expected[0]["config_sha256"]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rt_detectron.transfer.config import load_config
+from rt_detectron.transfer.recipe import load_transfer_config
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def make_cfg(digit_folders, classifier_file, tmp_path):
             "train.export=false",
             f"train.output_dir={tmp_path}/out",
         ]
-        cfg = load_config(f"configs/transfer/{method}.py", [*usual, *overrides])
+        cfg = load_transfer_config(f"configs/transfer/{method}.py", [*usual, *overrides])
         (tmp_path / "out").mkdir(exist_ok=True)
         return cfg
 

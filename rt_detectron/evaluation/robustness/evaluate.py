@@ -44,7 +44,7 @@ def evaluate_robustness(cfg: CfgNode, model: nn.Module, resume: bool = False) ->
     All else goes to ``OUTPUT_DIR/robustness``: the clean predictions, pictures, and what was measured so far.
 
     Args:
-        cfg: read with :func:`rt_detectron.detection.load_config`.
+        cfg: read with :func:`rt_detectron.detection.load_detector_config`.
         model: the detector with its weights, on its device.
         resume: measure only what an earlier, interrupted run with the same config and weights did not.
 

@@ -1,7 +1,7 @@
 """Transfer recipes: LazyConfig files under configs/transfer."""
 
 from rt_detectron.engine.lazy_config import read_lazy_config
-from rt_detectron.pretrain.config import check_train, check_values
+from rt_detectron.pretrain.recipe import check_train, check_values
 from rt_detectron.utils.errors import InputError
 
 METHODS = ("fixed_feature", "full_network")
@@ -10,7 +10,7 @@ KEYS = ("transfer", "dataset", "dataloader", "optimizer", "lr_multiplier", "trai
 SHORT = ("weights", "arch")  # on the command line without "transfer."
 
 
-def load_config(path: str, overrides: list[str]):
+def load_transfer_config(path: str, overrides: list[str]):
     """The recipe at ``path`` with ``key=value`` overrides.
 
     Where there is no GPU, train.device becomes "cpu", with a warning.

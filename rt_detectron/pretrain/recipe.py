@@ -8,7 +8,7 @@ from rt_detectron.utils.errors import InputError
 KEYS = ("model", "dataloader", "optimizer", "lr_multiplier", "evaluator", "train")  # of a recipe
 
 
-def load_config(path: str, overrides: list[str]):
+def load_pretrain_config(path: str, overrides: list[str]):
     """The recipe at ``path`` with ``key=value`` overrides.
 
     Where there is no GPU, train.device becomes "cpu", with a warning.

@@ -4,13 +4,13 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 
-from rt_detectron.pretrain.config import load_config
+from rt_detectron.pretrain.recipe import load_pretrain_config
 from rt_detectron.utils.errors import InputError
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs/pretrain").glob("*.py")), ids=lambda p: p.stem)
 def test_shipped_recipes_load_build_and_can_be_saved(path, tmp_path):
-    cfg = load_config(str(path), [])
+    cfg = load_pretrain_config(str(path), [])
     assert cfg.model.classifier.arch in path.stem or "demo" in path.stem
     cfg.model.classifier.num_classes = 2
     with torch.device("meta"):
@@ -22,13 +22,15 @@ def test_shipped_recipes_load_build_and_can_be_saved(path, tmp_path):
     scheduler = instantiate(cfg.lr_multiplier)
     assert scheduler(1.0) < scheduler(0.5) <= 1
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))  # what a training leaves to resume with
-    saved = load_config(str(tmp_path / "config.yaml"), [])
+    saved = load_pretrain_config(str(tmp_path / "config.yaml"), [])
     assert saved.train == cfg.train
     assert instantiate(saved.dataloader.train.dataset.transform).transforms
 
 
 def test_overrides_apply():
-    cfg = load_config("configs/pretrain/resnet50_l2_eps3.py", ["threat_model.eps=0.5", "train.epochs=2"])
+    cfg = load_pretrain_config(
+        "configs/pretrain/resnet50_l2_eps3.py", ["threat_model.eps=0.5", "train.epochs=2"]
+    )
     assert cfg.model.strategy.attack.threat_model.eps == 0.5
     assert cfg.evaluator.attack.threat_model.eps == 0.5
     assert cfg.train.epochs == 2
@@ -36,10 +38,10 @@ def test_overrides_apply():
 
 def test_overrides_reach_into_lists():
     first = "dataloader.train.dataset.transform.transforms.0"
-    cfg = load_config("configs/pretrain/resnet50_l2_eps3.py", [f"{first}.size=100"])
+    cfg = load_pretrain_config("configs/pretrain/resnet50_l2_eps3.py", [f"{first}.size=100"])
     assert cfg.dataloader.train.dataset.transform.transforms[0].size == 100
     with pytest.raises(InputError, match="unknown configuration key"):
-        load_config("configs/pretrain/resnet50_l2_eps3.py", [f"{first[:-1]}9.size=100"])
+        load_pretrain_config("configs/pretrain/resnet50_l2_eps3.py", [f"{first[:-1]}9.size=100"])
 
 
 @pytest.mark.parametrize(
@@ -59,21 +61,21 @@ def test_overrides_reach_into_lists():
 )
 def test_bad_input_is_one_line(path, overrides, words):
     with pytest.raises(InputError, match=words) as error:
-        load_config(path, overrides)
+        load_pretrain_config(path, overrides)
     assert "\n" not in str(error.value)
 
 
 def test_a_file_with_a_syntax_error_is_one_line(tmp_path):
     (tmp_path / "broken.py").write_text("train = dict(\n")
     with pytest.raises(InputError, match=r"broken.py: not a LazyConfig file") as error:
-        load_config(str(tmp_path / "broken.py"), [])
+        load_pretrain_config(str(tmp_path / "broken.py"), [])
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("gpu", "device", "warnings"), [(False, "cpu", 1), (True, "cuda", 0)])
 def test_without_a_gpu_the_cpu_serves(monkeypatch, caplog, gpu, device, warnings):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    cfg = load_config("configs/pretrain/demo_l2.py", ["train.amp=bf16"])
+    cfg = load_pretrain_config("configs/pretrain/demo_l2.py", ["train.amp=bf16"])
     assert (cfg.train.device, cfg.train.amp) == (device, "bf16")
     assert len([line for line in caplog.messages if "No GPU found" in line]) == warnings
 
@@ -92,4 +94,4 @@ def test_without_a_gpu_the_cpu_serves(monkeypatch, caplog, gpu, device, warnings
 )
 def test_values_that_make_no_sense_are_one_line(override, words):
     with pytest.raises(InputError, match=words):
-        load_config("configs/pretrain/demo_l2.py", ["train.device=cpu", override])
+        load_pretrain_config("configs/pretrain/demo_l2.py", ["train.device=cpu", override])

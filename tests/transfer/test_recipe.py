@@ -2,13 +2,13 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from rt_detectron.transfer.config import load_config
+from rt_detectron.transfer.recipe import load_transfer_config
 from rt_detectron.utils.errors import InputError
 
 
 @pytest.mark.parametrize("method", ["fixed_feature", "full_network"])
 def test_the_shipped_recipes_are_the_publications(method):
-    cfg = load_config(f"configs/transfer/{method}.py", ["weights=resnet18_l2_eps3"])
+    cfg = load_transfer_config(f"configs/transfer/{method}.py", ["weights=resnet18_l2_eps3"])
     assert (cfg.train.epochs, cfg.dataloader.total_batch_size) == (150, 64)
     optimizer = cfg.optimizer
     assert optimizer._target_ in (torch.optim.SGD, "torch.optim.sgd.SGD", "torch.optim.SGD")
@@ -25,7 +25,7 @@ def test_the_shipped_recipes_are_the_publications(method):
 
 def test_sizes_follow_from_two_keys():
     overrides = ["weights=x.pth", "dataset.image_size=32", "dataset.resize=36", "arch=resnet18"]
-    cfg = load_config("configs/transfer/full_network.py", overrides)
+    cfg = load_transfer_config("configs/transfer/full_network.py", overrides)
     assert instantiate(cfg.dataset.train_transform).transforms[0].size == (32, 32)
     resize, crop = instantiate(cfg.dataset.test_transform).transforms
     assert (resize.size, crop.size) == ([36], (32, 32))
@@ -53,5 +53,5 @@ def test_sizes_follow_from_two_keys():
 )
 def test_values_that_make_no_sense_are_one_line(method, override, words):
     with pytest.raises(InputError, match=r"^[^\n]+$") as error:
-        load_config(f"configs/transfer/{method}.py", ["weights=x.pth", "train.device=cpu", override])
+        load_transfer_config(f"configs/transfer/{method}.py", ["weights=x.pth", "train.device=cpu", override])
     assert words in str(error.value)
