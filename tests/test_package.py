@@ -222,7 +222,7 @@ def test_the_reader_of_imports_sees_every_form(tmp_path):
         "rt_detectron",
         "rt_detectron.study.grid",
         "rt_detectron.modeling",
-        "rt_detectron.attacks",
+        "rt_detectron.attacks.pgd",
         "rt_detectron.engine",
         "rt_detectron.data",
     }
