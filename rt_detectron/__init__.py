@@ -3,6 +3,17 @@
 Importing this registers the backbone builders and the ``robust://`` paths; nothing else happens.
 """
 
+try:
+    import detectron2  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "detectron2":
+        raise
+    raise ModuleNotFoundError(
+        "rt_detectron needs Detectron2, which is on no package index: docs/install.md tells how to get it, "
+        "and `make setup` in a clone of rt_detectron does it",
+        name="detectron2",
+    ) from None
+
 from detectron2.utils.file_io import PathManager
 
 from rt_detectron.checkpoint import zoo

@@ -13,6 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
+import _environment  # noqa: F401  (first, since it checks this Python)
+
 from rt_detectron.study.evaluations import tidy_table
 from rt_detectron.study.load import load_study
 from rt_detectron.study.record import output_folder

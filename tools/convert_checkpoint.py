@@ -6,6 +6,8 @@ python tools/convert_checkpoint.py output/pretrain/classifier.pth resnet50_l2_ep
 
 import argparse
 
+import _environment  # noqa: F401  (first, since it checks this Python)
+
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, TIMM, get_architecture
 from rt_detectron.checkpoint.convert import NORMS, Conversion, convert_checkpoint
 from rt_detectron.checkpoint.preprocessing import preprocessing_lines

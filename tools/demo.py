@@ -15,6 +15,7 @@ examples:
 import argparse
 import sys
 
+import _environment  # noqa: F401  (first, since it checks this Python)
 import numpy as np
 from PIL import Image
 

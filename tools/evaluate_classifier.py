@@ -7,7 +7,7 @@ evaluation.md and eps_curve.png to --output.
 attacks, separated by commas:
   pgd20       20 steps from the image
   pgd100x5    100 steps, the strongest of 5 random starts
-  autoattack  AutoAttack's standard ensemble; hours on a CPU. Needs: pip install "rt_detectron[autoattack]"
+  autoattack  AutoAttack's standard ensemble; hours on a CPU. Needs: pip install pyautoattack
 
 examples:
   tools/evaluate_classifier.py --config-file configs/pretrain/resnet50_l2_eps3.py \\
@@ -19,6 +19,7 @@ examples:
 import argparse
 import os
 
+import _environment  # noqa: F401  (first, since it checks this Python)
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger

@@ -14,6 +14,7 @@ examples:
 import argparse
 import time
 
+import _environment  # noqa: F401  (first, since it checks this Python)
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger

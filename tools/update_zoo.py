@@ -11,6 +11,8 @@ import os
 import re
 from pathlib import Path
 
+import _environment  # noqa: F401  (first, since it checks this Python)
+
 from rt_detectron.checkpoint.architectures import check_architecture
 from rt_detectron.checkpoint.formats import read_classifier
 from rt_detectron.checkpoint.zoo import TABLE

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rt_detectron.attacks.threat_model import ThreatModel
-from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.errors import InputError, optional_import
 from rt_detectron.utils.modes import eval_mode
 
 NORMS = {"l1": "L1", "l2": "L2", "linf": "Linf"}  # as the package spells them
@@ -59,9 +59,6 @@ class AutoAttack:
 
 
 def _package():
-    try:
-        import pyautoattack
-    except ImportError:
-        raise InputError('AutoAttack needs pyautoattack: pip install "rt_detectron[autoattack]"') from None
+    pyautoattack = optional_import("pyautoattack", "pyautoattack>=0.2", "AutoAttack")
     logging.getLogger("auto-attack").setLevel(logging.ERROR)  # it comments on every batch
     return pyautoattack

@@ -3,7 +3,6 @@
 A new architecture of a known family is one entry here.
 """
 
-import difflib
 import functools
 import re
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.errors import InputError, did_you_mean, optional_import
 
 TIMM = "timm/"  # before the name of a network of timm's
 
@@ -137,29 +136,22 @@ def get_architecture(name: str) -> Architecture:
         return _timm_architecture(name.removeprefix(TIMM))
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
-    near = difflib.get_close_matches(name, ARCHITECTURES, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
     raise InputError(
-        f"unknown architecture {name!r}: {hint}known are {', '.join(ARCHITECTURES)} and timm/NAME"
+        f"unknown architecture {name!r}; known are {', '.join(ARCHITECTURES)} and timm/NAME"
+        f"{did_you_mean(name, ARCHITECTURES)}"
     )
 
 
 def import_timm():
-    """The module timm; an :class:`InputError` that names the extra to install where it is missing."""
-    try:
-        import timm
-    except ImportError:
-        raise InputError("timm networks need timm: pip install 'rt_detectron[timm]'") from None
-    return timm
+    """The module timm; an :class:`InputError` where it is missing."""
+    return optional_import("timm", "timm>=1.0.31", "timm networks")
 
 
 @functools.cache
 def _timm_architecture(name: str) -> Architecture:
     timm = import_timm()
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f": did you mean {' or '.join(near)}?" if near else ""
-        raise InputError(f"timm has no model {name!r}{hint}")
+        raise InputError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
     config = timm.get_pretrained_cfg(name)
     first_conv, classifier = getattr(config, "first_conv", None), getattr(config, "classifier", None)
     if not isinstance(first_conv, str) or not isinstance(classifier, str):

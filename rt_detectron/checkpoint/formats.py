@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, backbone_names
-from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.errors import InputError, optional_import
 from rt_detectron.utils.files import replaced_atomically
 
 # Where a file keeps the network's own names. The robustness package stores the network twice, plainly and
@@ -152,14 +152,9 @@ def check_file(path: str) -> None:
 
 
 def _read_safetensors(path: str) -> tuple[dict, dict[str, Tensor]]:
+    safetensors = optional_import("safetensors", "safetensors>=0.4", f"reading {path}")
     try:
-        from safetensors import safe_open
-    except ImportError:
-        raise InputError(
-            f"reading {path} needs safetensors: pip install 'rt_detectron[safetensors]'"
-        ) from None
-    try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("rt_detectron", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except Exception as error:  # broad, as in _read_torch
@@ -420,14 +415,9 @@ def write_robustness(state_dict: dict[str, Tensor], metadata: dict, path: str) -
 
 def write_safetensors(state_dict: dict[str, Tensor], metadata: dict, path: str) -> None:
     """The state dict, and ``metadata`` as JSON in the file's header."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise InputError(
-            "writing .safetensors needs safetensors: pip install 'rt_detectron[safetensors]'"
-        ) from None
+    safetensors = optional_import("safetensors.torch", "safetensors>=0.4", "writing .safetensors")
     tensors = {name: tensor.contiguous() for name, tensor in state_dict.items()}
-    save_file(tensors, path, metadata={"rt_detectron": json.dumps(metadata)})
+    safetensors.save_file(tensors, path, metadata={"rt_detectron": json.dumps(metadata)})
 
 
 # By the ending of the file.

@@ -1,7 +1,6 @@
 """The published robust classifiers by name, and ``robust://NAME.pkl``: their Detectron2 backbones."""
 
 import builtins
-import difflib
 import errno
 import functools
 import json
@@ -14,7 +13,7 @@ from iopath.common.file_io import PathHandler, get_cache_dir
 
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.checkpoint.formats import check_file
-from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, did_you_mean, one_line
 from rt_detectron.utils.files import file_sha256, locked
 
 logger = logging.getLogger(__name__)
@@ -92,9 +91,8 @@ def find(name: str) -> Entry:
     """
     if name in _entries():
         return _entries()[name]
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), _entries(), n=3)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise InputError(f"the zoo has no {name}: {hint}docs/MODEL_ZOO.md lists all names")
+    hint = did_you_mean(name.lower().replace("-", "_"), _entries())
+    raise InputError(f"the zoo has no {name}; docs/MODEL_ZOO.md lists all names{hint}")
 
 
 def checkpoint(name: str) -> str:

@@ -6,7 +6,6 @@ Robustness to Common Corruptions and Perturbations", in the version for images o
 """
 
 import contextlib
-import difflib
 import hashlib
 import os
 import tempfile
@@ -17,7 +16,7 @@ import numpy as np
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
-from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.errors import InputError, did_you_mean, optional_import
 
 COMMON_CORRUPTIONS = (
     "gaussian_noise",
@@ -51,9 +50,8 @@ def corruption_names(names: Iterable[str]) -> tuple[str, ...]:
     groups = {"common": COMMON_CORRUPTIONS, "all": everything, **{name: (name,) for name in everything}}
     for name in names:
         if name not in groups:
-            near = difflib.get_close_matches(str(name), groups, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(groups)}"
-            raise InputError(f"unknown corruption {name!r}; {hint}")
+            hint = did_you_mean(name, groups) or f"; known are {', '.join(groups)}"
+            raise InputError(f"unknown corruption {name!r}{hint}")
     return tuple(dict.fromkeys(corruption for name in names for corruption in groups[name]))
 
 
@@ -136,12 +134,11 @@ def _numpy_seeded(*key: int | str) -> Iterator[None]:
 
 def _function(name: str) -> Callable[[Image.Image, int], np.ndarray | Image.Image]:
     (name,) = corruption_names([name])
-    try:
-        with warnings.catch_warnings():  # of its imports from deprecated places
-            warnings.simplefilter("ignore")
-            from imagecorruptions import corruptions
-    except ImportError as error:
-        raise InputError(f"corruptions: {error}; pip install 'rt_detectron[corruptions]'") from None
+    with warnings.catch_warnings():  # of its imports from deprecated places
+        warnings.simplefilter("ignore")
+        corruptions = optional_import(
+            "imagecorruptions.corruptions", "imagecorruptions>=1.1.2", "image corruptions"
+        )
     return _REPLACEMENTS.get(name) or getattr(corruptions, name)
 
 

@@ -1,6 +1,5 @@
 """The demo set under its name, and checks of what a config asks for before anything long begins."""
 
-import difflib
 import math
 import os
 
@@ -9,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.data.datasets import register_coco_instances
 
 from rt_detectron.data.derived import register_derived
-from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, did_you_mean, one_line
 
 
 def _register_demo(root: str) -> None:
@@ -40,9 +39,8 @@ def check_datasets(names) -> None:
 
 def _check_dataset(name: str) -> None:
     if name not in DatasetCatalog:
-        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "register it, or use coco_2017_train"
-        raise InputError(f"dataset {name!r} is not registered; {hint}")
+        hint = did_you_mean(name, DatasetCatalog.list()) or "; register it, or use coco_2017_train"
+        raise InputError(f"dataset {name!r} is not registered{hint}")
     metadata = MetadataCatalog.get(name)
     for path in (metadata.get("json_file"), metadata.get("image_root")):
         if path is not None and not os.path.exists(path):

@@ -1,6 +1,5 @@
 """Datasets derived from registered ones by name alone: ``coco_2017_train@person@fit``."""
 
-import difflib
 import hashlib
 import json
 import os
@@ -9,7 +8,7 @@ from functools import partial
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, did_you_mean, one_line
 from rt_detectron.utils.files import cache_folder, locked, replaced_atomically
 
 _VERSION = 1  # of the derivations below: part of the cache's key
@@ -99,9 +98,11 @@ def _derived(json_file: str, name: str, modifiers: list[str]) -> dict:
 def _only(modifier: str, name: str, content: dict) -> dict:
     by_name = {category["name"].replace(" ", "_"): category for category in content["categories"]}
     if modifier not in by_name:
-        near = difflib.get_close_matches(modifier, [*_SPLITS_AND_MERGES, *by_name], n=3)
-        hint = f"did you mean {' or '.join('@' + word for word in near)}" if near else "use a category's name"
-        raise InputError(f"{name}: unknown modifier @{modifier}; {hint}, or @any, @fit, @held_out")
+        known = [f"@{known}" for known in (*_SPLITS_AND_MERGES, *by_name)]
+        raise InputError(
+            f"{name}: unknown modifier @{modifier}; use @any, @fit, @held_out or @CATEGORY"
+            f"{did_you_mean(f'@{modifier}', known)}"
+        )
     category = by_name[modifier]
     kept = [found for found in content["annotations"] if found["category_id"] == category["id"]]
     return {**content, "categories": [category], "annotations": kept}

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from torch.utils.data import IterableDataset, get_worker_info
 
 from rt_detectron.data.images import CorruptImages, decode
-from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.errors import InputError, optional_import
 
 
 class ShardDataset(IterableDataset):
@@ -117,12 +117,9 @@ def _class(sample: dict) -> int | str:
 
 def _expand(patterns: list[str]) -> list[str]:
     """Brace ranges and local globs to the list of shards, sorted; missing local files are an error."""
-    try:
-        from webdataset.shardlists import expand_urls
-    except ImportError:
-        raise InputError('reading shards needs webdataset: pip install "rt_detectron[webdataset]"') from None
+    shardlists = optional_import("webdataset.shardlists", "webdataset>=1.0", "WebDataset shards")
     urls = []
-    for url in itertools.chain.from_iterable(expand_urls(pattern) for pattern in patterns):
+    for url in itertools.chain.from_iterable(shardlists.expand_urls(pattern) for pattern in patterns):
         if "://" in url or url.startswith("pipe:"):
             urls.append(url)
             continue

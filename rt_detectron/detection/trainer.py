@@ -25,6 +25,7 @@ from rt_detectron.detection.steps import DIVERGED, build_optimizer, build_traine
 from rt_detectron.engine.train_hooks import SafeCheckpointing
 from rt_detectron.evaluation.build import build_evaluator, inference_folder
 from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.files import find_config
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def load_detector_config(path: str, opts: list[str]) -> CfgNode:
     Raises:
         InputError: for a missing file, an unknown key or a value of the wrong type.
     """
+    path = find_config(path)
     if not os.path.isfile(path):
         raise InputError(f"--config-file {path or '(none)'}: no such file; configs/ holds the shipped ones")
     cfg = get_cfg()

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from rt_detectron.utils.errors import InputError, one_line
-from rt_detectron.utils.files import text_sha256
+from rt_detectron.utils.files import find_config, text_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ def read_lazy_config(path: str, overrides: list[str], keys: tuple[str, ...], fol
     Raises:
         InputError: for a missing or broken file, an unknown key, or an override that cannot be parsed.
     """
+    path = find_config(path)
     if not os.path.isfile(path):
         raise InputError(f"--config-file {path or '(none)'}: no such file; {folder} holds the shipped ones")
     try:

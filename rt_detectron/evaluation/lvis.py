@@ -21,7 +21,7 @@ from rt_detectron.evaluation.coco import (
     write_results,
 )
 from rt_detectron.evaluation.matching import Objects, box_iou, column, mask_iou, precision_and_recall
-from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.errors import InputError, optional_import
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 MAX_DETS = 300  # of an image, over all categories
@@ -39,10 +39,7 @@ class LVISEvaluator(Detectron2LVISEvaluator):
     """
 
     def __init__(self, dataset_name: str, *args, **options):
-        try:
-            import lvis  # noqa: F401
-        except ImportError:
-            raise InputError('evaluating LVIS needs lvis: pip install "rt_detectron[lvis]"') from None
+        optional_import("lvis", "lvis", "evaluation on LVIS")
         path = MetadataCatalog.get(dataset_name).get("json_file", dataset_name)
         with readable(path):
             super().__init__(dataset_name, *args, **options)

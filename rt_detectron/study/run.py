@@ -29,7 +29,7 @@ from rt_detectron.study.record import (
 )
 from rt_detectron.study.selection import choose, finished_outcomes, known_trials
 from rt_detectron.study.worker import LOG, read_json
-from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, one_line, optional_import
 
 _STOP_S = 10.0
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum; trials exchange files, not objects
@@ -211,11 +211,7 @@ def import_ray() -> Any:
         InputError: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise InputError("a study runs on Ray: pip install 'rt_detectron[study]'") from None
-    return ray
+    return optional_import("ray", "ray>=2.40", "running a study")
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The classification sets of the transfer study by name, in the splits that the literature uses."""
 
-import difflib
 import functools
 import hashlib
 import json
@@ -19,7 +18,7 @@ from torchvision.transforms.v2.functional import resize
 
 from rt_detectron.data.images import decode
 from rt_detectron.transfer.sets import TRANSFER_SETS, Listing
-from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, did_you_mean, one_line
 from rt_detectron.utils.files import locked
 
 logger = logging.getLogger(__name__)
@@ -140,9 +139,8 @@ def classification_dataset(
             downloaded. An image that cannot be read is one when it is asked for.
     """
     if name not in TRANSFER_SETS:
-        near = difflib.get_close_matches(name, TRANSFER_SETS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(f"unknown data set {name!r}: {hint}there are {', '.join(TRANSFER_SETS)}")
+        hint = did_you_mean(name, TRANSFER_SETS)
+        raise InputError(f"unknown data set {name!r}; known are {', '.join(TRANSFER_SETS)}{hint}")
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r} of {name}: {', '.join(SPLITS)}")
     if downscale is not None and downscale < 1:
@@ -250,10 +248,9 @@ def _only(
         elif isinstance(choice, int) and 0 <= choice < len(names):
             labels.append(int(choice))
         else:
-            near = difflib.get_close_matches(str(choice), names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"such as {names[0]!r}"
             raise InputError(
-                f"{dataset} has no class {choice!r}: give names ({hint}) or indices of 0..{len(names) - 1}"
+                f"{dataset} has no class {choice!r}; give names, such as {names[0]!r}, or indices of "
+                f"0..{len(names) - 1}{did_you_mean(choice, names)}"
             )
     if len(set(labels)) < max(len(labels), 1):
         raise InputError(f"classes={list(classes)}: name at least one, and none of them twice")

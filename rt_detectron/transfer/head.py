@@ -8,7 +8,7 @@ from detectron2.engine import SimpleTrainer
 from torch import Tensor, nn
 
 from rt_detectron.transfer.features import Features
-from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, one_line, optional_import
 from rt_detectron.utils.seeds import seeded, seeded_generator
 
 HELD_OUT = 0.2  # of the training images, to choose the penalty by
@@ -101,15 +101,12 @@ def fit_logistic_regression(
     Raises:
         InputError: without scikit-learn, and for classes of fewer than two images, which cannot be divided.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.metrics import get_scorer
-        from sklearn.model_selection import train_test_split
-    except ImportError:
-        raise InputError(
-            "head.solver=logistic_regression needs scikit-learn: pip install 'rt_detectron[transfer]'"
-        ) from None
+    optional_import("sklearn", "scikit-learn>=1.3", "head.solver=logistic_regression")
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import get_scorer
+    from sklearn.model_selection import train_test_split
+
     x, y = features.cpu().numpy(), labels.cpu().numpy()
 
     def fitted(c: float, images, targets) -> LogisticRegression:

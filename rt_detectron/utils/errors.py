@@ -1,8 +1,12 @@
 """The one error that is the user's to fix, and how a tool shows it."""
 
+import difflib
+import importlib
 import logging
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
+from types import ModuleType
 
 
 class InputError(ValueError):
@@ -12,6 +16,31 @@ class InputError(ValueError):
 def one_line(error: Exception) -> str:
     """The text of another library's error, as part of a one-line message; its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """``; did you mean a or b?`` with the known names nearest to a wrong one, to go behind it; else ""."""
+    near = difflib.get_close_matches(str(name), list(known), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def optional_import(module: str, package: str, purpose: str) -> ModuleType:
+    """A module of a package that only some users need.
+
+    Args:
+        module: its name, such as "sklearn.linear_model".
+        package: what pip installs it by, such as "scikit-learn".
+        purpose: what needs it, such as "timm networks"; begins the message.
+
+    Raises:
+        InputError: if it is missing or does not import, with the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        # Not by our extras: no package index has rt_detectron, and anybody could publish under that name.
+        reason = "" if (error.name or "").split(".")[0] == module.split(".")[0] else f" ({one_line(error)})"
+        raise InputError(f'{purpose}: {package} is missing{reason}; run: pip install "{package}"') from None
 
 
 @contextmanager

@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock
 
 from rt_detectron.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -61,6 +65,24 @@ def locked(path: str, way_out: str) -> AcquireReturnProxy:
         return FileLock(f"{path}.lock").acquire()
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): {way_out}") from None
+
+
+def shipped(folder: str) -> Path:
+    """The project's folder "configs" or "tools": in an installed package, else at the top of the clone."""
+    package = Path(__file__).parents[1]
+    return next(path for path in (package / folder, package.parent / folder) if path.is_dir())
+
+
+def find_config(path: str) -> str:
+    """``path`` if there is such a file, else the shipped config of that name, else ``path`` all the same.
+
+    "robust_r50_eps3.yaml" and "configs/robust_r50_eps3.yaml" both name a shipped one, from any folder.
+    """
+    own = shipped("configs") / str(path).removeprefix("configs/")
+    if os.path.isfile(path) or not own.is_file():
+        return path
+    logger.info("using the shipped config %s", own)
+    return str(own)
 
 
 def file_sha256(path: str | os.PathLike) -> str:

@@ -6,13 +6,13 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, one_line, optional_import
 from rt_detectron.utils.files import replaced_atomically
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -106,6 +106,11 @@ def _is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_ENDINGS
 
 
+def _opencv() -> ModuleType:
+    """OpenCV, which videos alone need."""
+    return optional_import("cv2", "opencv-python-headless", "videos")
+
+
 def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -122,6 +127,7 @@ def _annotate_picture(source: Path, output: Path, annotate: Callable[[Image.Imag
 
 
 def _annotate_video(source: Path, output: Path, annotate: Callable[[Image.Image], Image.Image]) -> None:
+    cv2 = _opencv()
     with _opened(source) as capture, tempfile.TemporaryDirectory(dir=output.parent) as folder:
         fps = capture.get(cv2.CAP_PROP_FPS)
         fps = fps if np.isfinite(fps) and fps > 0 else _DEFAULT_FPS
@@ -146,8 +152,8 @@ def _annotate_video(source: Path, output: Path, annotate: Callable[[Image.Image]
 
 
 @contextmanager
-def _opened(source: Path) -> Iterator[cv2.VideoCapture]:
-    capture = cv2.VideoCapture(str(source))
+def _opened(source: Path) -> Iterator:
+    capture = _opencv().VideoCapture(str(source))
     try:
         if not capture.isOpened():
             raise InputError(f"{source}: cannot be read as a video")
@@ -156,7 +162,7 @@ def _opened(source: Path) -> Iterator[cv2.VideoCapture]:
         capture.release()
 
 
-def _frames(capture: cv2.VideoCapture) -> Iterator[Image.Image]:
+def _frames(capture) -> Iterator[Image.Image]:
     while True:
         is_there, frame = capture.read()
         if not is_there:

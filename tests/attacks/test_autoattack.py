@@ -47,5 +47,5 @@ def test_too_few_classes_are_one_line(batch):
 
 def test_without_the_package_it_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    with pytest.raises(InputError, match=r'pip install "rt_detectron\[autoattack\]"'):
+    with pytest.raises(InputError, match='pip install "pyautoattack'):
         AutoAttack(ThreatModel("l2", 0.5))

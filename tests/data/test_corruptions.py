@@ -91,9 +91,9 @@ class TestCorrupt:
 
     def test_a_missing_package_names_the_extra(self, photo, monkeypatch):
         monkeypatch.setitem(sys.modules, "imagecorruptions", None)
-        with pytest.raises(InputError, match=r"pip install 'rt_detectron\[corruptions\]'"):
+        with pytest.raises(InputError, match='pip install "imagecorruptions'):
             corrupt(photo(32, 32), "fog", 1)
-        with pytest.raises(InputError, match=r"rt_detectron\[corruptions\]"):
+        with pytest.raises(InputError, match="pip install"):
             CorruptionMapper(None, "gaussian_noise", 1)
 
 

@@ -177,7 +177,8 @@ class TestRegistration:
 class TestMistakes:
     def test_an_unknown_modifier_gets_near_ones(self, base):
         assert message(f"{BASE}@persn") == (
-            f"{BASE}@persn: unknown modifier @persn; did you mean @person, or @any, @fit, @held_out"
+            f"{BASE}@persn: unknown modifier @persn; use @any, @fit, @held_out or @CATEGORY; "
+            "did you mean @person?"
         )
         assert "did you mean @traffic_light" in message(f"{BASE}@trafic_light")
         assert "use a category's name, or @any" in message(f"{BASE}@")

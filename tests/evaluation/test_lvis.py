@@ -142,7 +142,7 @@ class TestEvaluator:
 
     def test_without_the_package(self, federated, register, monkeypatch):
         monkeypatch.setitem(sys.modules, "lvis", None)
-        with pytest.raises(InputError, match=r'pip install "rt_detectron\[lvis\]"'):
+        with pytest.raises(InputError, match='pip install "lvis"'):
             LVISEvaluator(register(federated(7).dataset))
 
 

@@ -212,5 +212,5 @@ def test_ray_is_this_machines(ray_here):
 
 def test_missing_ray_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(InputError, match=r"pip install 'rt_detectron\[study\]'"):
+    with pytest.raises(InputError, match='pip install "ray'):
         import_ray()

@@ -410,7 +410,7 @@ class TestClasses:
     @pytest.mark.parametrize(
         ("classes", "message"),
         [
-            (["brid"], r"cifar10 has no class 'brid': .*did you mean 'bird'\?.*0\.\.2"),
+            (["brid"], r"cifar10 has no class 'brid';.*0\.\.2; did you mean bird\?"),
             ([3], r"no class 3: .*0\.\.2"),
             ([-1], "no class -1"),
             ([1.0], r"no class 1\.0"),
@@ -461,7 +461,7 @@ class TestImages:
 
 class TestBadInput:
     def test_an_unknown_name(self):
-        with pytest.raises(InputError, match=r"unknown data set 'cifar': did you mean 'cifar10'\?.*sun397"):
+        with pytest.raises(InputError, match=r"unknown data set 'cifar';.*sun397.*; did you mean .*cifar10"):
             classification_dataset("cifar", "train")
 
     def test_an_unknown_split(self, root):

@@ -111,7 +111,7 @@ def test_classes_that_cannot_be_fitted_are_named():
 
 def test_a_missing_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    with pytest.raises(InputError, match=r"pip install 'rt_detectron\[transfer\]'"):
+    with pytest.raises(InputError, match='pip install "scikit-learn'):
         fit_logistic_regression(
             torch.nn.Linear(8, 3), torch.zeros(1, 8), torch.zeros(1), [1.0], "accuracy", 0
         )

@@ -1,9 +1,10 @@
 import logging
+import sys
 
 import pytest
 from torch._utils import ExceptionWrapper
 
-from rt_detectron.utils.errors import InputError, one_line_errors
+from rt_detectron.utils.errors import InputError, did_you_mean, one_line_errors, optional_import
 
 
 def printed(capsys, action) -> str:
@@ -74,3 +75,24 @@ def test_detectron2s_trainer_logs_no_traceback_of_it(caplog):
         train(ValueError("x"))
     assert len(caplog.records) == 1
     assert not logger.filters
+
+
+def test_near_names_are_offered_and_far_ones_are_not():
+    assert did_you_mean("resnet5", ["resnet50", "vgg16"]) == "; did you mean resnet50?"
+    assert did_you_mean("x", ["resnet50", "vgg16"]) == ""
+
+
+def test_a_missing_package_is_named_by_what_pip_installs_it_by(monkeypatch):
+    assert optional_import("json", "json", "this").loads("1") == 1
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(InputError) as raised:
+        optional_import("sklearn", "scikit-learn>=1.3", "logistic regression")
+    line = 'logistic regression: scikit-learn>=1.3 is missing; run: pip install "scikit-learn>=1.3"'
+    assert str(raised.value) == line
+
+
+def test_what_a_package_itself_lacks_is_named(tmp_path, monkeypatch):
+    (tmp_path / "rt_test_half.py").write_text("import rt_test_nowhere")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"half is missing \(No module named 'rt_test_nowhere'\)"):
+        optional_import("rt_test_half", "half", "this")

@@ -146,7 +146,7 @@ def test_arch_and_resnets_cannot_disagree(arch, resnets, line, make_cfg):
 
 
 def test_unknown_networks(make_cfg):
-    with pytest.raises(InputError, match=r"did you mean 'wide_resnet50_2'.*resnext101_32x8d"):
+    with pytest.raises(InputError, match=r"resnext101_32x8d.*did you mean wide_resnet50_2"):
         build_backbone(make_cfg("wide_resnet50-2"))
     with pytest.raises(InputError, match=r"none of the known networks.*RES2_OUT_CHANNELS 64 \(resnet18\)"):
         build_backbone(make_cfg("", DEPTH=18))

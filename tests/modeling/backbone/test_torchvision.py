@@ -225,7 +225,7 @@ def test_what_cannot_be_built(torchvision_cfg):
 
     refused(torchvision_cfg(""), r"MODEL\.ROBUST\.ARCH is empty")
     refused(torchvision_cfg("timm/resnet18"), "build_robust_timm_backbone")
-    refused(torchvision_cfg("densenet161"), "did you mean 'densenet'")
+    refused(torchvision_cfg("densenet161"), "did you mean densenet")
     refused(torchvision_cfg("mnasnet", OUT_FEATURES=["res4", "res6"]), r"res6.*mnasnet has res2, res3")
     refused(torchvision_cfg("mnasnet", OUT_FEATURES=[]), "mnasnet has res2, res3")
     refused(torchvision_cfg("mnasnet", NORM="GN"), "'GN': mnasnet takes FrozenBN, BN, SyncBN")
