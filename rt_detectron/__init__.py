@@ -3,10 +3,15 @@
 Importing this registers the backbone builders and the ``robust://`` paths; nothing else happens.
 """
 
+import warnings
+
 try:
-    import detectron2  # noqa: F401
+    with warnings.catch_warnings():
+        # Torch's remark on the functions that Detectron2 scripts as it is imported.
+        warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)
+        import detectron2.modeling  # noqa: F401
 except ModuleNotFoundError as error:
-    if error.name != "detectron2":
+    if error.name not in ("detectron2", "detectron2.modeling"):
         raise
     raise ModuleNotFoundError(
         "rt_detectron needs Detectron2, which is on no package index: docs/install.md tells how to get it, "

@@ -134,7 +134,7 @@ def distributions(python, names):
 def fingerprint():
     """SHA-256 over everything that decides what gets installed, and over where."""
     digest = hashlib.sha256(str(ROOT).encode())
-    for path in (ROOT / "setup.py", CONSTRAINTS, Path(__file__).resolve()):
+    for path in (ROOT / "pyproject.toml", ROOT / "setup.py", CONSTRAINTS, Path(__file__).resolve()):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -339,7 +339,7 @@ def source_requirement(source):
 
 
 def install_source(steps, source):
-    """Build Detectron2 against the torch in .venv. Its dependencies are in setup.py already."""
+    """Build Detectron2 against the torch in .venv. Its dependencies are in pyproject.toml already."""
     others = ["detectron2", "sal-detectron2"]
     steps.run("removing any other Detectron2", [PYTHON, "-m", "pip", "uninstall", "-y", *others])
     step = "building Detectron2 from source, which needs a C++ compiler and takes minutes"
@@ -417,6 +417,7 @@ def main():
         arguments = parser.parse_args()
         if set_up(arguments.min_free_gb, os.environ.get("DETECTRON2_SOURCE", ""), locked()):
             print(f"environment ready in {time.time() - start:.0f} s: {VENV}", flush=True)
+            print("use it in this shell: . .venv/bin/activate", flush=True)
     except SetupError as error:
         sys.exit(f"set-up stopped: {error}")
     except OSError as error:

@@ -102,6 +102,7 @@ def test_source_folders(tmp_path):
     with pytest.raises(setup_environment.SetupError, match=r"holds no setup\.py"):
         setup_environment.source_requirement(str(tmp_path))
     (tmp_path / "setup.py").touch()
+    (tmp_path / "pyproject.toml").touch()
     assert setup_environment.source_requirement(str(tmp_path)) == str(tmp_path.resolve())
     with pytest.raises(setup_environment.SetupError, match="neither a folder nor a git URL"):
         setup_environment.source_requirement(str(tmp_path / "absent"))
