@@ -5,12 +5,8 @@ from setuptools import find_packages, setup
 CARRIED = {"rt_detectron.configs": "configs", "rt_detectron.tools": "tools"}
 
 setup(
-    packages=[
-        *find_packages(include=["rt_detectron", "rt_detectron.*"]),
-        "rt_detectron.configs",
-        "rt_detectron.tools",
-    ],
-    package_dir={"rt_detectron.configs": "configs", "rt_detectron.tools": "tools"},
+    packages=[*find_packages(include=["rt_detectron", "rt_detectron.*"]), *CARRIED],
+    package_dir=CARRIED,
     package_data={
         "rt_detectron": ["py.typed"],
         "rt_detectron.checkpoint": ["zoo.json"],

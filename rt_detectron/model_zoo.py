@@ -9,7 +9,7 @@ from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
 
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
-from rt_detectron.detection import load_config
+from rt_detectron.detection import load_detector_config
 from rt_detectron.utils.errors import InputError, did_you_mean
 from rt_detectron.utils.files import shipped
 
@@ -50,7 +50,7 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
         raise InputError(f"{config_path}: no trained detector is published; train one by tools/train_net.py")
     if path.endswith(".py"):
         return LazyConfig.load(path)
-    cfg = load_config(path, []).clone()
+    cfg = load_detector_config(path, []).clone()
     cfg.defrost()
     return cfg
 

@@ -47,7 +47,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, folder: str | None = None) 
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type not in _EVALUATORS:
         raise InputError(
-            f"dataset {dataset_name} has evaluator_type {evaluator_type!r}; known: {', '.join(_EVALUATORS)}"
+            f"dataset {dataset_name} has evaluator_type {evaluator_type!r}; "
+            f"known are {', '.join(_EVALUATORS)}"
         )
     folder = folder or inference_folder(cfg, dataset_name)
     evaluators = [build(dataset_name, folder) for build in _EVALUATORS[evaluator_type]]

@@ -221,7 +221,7 @@ class TestTable:
         one_line_error(zoo.find, wrong, match=rf"no {wrong};.* did you mean {right}( or |\?)")
 
     def test_nothing_near(self):
-        one_line_error(zoo.find, "xyz", match=r"no xyz: docs/MODEL_ZOO.md lists")
+        one_line_error(zoo.find, "xyz", match=r"no xyz; docs/MODEL_ZOO.md lists all names$")
 
 
 class TestMirror:

@@ -90,7 +90,7 @@ class TestCorrupt:
             corrupt(photo(32, 32), "fogg", 1)
 
     def test_a_missing_package_names_the_extra(self, photo, monkeypatch):
-        monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+        monkeypatch.setitem(sys.modules, "imagecorruptions.corruptions", None)
         with pytest.raises(InputError, match='pip install "imagecorruptions'):
             corrupt(photo(32, 32), "fog", 1)
         with pytest.raises(InputError, match="pip install"):

@@ -181,7 +181,7 @@ class TestMistakes:
             "did you mean @person?"
         )
         assert "did you mean @traffic_light" in message(f"{BASE}@trafic_light")
-        assert "use a category's name, or @any" in message(f"{BASE}@")
+        assert "use @any, @fit, @held_out or @CATEGORY" in message(f"{BASE}@")
         assert "unknown modifier @person" in message(f"{BASE}@any@person")  # there are only objects left
         assert not [name for name in DatasetCatalog.list() if name.startswith(f"{BASE}@")]
 

@@ -6,15 +6,12 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import SimpleTrainer
-from detectron2.evaluation import DatasetEvaluators
 from detectron2.modeling import build_model
 
 from rt_detectron.checkpoint import zoo
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.detection import Trainer, load_detector_config
-from rt_detectron.evaluation import COCOEvaluator
 from rt_detectron.evaluation.results import write_results
 from rt_detectron.utils.errors import InputError
 
@@ -221,29 +218,6 @@ class TestWrongWeights:
         with pytest.raises(InputError, match=r"nowhere.pkl") as error:
             loaded(tiny_cfg(tmp_path, "MODEL.WEIGHTS", weights))
         assert "\n" not in str(error.value)
-
-
-class TestBuildEvaluator:
-    @pytest.fixture
-    def cfg(self, tiny_cfg, tmp_path):
-        return tiny_cfg(tmp_path)
-
-    def test_coco_and_panoptic(self, cfg, sets, monkeypatch):
-        assert isinstance(Trainer.build_evaluator(cfg, sets["val"]), COCOEvaluator)
-        name = "coco_2017_val_100_panoptic_separated"
-        made = []
-        for kind in ("COCOEvaluator", "SemSegEvaluator", "COCOPanopticEvaluator"):
-            monkeypatch.setattr(
-                f"rt_detectron.detection.trainer.{kind}", lambda *a, kind=kind, **k: made.append(kind)
-            )
-        assert isinstance(Trainer.build_evaluator(cfg, name), DatasetEvaluators)
-        assert made == ["COCOEvaluator", "SemSegEvaluator", "COCOPanopticEvaluator"]
-
-    def test_an_unknown_kind_is_refused(self, cfg):
-        MetadataCatalog.get("rt_test_unknown_kind").evaluator_type = "ocr"
-        with pytest.raises(InputError, match=r"evaluator_type 'ocr'; known are coco, "):
-            Trainer.build_evaluator(cfg, "rt_test_unknown_kind")
-        MetadataCatalog.remove("rt_test_unknown_kind")
 
 
 def test_an_unknown_dataset_stops_before_anything_is_built(tiny_cfg, tmp_path):

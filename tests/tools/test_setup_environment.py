@@ -128,7 +128,10 @@ def test_every_pin_is_one_release_per_python():
 
 # ---------------------------------------------------------------- whole set-ups
 
-CLONED = ["setup.py", "pyproject.toml", "README.md", "constraints.txt", "tools/setup_environment.py"]
+CLONED = [
+    *["setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt", "tools/setup_environment.py"],
+    "rt_detectron/utils/versions.py",
+]
 
 
 def wheel(folder, name, version, files, tag="py3-none-any"):
@@ -176,7 +179,7 @@ def clone(folder, index=None):
     for name in CLONED:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    (folder / "rt_detectron").mkdir()
+    (folder / "configs").mkdir()
     (folder / "rt_detectron" / "__init__.py").touch()
     pins = re.sub(r"(?m)^setuptools==.*", f"setuptools=={distribution('setuptools').version}", CONSTRAINTS)
     (folder / "constraints.txt").write_text(pins)

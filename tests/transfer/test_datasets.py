@@ -411,7 +411,7 @@ class TestClasses:
         ("classes", "message"),
         [
             (["brid"], r"cifar10 has no class 'brid';.*0\.\.2; did you mean bird\?"),
-            ([3], r"no class 3: .*0\.\.2"),
+            ([3], r"no class 3; .*0\.\.2"),
             ([-1], "no class -1"),
             ([1.0], r"no class 1\.0"),
             ([0, "plane"], "none of them twice"),
