@@ -136,10 +136,10 @@ class Clean(Evaluation):
         )
 
     def figures(self, charts: Charts) -> list[Figure]:
-        return charts.clean()
+        return list(charts.clean())
 
     def details(self, charts: Charts) -> list[Figure]:
-        return charts.sizes() + charts.categories()
+        return [*charts.sizes(), *charts.categories()]
 
 
 class Attack(Evaluation):
@@ -194,25 +194,19 @@ class Attack(Evaluation):
         return text
 
     def figures(self, charts: Charts) -> list[Figure]:
-        return [
-            figure
-            for (target, task, condition), lines in charts.groups(self.ATTACKED)
-            for figure in self._against_eps(charts, target, task, condition, lines)
-        ]
-
-    def _against_eps(
-        self, charts: Charts, target: str, task: str, condition: str, lines: pd.DataFrame
-    ) -> list[Figure]:
-        norm, _, loss = condition.partition(", ")
-        others = select(charts.scores, target=target, task=task, metric="AP", condition=condition)
-        return charts.against_level(
-            f"attack-{target}-{task}-{norm}-{loss}",
-            f"{target}: {TASKS[task]} under {attack_name(condition)}.",
-            "eps of the attack" + (", in 1/255" if norm == "linf" else ""),
-            lines,
-            unchanged=select(others, kind=self.UNATTACKED, level=lines["level"].min()),
-            noise=select(others, kind=self.NOISE),
-        )
+        figures: list[Figure] = []
+        for (target, task, condition), lines in charts.groups(self.ATTACKED):
+            norm, _, loss = condition.partition(", ")
+            others = select(charts.scores, target=target, task=task, metric="AP", condition=condition)
+            figures += charts.against_level(
+                f"attack-{target}-{task}-{norm}-{loss}",
+                f"{target}: {TASKS[task]} under {attack_name(condition)}.",
+                "eps of the attack" + (", in 1/255" if norm == "linf" else ""),
+                lines,
+                unchanged=select(others, kind=self.UNATTACKED, level=lines["level"].min()),
+                noise=select(others, kind=self.NOISE),
+            )
+        return figures
 
     def pictures(self, outcomes: Sequence[Outcome]) -> tuple[list[Figure], list[str]]:
         return evaluation_pictures(outcomes)

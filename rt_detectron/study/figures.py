@@ -74,11 +74,12 @@ class Charts:
             plots.difference_plot(groups, f"difference in {TASKS[task]}"),
         )
 
-    def clean(self) -> list[Figure]:
+    def clean(self) -> Iterator[Figure]:
         """The main metric of each arm; against the arms' eps, if all have one."""
         by_eps = all(arm.eps is not None for arm in self.study.arms)
         draw = self._against_training_eps if by_eps else self._dots
-        return [draw(target, task, lines) for (target, task, _), lines in self.groups(CLEAN)]
+        for (target, task, _), lines in self.groups(CLEAN):
+            yield draw(target, task, lines)
 
     def _dots(self, target: str, task: str, lines: pd.DataFrame) -> Figure:
         values = _by_arm(self.series, lines)
@@ -116,57 +117,43 @@ class Charts:
             plots.radius_plot(families, labels),
         )
 
-    def sizes(self) -> list[Figure]:
+    def sizes(self) -> Iterator[Figure]:
         """AP by object size."""
-        figures = []
         for (target, task, _), _ in self.groups(CLEAN):
             lines = select(self.scores, target=target, task=task, kind=CLEAN)
-            columns = [select(lines, metric=metric) for metric in SIZES.values()]
+            columns = {size: select(lines, metric=metric) for size, metric in SIZES.items()}
             for baseline, series in self.families.items():
-                values = [_by_arm(series, column) for column in columns]
-                if not any(numbers for column in values for numbers in column):
-                    continue
-                spoken = (
-                    f"{size}: {_in_words(series, column)}" for size, column in zip(SIZES, values, strict=True)
-                )
-                by_arm = list(zip(*values, strict=True))
-                figures.append(
-                    svg_figure(
+                values = {size: _by_arm(series, column) for size, column in columns.items()}
+                if any(numbers for column in values.values() for numbers in column):
+                    by_arm = list(zip(*values.values(), strict=True))
+                    yield svg_figure(
                         f"sizes-{target}-{task}{self._suffix(baseline)}",
                         f"{target}: {TASKS[task]} by object size; a dot per seed, a bar at the mean.",
-                        "; ".join(spoken),
+                        "; ".join(f"{size}: {_in_words(series, column)}" for size, column in values.items()),
                         plots.group_plot(series, list(SIZES), by_arm, f"{TASKS[task]} (%)"),
                     )
-                )
-        return figures
 
-    def categories(self) -> list[Figure]:
+    def categories(self) -> Iterator[Figure]:
         """For each arm, the categories that gain and lose most against the baseline."""
-        figures = []
         changes = select(self.scores, kind=CLEAN)
         changes = changes[changes["change"].notna() & of_categories(changes)]
         for (target, task, _), _ in self.groups(CLEAN):
             for arm, lines in select(changes, target=target, task=task).groupby("arm", sort=False):
                 if len(lines) < 2:
                     continue
-                lines = lines.sort_values("change", ascending=False, kind="stable")
                 which = "all categories"
+                lines = lines.sort_values("change", ascending=False, kind="stable")
                 if len(lines) > 2 * CATEGORIES:
                     which = f"the {CATEGORIES} of {len(lines)} categories that gain and that lose most"
                     lines = pd.concat([lines.head(CATEGORIES), lines.tail(CATEGORIES)])
-                prefix = f"{main_metric(task)}-"
-                shown = [
-                    self._difference(line.metric.removeprefix(prefix), line) for line in lines.itertuples()
-                ]
-                figures.append(
-                    svg_figure(
-                        f"categories-{target}-{task}-{arm}",
-                        f"{target}: {TASKS[task]} of {arm} minus {lines['baseline'].iloc[0]}, {which}.",
-                        ", ".join(f"{line.name} {line.value:+.1f}" for line in shown),
-                        plots.difference_plot({"": shown}, f"difference in {TASKS[task]}"),
-                    )
+                names = lines["metric"].str.removeprefix(f"{main_metric(task)}-")
+                shown = [self._difference(*pair) for pair in zip(names, lines.itertuples(), strict=True)]
+                yield svg_figure(
+                    f"categories-{target}-{task}-{arm}",
+                    f"{target}: {TASKS[task]} of {arm} minus {lines['baseline'].iloc[0]}, {which}.",
+                    ", ".join(f"{line.name} {line.value:+.1f}" for line in shown),
+                    plots.difference_plot({"": shown}, f"difference in {TASKS[task]}"),
                 )
-        return figures
 
     def against_level(
         self,
@@ -176,7 +163,7 @@ class Charts:
         lines: pd.DataFrame,
         unchanged: pd.DataFrame,
         noise: pd.DataFrame,
-    ) -> list[Figure]:
+    ) -> Iterator[Figure]:
         """The scores of each arm against the level of an attack, one figure for each baseline.
 
         Args:
@@ -188,32 +175,25 @@ class Charts:
         task = lines["task"].iloc[0]
         unchanged = unchanged.assign(level=0.0)
         at_level = {0.0: unchanged, **dict(list(lines.sort_values("level").groupby("level")))}
-        figures = []
+        noise = pd.concat([unchanged, noise])
         for baseline, series in self.families.items():
             values = {level: _by_arm(series, group) for level, group in at_level.items()}
             points = [
                 {level: by_arm[position] for level, by_arm in values.items() if by_arm[position]}
                 for position in range(len(series))
             ]
-            noises = [
-                {line.level: line.mean for line in part.itertuples()} if len(part) > 1 else {}
-                for part in (select(pd.concat([unchanged, noise]), arm=one.name) for one in series)
-            ]
+            of_arms = [select(noise, arm=one.name) for one in series]
+            noises = [dict(zip(n["level"], n["mean"], strict=True)) if len(n) > 1 else {} for n in of_arms]
             dotted = " Dotted: random noise of the same size." if any(noises) else ""
-            spoken = (f"eps {level:g}: {_in_words(series, by_arm)}" for level, by_arm in values.items())
-            figures.append(
-                svg_figure(
-                    f"{name}{self._suffix(baseline)}",
-                    f"{caption} Lines are means over seeds, bands show the range of the values.{dotted}",
-                    "; ".join(spoken),
-                    plots.line_plot(series, points, noises, (label, f"{TASKS[task]} (%)")),
-                )
+            yield svg_figure(
+                f"{name}{self._suffix(baseline)}",
+                f"{caption} Lines are means over seeds, bands show the range of the values.{dotted}",
+                "; ".join(f"eps {level:g}: {_in_words(series, by_arm)}" for level, by_arm in values.items()),
+                plots.line_plot(series, points, noises, (label, f"{TASKS[task]} (%)")),
             )
-        return figures
 
-    def curves(self, outcomes: Sequence[Outcome]) -> list[Figure]:
+    def curves(self, outcomes: Sequence[Outcome]) -> Iterator[Figure]:
         """The training loss of every final trial, also of unfinished ones."""
-        figures = []
         finals = [outcome for outcome in outcomes if outcome.trial.stage == FINAL]
         for target in self.study.targets:
             here = [outcome for outcome in finals if outcome.trial.target == target.name]
@@ -223,15 +203,12 @@ class Charts:
                     for arm in series
                 ]
                 if any(curves):
-                    figures.append(
-                        svg_figure(
-                            f"training-{target.name}{self._suffix(baseline)}",
-                            f"{target.name}: total training loss; a line per seed.",
-                            f"total training loss of {target.name} against the iteration",
-                            plots.curve_plot(series, curves),
-                        )
+                    yield svg_figure(
+                        f"training-{target.name}{self._suffix(baseline)}",
+                        f"{target.name}: total training loss; a line per seed.",
+                        f"total training loss of {target.name} against the iteration",
+                        plots.curve_plot(series, curves),
                     )
-        return figures
 
     def _difference(self, name: str, line: Any) -> plots.Difference:
         ends = (line.low, line.high) if line.over else (None, None)

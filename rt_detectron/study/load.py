@@ -2,10 +2,10 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from omegaconf import MISSING, OmegaConf, SCMode
@@ -107,8 +107,7 @@ def _repeated_keys(node: yaml.Node | None, parent: str = "") -> Iterator[str]:
 def _validated(content: Any) -> StudyFile:
     """The content with the keys and types of :class:`StudyFile`."""
     if not isinstance(content, dict):
-        known = ", ".join(entry.name for entry in fields(StudyFile))
-        raise InputError(f"give some of the keys {known}, got {content!r}")
+        raise InputError(f"give some of the keys {_keys_of(StudyFile)}, got {content!r}")
     config, key = OmegaConf.structured(StudyFile), None
     try:
         for key, value in content.items():  # one by one, since not every error of OmegaConf names its key
@@ -116,68 +115,66 @@ def _validated(content: Any) -> StudyFile:
         return OmegaConf.to_container(
             config, throw_on_missing=True, structured_config_mode=SCMode.INSTANTIATE
         )
+    except ConfigKeyError as error:
+        reason = f"unknown key; known are {_keys_of(error.object_type)}"
+        raise InputError(f"{error.full_key}: {reason}") from None
+    except MissingMandatoryValue as error:
+        raise InputError(f"{error.full_key}: this key is missing") from None
     except OmegaConfBaseException as error:
-        raise InputError(f"{error.full_key or key}: {_reason(error)}") from None
+        raise InputError(f"{error.full_key or key}: {str(error.msg).splitlines()[0]}") from None
 
 
-def _reason(error: OmegaConfBaseException) -> str:
-    if isinstance(error, ConfigKeyError):
-        return f"unknown key; known are {', '.join(entry.name for entry in fields(error.object_type))}"
-    if isinstance(error, MissingMandatoryValue):
-        return "this key is missing"
-    return str(error.msg).splitlines()[0]
+def _keys_of(entry: type) -> str:
+    return ", ".join(key.name for key in fields(entry))
 
 
 def _study(file: StudyFile) -> Study:
-    task = _downstream_task(file)
+    given = [key for key in DOWNSTREAM_TASKS if getattr(file, key) is not None]
+    if len(given) != 1:
+        keys = ", ".join(DOWNSTREAM_TASKS)
+        raise InputError(f"give one of the keys {keys}, got {' and '.join(given) or 'none'}")
+    task = DOWNSTREAM_TASKS[given[0]]
     if not file.name.strip():
-        raise InputError("name: give the study a name")
-    rates = _distinct("learning_rates", [_number("learning_rates", rate) for rate in file.learning_rates])
-    seeds = _seeds("seeds", file.seeds)
+        _refuse("name", "give the study a name")
+    if file.evaluations is not None and not task.has_evaluations:
+        _refuse("evaluations", "only studies of detectors have them")
+    rates, seeds = _distinct("learning_rates", file.learning_rates), _seeds("seeds", file.seeds)
+    for rate in rates:
+        _check_number("learning_rates", rate)
+    selection = _selection(file.selection, task, seeds)
     study = Study(
         name=file.name,
         downstream=task,
         baseline=file.baseline,
-        arms=tuple(
-            _arm(f"arms.{name}", name, entry, task) for name, entry in _named("arms", file.arms).items()
-        ),
-        targets=tuple(
-            _target(f"{task.key}.{name}", name, entry, task)
-            for name, entry in _named(task.key, getattr(file, task.key)).items()
-        ),
+        arms=tuple(_arm(*named, task) for named in _named("arms", file.arms)),
+        targets=tuple(_target(*named, task) for named in _named(task.key, getattr(file, task.key))),
         learning_rates=rates,
         seeds=seeds,
         opts=_opts("opts", file.opts, task.set_by_the_study),
-        evaluations=_evaluations(file, task),
-        selection=_selection(file.selection, task, seeds, len(rates) > 1),
-        resources=_resources(file.resources),
-        retries=_whole("retries", file.retries),
+        evaluations=_evaluations(file.evaluations, task),
+        selection=selection if len(rates) > 1 else None,
+        resources=file.resources,
+        retries=file.retries,
     )
+    _check_whole("retries", file.retries)
+    _check_resources(file.resources)
     _check_baselines(study)
     return study
 
 
-def _downstream_task(file: StudyFile) -> DownstreamTask:
-    given = [key for key in DOWNSTREAM_TASKS if getattr(file, key) is not None]
-    if len(given) != 1:
-        known = ", ".join(DOWNSTREAM_TASKS)
-        raise InputError(f"give one of the keys {known}, got {' and '.join(given) or 'none'}")
-    return DOWNSTREAM_TASKS[given[0]]
-
-
 def _arm(key: str, name: str, entry: ArmEntry, task: DownstreamTask) -> Arm:
     path = _existing(f"{key}.weights", entry.weights)
-    numbers = {}
     for number in ("eps", "source_accuracy"):
         if (value := getattr(entry, number)) is not None:
-            numbers[number] = _number(f"{key}.{number}", value, zero=True)
+            _check_number(f"{key}.{number}", value, zero=True)
     return Arm(
-        name=name,
-        weights=entry.weights,
-        weights_sha256=file_sha256(path) if path else None,
-        opts=_opts(f"{key}.opts", entry.opts, task.set_by_the_study),
-        baseline=entry.baseline,
-        **numbers,
+        name,
+        entry.weights,
+        file_sha256(path) if path else None,
+        _opts(f"{key}.opts", entry.opts, task.set_by_the_study),
+        entry.eps,
+        entry.source_accuracy,
+        entry.baseline,
     )
 
 
@@ -186,41 +183,31 @@ def _target(key: str, name: str, entry: TargetEntry, task: DownstreamTask) -> Ta
     try:
         digest = task.digest(entry.config)
     except Exception as error:  # whatever the file's content leads to
-        raise InputError(f"{key}.config: {entry.config} is no config file: {one_line(error)}") from None
+        _refuse(f"{key}.config", f"{entry.config} is no config file: {one_line(error)}")
     return Target(name, entry.config, digest, _opts(f"{key}.opts", entry.opts, task.set_by_the_study))
 
 
-def _evaluations(file: StudyFile, task: DownstreamTask) -> dict[str, tuple[str, ...]]:
-    if file.evaluations is None:
-        return {}
-    if not task.has_evaluations:
-        raise InputError("evaluations: only studies of detectors have them")
+def _evaluations(entries: Mapping[str, list] | None, task: DownstreamTask) -> dict[str, tuple[str, ...]]:
     result: dict[str, tuple[str, ...]] = {}
     refused = dict(task.set_by_the_study)
-    for name, entry in _named("evaluations", file.evaluations).items():
-        key = f"evaluations.{name}"
+    for key, name, entry in _named("evaluations", entries) if entries is not None else ():
         result[name] = _opts(key, entry, refused)
         refused |= dict.fromkeys(result[name][::2], key)  # all run in one process: one value for each key
     return result
 
 
-def _selection(
-    entry: SelectionEntry, task: DownstreamTask, seeds: tuple[int, ...], needed: bool
-) -> Selection | None:
-    refused = {**task.set_by_the_study, **task.set_by_the_selection}
-    selection = Selection(
+def _selection(entry: SelectionEntry, task: DownstreamTask, seeds: tuple[int, ...]) -> Selection:
+    return Selection(
         seeds[:1] if entry.seeds is None else _seeds("selection.seeds", entry.seeds),
-        _opts("selection.opts", entry.opts, refused),
+        _opts("selection.opts", entry.opts, {**task.set_by_the_study, **task.set_by_the_selection}),
     )
-    return selection if needed else None
 
 
-def _resources(resources: Resources) -> Resources:
-    _whole("resources.cpus", resources.cpus, least=1)
-    gpus = _number("resources.gpus", resources.gpus, zero=True)
-    if gpus > 1 and not gpus.is_integer():
-        raise InputError(f"resources.gpus: {gpus} is neither a whole number of GPUs nor a fraction of one")
-    return resources
+def _check_resources(resources: Resources) -> None:
+    _check_whole("resources.cpus", resources.cpus, least=1)
+    _check_number("resources.gpus", resources.gpus, zero=True)
+    if resources.gpus > 1 and not resources.gpus.is_integer():
+        _refuse("resources.gpus", f"{resources.gpus} is neither a whole number of GPUs nor a fraction of one")
 
 
 def _check_baselines(study: Study) -> None:
@@ -229,37 +216,33 @@ def _check_baselines(study: Study) -> None:
     given = {"baseline": study.baseline, **given}
     for key, baseline in given.items():
         if baseline not in names:
-            raise InputError(f"{key}: {baseline!r} is not an arm; arms are {', '.join(names)}")
+            _refuse(key, f"{baseline!r} is not an arm; arms are {', '.join(names)}")
     for key, baseline in given.items():
         if (other := study.baseline_of(baseline)) != baseline:
-            raise InputError(
-                f"{key}: {baseline} itself is compared with {other}: "
-                f"give arms.{baseline}.baseline: {baseline}"
-            )
+            way_out = f"give arms.{baseline}.baseline: {baseline}"
+            _refuse(key, f"{baseline} itself is compared with {other}: {way_out}")
 
 
-def _named(key: str, entries: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``entries``, if there is at least one and every name can be a folder's."""
+def _named(key: str, entries: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(full key, name, entry) of at least one entry. Each name must be able to name a folder."""
     if not entries:
-        raise InputError(f"{key}: give at least one, as NAME: ...")
-    for name in entries:
+        _refuse(key, "give at least one, as NAME: ...")
+    for name, entry in entries.items():
         if not _SAFE_NAME.fullmatch(name):
-            raise InputError(
-                f"{key}: the name {name!r} becomes a folder: use only letters, digits, '.', '_' and '-', "
-                "and start with a letter or digit"
-            )
-    return entries
+            rule = "use only letters, digits, '.', '_' and '-', and start with a letter or digit"
+            _refuse(key, f"the name {name!r} becomes a folder: {rule}")
+        yield f"{key}.{name}", name, entry
 
 
 def _existing(key: str, path: str) -> Path | None:
     """The file at ``path``, which must exist. None for a path with a scheme, such as ``robust://``."""
     if not path:
-        raise InputError(f"{key}: give a path")
+        _refuse(key, "give a path")
     if "://" in path:
         return None
     file = Path(path.split("?")[0])  # Detectron2 takes options after a '?'
     if not file.is_file():
-        raise InputError(f"{key}: no file {path} (paths are relative to the current directory)")
+        _refuse(key, f"no file {path} (paths are relative to the current directory)")
     return file
 
 
@@ -267,34 +250,38 @@ def _opts(key: str, value: list[Any] | None, refused: Mapping[str, str]) -> tupl
     """``[KEY, VALUE, ...]`` as the tools' command lines take it. ``refused``: key -> what sets it instead."""
     value = value or []
     if len(value) % 2 or not all(isinstance(name, str) for name in value[::2]):
-        raise InputError(f"{key}: give pairs [KEY, VALUE, ...], got {value!r}")
+        _refuse(key, f"give pairs [KEY, VALUE, ...], got {value!r}")
     for name in value[::2]:
         if name in refused:
-            raise InputError(f"{key}: {name} is set by {refused[name]}")
+            _refuse(key, f"{name} is set by {refused[name]}")
     return tuple(map(str, value))
 
 
-def _distinct(key: str, values: Sequence[Any]) -> tuple[Any, ...]:
+def _seeds(key: str, values: list[int]) -> tuple[int, ...]:
+    for value in values:
+        # Detectron2 takes a negative SEED as "a random one", which no second run could repeat.
+        _check_whole(key, value)
+    return _distinct(key, values)
+
+
+def _distinct(key: str, values: list) -> tuple:
     if not values:
-        raise InputError(f"{key}: give at least one number")
-    for position, value in enumerate(values):
-        if value in values[:position]:
-            raise InputError(f"{key}: {value} is given twice")
+        _refuse(key, "give at least one number")
+    for value in values:
+        if values.count(value) > 1:
+            _refuse(key, f"{value} is given twice")
     return tuple(values)
 
 
-def _seeds(key: str, values: list[int]) -> tuple[int, ...]:
-    return _distinct(key, [_whole(key, value) for value in values])
-
-
-def _number(key: str, value: float, zero: bool = False) -> float:
+def _check_number(key: str, value: float, zero: bool = False) -> None:
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise InputError(f"{key}: {value!r} is not {'0 or ' if zero else ''}a positive number")
-    return value
+        _refuse(key, f"{value!r} is not {'0 or ' if zero else ''}a positive number")
 
 
-def _whole(key: str, value: int, least: int = 0) -> int:
-    # Detectron2 takes a negative SEED as "a random one", which no second run could repeat.
+def _check_whole(key: str, value: int, least: int = 0) -> None:
     if not least <= value < 2**31:
-        raise InputError(f"{key}: {value!r} is not a whole number from {least} to 2147483647")
-    return value
+        _refuse(key, f"{value!r} is not a whole number from {least} to 2147483647")
+
+
+def _refuse(key: str, reason: str) -> NoReturn:
+    raise InputError(f"{key}: {reason}")

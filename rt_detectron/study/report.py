@@ -75,7 +75,7 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
         "chapters": chapters,
         "examples": examples,
         "picture_notes": picture_notes + [text for chapter in chapters for text in chapter.notes],
-        "curves": charts.curves(outcomes),
+        "curves": list(charts.curves(outcomes)),
         "score_threshold": SCORE_THRESHOLD,
         "versions": _versions(outcomes),
         "options": dict.fromkeys(" ".join(outcome.trial.opts) or "none" for outcome in outcomes),
