@@ -33,6 +33,7 @@ from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.layers import small_maps
 from rt_detectron.layers.folding import FoldedNetwork
+from rt_detectron.layers.small_maps import use_small_maps
 from rt_detectron.modeling.classifier import Classifier
 
 EPS, STEPS = 3.0, 3
@@ -78,6 +79,7 @@ def ours(folded: bool = True, channels_last: bool = True, fused: bool = False) -
     def build(arch, images, labels) -> Step:
         torch.manual_seed(0)  # the weights of the others, by the same numbers
         model = Classifier(arch, 1000)
+        use_small_maps(model, images.device)
         if not channels_last:
             model = Normalised(model.network.to(memory_format=torch.contiguous_format))
         target = FoldedNetwork(model) if folded else model

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.data.shards import ShardDataset
+from rt_detectron.layers.small_maps import use_small_maps
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.evaluation import AccuracyEvaluator, wilson_interval
 from rt_detectron.pretrain.strategies import EpsSchedule, Fast, Pretraining, Resolution, Standard
@@ -81,6 +82,7 @@ def ours(args: argparse.Namespace) -> tuple[nn.Module, Callable]:
     strategy = Fast(ThreatModel("l2", args.eps), EpsSchedule(args.clean, args.warmup, grows="images"))
     resolution = Resolution(args.start, args.until, multiple=4)
     model = Pretraining(Classifier("resnet18", 10), strategy, resolution)
+    use_small_maps(model, "cpu")
 
     def loss(images, labels, progress):
         model.progress = progress

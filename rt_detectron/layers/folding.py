@@ -19,6 +19,21 @@ from rt_detectron.layers.small_maps import small_map
 from rt_detectron.utils.modes import eval_mode
 
 
+def absorb_norm(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What turns a convolution into itself followed by ``norm`` in eval mode.
+
+    Args:
+        norm: a batch norm with statistics and affine parameters of C channels, frozen or not.
+        bias: of the convolution, (C,) or None.
+
+    Returns:
+        The factor of each output channel's weights, (C,), and the new bias, (C,).
+    """
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    shift = -norm.running_mean if bias is None else bias - norm.running_mean
+    return scale, torch.addcmul(norm.bias, shift, scale)
+
+
 class FoldedConvolution(nn.Module):
     """``relu(norm(convolution(x)) + residual)``, where norm, residual and ReLU may be missing.
 
@@ -51,24 +66,18 @@ class FoldedConvolution(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         convolution, _ = self.source
-        fused = _has_fused_kernels(x)
-        if fused and (small := small_map(x, convolution)) is not None:
+        on_cpu = _on_cpu(x)
+        if on_cpu and (small := small_map(x, convolution)) is not None:
             weight, bias = self._fold(small.transform)
-            x = small.convolve(x, weight).add_(bias.view(-1, 1, 1))
-        elif fused and self.in_blocks and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+            return _finish(small.convolve(x, weight).add_(bias.view(-1, 1, 1)), residual, self.relu)
+        if on_cpu and self.in_blocks and x.shape[2] % 2 == x.shape[3] % 2 == 0:
             weight, bias = self._fold(_weight_of_blocks)
             x, geometry = _blocks(x, weight.shape[2]), ((0, 0), (1, 1), (1, 1), 1)
-            return _FusedConvolution.apply(x, residual, weight, bias, geometry, self.relu)
         else:
             weight, bias = self._fold(None)
-            padding, stride, dilation = convolution.padding, convolution.stride, convolution.dilation
-            if fused:
-                geometry = (padding, stride, dilation, convolution.groups)
-                return _FusedConvolution.apply(x, residual, weight, bias, geometry, self.relu)
-            x = F.conv2d(x, weight, bias, stride, padding, dilation, convolution.groups)
-        if residual is not None:
-            x += residual
-        return F.relu(x, inplace=True) if self.relu else x
+            geometry = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
+        convolve = _FusedConvolution.apply if on_cpu else _convolve
+        return convolve(x, residual, weight, bias, geometry, self.relu)
 
     @torch.inference_mode(False)  # an attack may be the next to need it
     @torch.no_grad()
@@ -78,12 +87,11 @@ class FoldedConvolution(nn.Module):
             convolution, norm = self.source
             weight = convolution.weight.detach()
             weight = weight if transform is None else transform(weight)
-            bias = weight.new_zeros(len(weight)) if convolution.bias is None else convolution.bias
+            bias = convolution.bias
             if norm is not None:
-                scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+                scale, bias = absorb_norm(norm, bias)
                 weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-                bias = torch.addcmul(norm.bias, bias - norm.running_mean, scale)
-            self._folded = transform, weight, bias
+            self._folded = transform, weight, weight.new_zeros(len(weight)) if bias is None else bias
         return self._folded[1:]
 
 
@@ -102,28 +110,43 @@ def _blocks(x: Tensor, taps: int) -> Tensor:
     return F.pad(F.pixel_unshuffle(x, 2), (before, after, before, after))
 
 
-def _has_fused_kernels(x: Tensor) -> bool:
-    """oneDNN's, for float32 on CPUs; torch has them for its own compiler."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-        and not torch.is_autocast_enabled("cpu")
-    )
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def _fused_kernel():
+    """oneDNN's convolution with sum and ReLU in one kernel; None if this build of torch has none.
+
+    torch has it for its own compiler, so it is private, and may be gone from any version.
+    """
+    return getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+
+
+def _convolve(x, residual, weight, bias, geometry, relu):
+    """The same with torch's public functions, on any device."""
+    padding, stride, dilation, groups = geometry
+    return _finish(F.conv2d(x, weight, bias, stride, padding, dilation, groups), residual, relu)
+
+
+def _finish(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    if residual is not None:
+        x += residual
+    return F.relu(x, inplace=True) if relu else x
 
 
 class _FusedConvolution(torch.autograd.Function):
-    """One kernel forwards; backwards the gradients of ``x`` and ``residual`` only."""
+    """For CPUs: one kernel forwards; backwards the gradients of ``x`` and ``residual`` only."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, geometry, relu):
-        activation = "relu" if relu else "none"
-        convolve = torch.ops.mkldnn._convolution_pointwise
-        if residual is None:
-            output = convolve(x, weight, bias, *geometry, activation, [], "")
+        fused = _fused_kernel()
+        if fused is None:
+            output = _convolve(x, residual, weight, bias, geometry, relu)
+        elif residual is None:
+            output = fused(x, weight, bias, *geometry, "relu" if relu else "none", [], "")
         else:
-            activation = activation if relu else None
-            output = convolve.binary(x, residual, weight, bias, *geometry, "add", 1.0, activation, [], "")
+            activation = "relu" if relu else None
+            output = fused.binary(x, residual, weight, bias, *geometry, "add", 1.0, activation, [], "")
         # For the ReLU's derivative the output serves as well as its input, and is kept anyway.
         ctx.save_for_backward(x, weight, output if relu else None)
         ctx.geometry = geometry

@@ -162,8 +162,18 @@ class SmallMapConv2d(nn.Conv2d):
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
 
-def use_small_maps(network: nn.Module) -> None:
-    """Make every plain convolution of ``network`` a :class:`SmallMapConv2d`, in place."""
+def use_small_maps(network: nn.Module, device: str | torch.device) -> None:
+    """Turn every plain convolution of ``network`` into a :class:`SmallMapConv2d`, in place.
+
+    Only for training on CPUs: on another device nothing changes. State dicts stay the same, but tools that
+    know torch's own modules only (torch.jit, torch.fx's leaves) no longer recognise these.
+
+    Args:
+        network: what is to be trained.
+        device: where.
+    """
+    if torch.device(device).type != "cpu":
+        return
     for module in network.modules():
         if type(module) is nn.Conv2d:
             module.__class__ = SmallMapConv2d

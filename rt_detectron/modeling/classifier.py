@@ -11,7 +11,6 @@ from rt_detectron.checkpoint.architectures import (
     build_classifier,
     get_architecture,
 )
-from rt_detectron.layers.small_maps import use_small_maps
 from rt_detectron.utils.errors import InputError
 
 
@@ -40,7 +39,6 @@ class Classifier(nn.Module):
         # channels_last: the same numbers, and convolutions that are up to 1.5 times as fast on CPUs and
         # on GPUs with tensor cores.
         self.network = build_classifier(arch, num_classes).to(memory_format=torch.channels_last)
-        use_small_maps(self.network)
         # Not persistent: the state dict is the network's alone.
         self.register_buffer("mean", torch.tensor(self.pixel_mean).view(-1, 1, 1) / 255, persistent=False)
         self.register_buffer("std", torch.tensor(self.pixel_std).view(-1, 1, 1) / 255, persistent=False)

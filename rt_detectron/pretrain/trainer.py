@@ -23,8 +23,9 @@ from rt_detectron.data.images import check_same_classes
 from rt_detectron.data.loader import TrainLoader
 from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
 from rt_detectron.engine.train_hooks import ExponentialMovingAverage
+from rt_detectron.layers.small_maps import use_small_maps
 from rt_detectron.layers.sync_bn import use_sync_bn
-from rt_detectron.modeling.classifier import versioned
+from rt_detectron.modeling.classifier import Classifier, versioned
 from rt_detectron.pretrain.export import Metadata, export
 from rt_detectron.pretrain.strategies import Pretraining
 from rt_detectron.utils.errors import InputError, one_line
@@ -37,9 +38,16 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def build_model(cfg) -> Pretraining:
     """The model of ``cfg.model`` on ``cfg.train.device``."""
     model = instantiate(cfg.model)
-    if cfg.train.sync_bn:
-        model.classifier = use_sync_bn(model.classifier, cfg.train.device)
+    model.classifier = for_training(model.classifier, cfg.train)
     return model.to(cfg.train.device)
+
+
+def for_training(classifier: Classifier, train) -> Classifier:
+    """``classifier`` as ``train.device`` and ``train.sync_bn`` say; its state dict stays the same."""
+    if train.sync_bn:
+        classifier = use_sync_bn(classifier, train.device)
+    use_small_maps(classifier, train.device)
+    return classifier
 
 
 def load_weights(model: Pretraining, path: str) -> None:

@@ -16,12 +16,11 @@ from rt_detectron.checkpoint.checkpointer import TrainingCheckpointer
 from rt_detectron.data.loader import TrainLoader, build_test_loader
 from rt_detectron.engine.lazy_config import lazy_config_sha256
 from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
-from rt_detectron.layers.sync_bn import use_sync_bn
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.modeling.load import load_classifier
 from rt_detectron.pretrain.export import write_classifier
 from rt_detectron.pretrain.strategies import Pretraining, Standard
-from rt_detectron.pretrain.trainer import AMP, evaluate, train_classifier
+from rt_detectron.pretrain.trainer import AMP, evaluate, for_training, train_classifier
 from rt_detectron.transfer.datasets import ClassificationDataset, classification_dataset
 from rt_detectron.transfer.evaluation import TransferEvaluator, predictions_file
 from rt_detectron.transfer.features import Features, compute_features
@@ -119,13 +118,11 @@ def build_datasets(cfg) -> tuple[ClassificationDataset, ClassificationDataset]:
 
 def full_network(cfg, classifier: Classifier, train, test, finish: Finish, resume: bool = False) -> None:
     """Train all of ``classifier``."""
-    if cfg.train.sync_bn:
-        classifier = use_sync_bn(classifier, cfg.train.device)
     loader = TrainLoader(train, cfg.dataloader.total_batch_size, cfg.dataloader.num_workers, cfg.train.seed)
     test_loader = build_test_loader(test, loader.batch_size, cfg.dataloader.num_workers)
     train_classifier(
         cfg,
-        Pretraining(classifier, Standard()),
+        Pretraining(for_training(classifier, cfg.train), Standard()),
         loader,
         evaluate=lambda model: evaluate(model, test_loader, TransferEvaluator(test, cfg.train.output_dir)),
         finish=lambda model, results: finish(

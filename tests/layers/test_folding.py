@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rt_detectron.attacks import PGD, ThreatModel
+from rt_detectron.layers import folding
 from rt_detectron.layers.folding import FoldedConvolution, FoldedNetwork
 from rt_detectron.layers.sync_bn import use_sync_bn
 
@@ -54,6 +55,19 @@ def test_same_function_and_gradient(arch, random_classifier):
     assert relative(found[1], expected[1]) < 5e-2
 
 
+def test_without_the_private_operator_the_numbers_are_the_same(random_classifier, monkeypatch):
+    network = random_classifier("resnet18").to(memory_format=torch.channels_last)
+    folded = FoldedNetwork(network)
+    images, labels = batch()
+    expected = logits_and_gradient(folded, images, labels)
+    asked = []
+    monkeypatch.setattr(folding, "_fused_kernel", lambda: asked.append(1))
+    found = logits_and_gradient(folded, images, labels)
+    assert len(asked) > 10
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a, b) < 1e-5
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_without_cpu_kernels_in_double_precision(arch, random_classifier):
     """As on a GPU, and without rounding to speak of."""
@@ -81,7 +95,14 @@ def test_without_cpu_kernels_in_double_precision(arch, random_classifier):
 )
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
-def test_each_shape_equals_the_modules(stride, size, kernel, padding, channels, with_residual, relu):
+@pytest.mark.parametrize("kernel_of", ["oneDNN", "public functions"])
+def test_each_shape_equals_the_modules(
+    stride, size, kernel, padding, channels, with_residual, relu, kernel_of, monkeypatch
+):
+    if kernel_of == "oneDNN":
+        assert folding._fused_kernel() is not None
+    else:  # as in a version of torch that has dropped its private operator
+        monkeypatch.setattr(folding, "_fused_kernel", lambda: None)
     torch.manual_seed(0)
     convolution = nn.Conv2d(channels, 8, kernel, stride, padding, bias=False)
     norm = nn.BatchNorm2d(8).eval()

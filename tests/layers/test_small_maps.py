@@ -34,7 +34,7 @@ def test_same_output_and_gradients(size, stride, kernel, padding, dilation, bias
     plain = nn.Conv2d(16, 24, kernel, stride, padding, dilation, bias=bias)
     small = nn.Sequential(nn.Conv2d(16, 24, kernel, stride, padding, dilation, bias=bias))
     small[0].load_state_dict(plain.state_dict())
-    use_small_maps(small)
+    use_small_maps(small, "cpu")
     x = torch.randn(3, 16, *size)
     assert small_map(x, small[0]) is not None
     results = []
@@ -54,7 +54,7 @@ def test_in_channels_last_as_a_network_has_it():
     network = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False)).to(memory_format=torch.channels_last)
     x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
     expected = network(x)
-    use_small_maps(network)
+    use_small_maps(network, "cpu")
     found = network(x)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     found.sum().backward()
@@ -64,7 +64,7 @@ def test_in_channels_last_as_a_network_has_it():
 
 def test_only_what_needs_a_gradient_gets_one():
     network = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)).requires_grad_(False)
-    use_small_maps(network)
+    use_small_maps(network, "cpu")
     x = torch.randn(2, 4, 2, 3, requires_grad=True)
     network(x).sum().backward()
     assert x.grad is not None
@@ -76,7 +76,7 @@ def test_only_what_needs_a_gradient_gets_one():
 
 def test_it_may_meet_inference_before_training():
     network = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, stride=2), nn.Conv2d(2, 2, 3, padding=1))
-    use_small_maps(network)
+    use_small_maps(network, "cpu")
     with torch.inference_mode():
         network(torch.randn(1, 2, 4, 2))  # the first time that a map has this size
     network(torch.randn(1, 2, 4, 2, requires_grad=True)).sum().backward()
@@ -85,7 +85,7 @@ def test_it_may_meet_inference_before_training():
 
 def test_its_gradient_can_be_differentiated():
     convolution = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False)).double()
-    use_small_maps(convolution)
+    use_small_maps(convolution, "cpu")
     weight = convolution[0].weight
     x = torch.randn(2, 2, 3, 4, dtype=torch.double, requires_grad=True)
 
@@ -109,7 +109,7 @@ def test_what_it_cannot_do_is_torchs_own():
     ):
         expected = convolution(x)
         network = nn.Sequential(convolution)
-        use_small_maps(network)
+        use_small_maps(network, "cpu")
         assert type(network[0]) is SmallMapConv2d
         assert torch.equal(network(x), expected)
     with torch.autocast("cpu", torch.bfloat16):
@@ -118,7 +118,7 @@ def test_what_it_cannot_do_is_torchs_own():
 
 def test_a_map_smaller_than_the_kernel_is_torchs_error():
     network = nn.Sequential(nn.Conv2d(4, 4, 3))
-    use_small_maps(network)
+    use_small_maps(network, "cpu")
     with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
         network(torch.randn(1, 4, 2, 2))
 
@@ -133,7 +133,14 @@ def test_a_network_trains_as_before():
         network.zero_grad()
         F.cross_entropy(network(images), labels).backward()
         grads.append([parameter.grad.clone() for parameter in network.parameters()])
-        use_small_maps(network)
+        use_small_maps(network, "cpu")
     assert list(network.state_dict()) == names
     for expected, found in zip(*grads, strict=True):
         assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("device", ["cuda", "meta", torch.device("cuda", 1)])
+def test_only_cpus_get_it(device):
+    network = build_classifier("resnet18", 3)
+    use_small_maps(network, device)
+    assert not any(isinstance(module, SmallMapConv2d) for module in network.modules())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import FPN
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from rt_detectron import load_backbone, load_classifier
 from rt_detectron.checkpoint.architectures import backbone_names
@@ -182,3 +183,25 @@ def test_a_timm_network_gets_a_fresh_last_layer(tmp_path, random_classifier):
     torch.save(random_classifier("timm/convnext_atto", 7).state_dict(), tmp_path / "c.pth")
     classifier = load_classifier(str(tmp_path / "c.pth"), "timm/convnext_atto", num_classes=3)
     assert classifier(torch.rand(1, 3, 32, 32)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet"])
+def test_a_loaded_network_is_torchvisions_own(arch, publish):
+    """So that tools for torchvision's networks work on it."""
+    publish(arch)
+    network = load_classifier(f"{arch}_l2_eps3").network
+    for module in network.modules():
+        assert type(module).__module__.startswith(("torch.nn.", "torchvision.")), type(module)
+    images = torch.rand(2, 3, 64, 64)  # the last maps have 2x2 pixels
+    with torch.no_grad():
+        logits = network(images)
+        last = {"resnet18": "layer4", "mobilenet": "features"}[arch]
+        features = create_feature_extractor(network, [last])(images)[last]
+        assert features.shape[2:] == (2, 2)
+        torch.testing.assert_close(torch.jit.script(network)(images), logits)
+        torch.testing.assert_close(torch.jit.trace(network, images)(images), logits)
+        zeros = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
+        assert not torch.func.functional_call(network, zeros, (images,)).any()
+        torch.testing.assert_close(torch.func.functional_call(network, {}, (images,)), logits)
+    per_image = torch.func.vmap(torch.func.grad(lambda image: network(image[None]).sum()))(images)
+    assert per_image.shape == images.shape

@@ -7,6 +7,7 @@ from detectron2.config import LazyConfig
 
 from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
+from rt_detectron.layers.small_maps import SmallMapConv2d
 from rt_detectron.pretrain.export import write_classifier
 from rt_detectron.pretrain.strategies import Free, Standard
 from rt_detectron.pretrain.trainer import (
@@ -189,3 +190,12 @@ def test_free_trains_each_batch_several_times_and_resumes(digits_cfg, tmp_path, 
     digits_cfg.train.epochs = 0.75
     do_train(digits_cfg, resume=True)
     assert len(seen) == 9
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", SmallMapConv2d), ("meta", torch.nn.Conv2d)])
+def test_only_training_on_cpus_has_kernels_of_its_own(digits_cfg, device, expected):
+    digits_cfg.train.device = device
+    classifier = build_model(digits_cfg).classifier
+    kinds = {type(module) for module in classifier.modules() if isinstance(module, torch.nn.Conv2d)}
+    assert kinds == {expected}
+    assert list(classifier.network.state_dict()) == list(build_classifier("resnet18", 2).state_dict())

@@ -6,6 +6,7 @@ import torch
 from detectron2.config import LazyConfig
 
 from rt_detectron.checkpoint.architectures import build_classifier
+from rt_detectron.layers.small_maps import SmallMapConv2d
 from rt_detectron.modeling.load import load_classifier
 from rt_detectron.pretrain.trainer import ClassifierTrainer
 from rt_detectron.transfer.head import HeadTrainer
@@ -167,3 +168,13 @@ def test_the_configuration_is_written_with_the_weights(make_cfg):
     LazyConfig.save(cfg, f"{cfg.train.output_dir}/config.yaml")
     saved = LazyConfig.load(f"{cfg.train.output_dir}/config.yaml")
     assert saved.transfer.weights == cfg.transfer.weights
+
+
+def test_a_full_network_trains_with_the_fast_kernels_of_cpus(make_cfg, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "rt_detectron.transfer.trainer.train_classifier", lambda _, model, *__, **___: seen.append(model)
+    )
+    do_transfer(make_cfg("full_network"))
+    kinds = {type(module) for module in seen[0].modules() if isinstance(module, torch.nn.Conv2d)}
+    assert kinds == {SmallMapConv2d}
