@@ -12,12 +12,14 @@ from scipy import stats
 
 from rt_detectron.study.evaluations import Chapter
 from rt_detectron.study.figures import Charts, Figure, svg_figure
-from rt_detectron.study.grid import FINAL, Arm
+from rt_detectron.study.grid import FINAL
 from rt_detectron.study.statistics import (
     CLEAN,
     CONFIDENCE,
     TASKS,
     Comparison,
+    groups_of,
+    lines_of,
     main_metric,
     select,
     summarize,
@@ -75,23 +77,20 @@ def best_eps(comparison: Comparison, task: str) -> list[BestEps]:
     lines = lines[lines["eps"].notna()]
     table = select(comparison.table, stage=FINAL, **quantity)
     found = []
-    for (target, _), arms in lines.groupby(["target", "baseline"], sort=False):
+    for (target, _), arms in groups_of(lines, ["target", "baseline"]):
         if arms["eps"].nunique() < 2:
             continue
-        best = arms.loc[arms["mean"].idxmax()]
+        best = max(lines_of(arms), key=lambda line: line.mean)
         by_seed = select(table, target=target).pivot(index="seed", columns="arm", values="value")
-        differences = by_seed.sub(by_seed[best["arm"]], axis=0)
-        candidates: set[float] | None = {best["eps"]}
-        for arm, eps in zip(arms["arm"], arms["eps"], strict=True):
-            paired = differences[arm].dropna()
-            if len(paired) < 2:
-                candidates = None
-                break
-            low, high = t_interval(*summarize(paired))
-            if low <= 0 <= high:
-                candidates.add(eps)
-        line = next(arms.loc[[best.name]].itertuples())
-        found.append(BestEps(line, best["eps"], candidates and tuple(sorted(candidates))))
+        differences = by_seed[arms["arm"]].sub(by_seed[best.arm], axis=0)
+        candidates = None
+        if (differences.notna().sum() > 1).all():
+            intervals = [
+                t_interval(*summarize(paired.dropna().tolist())) for _, paired in differences.items()
+            ]
+            contain_0 = [low <= 0 <= high for low, high in intervals]
+            candidates = tuple(sorted(set(arms["eps"][contain_0])))
+        found.append(BestEps(best, best.eps, candidates))
     return found
 
 
@@ -100,19 +99,18 @@ def fits(comparison: Comparison, task: str) -> list[Fit]:
     study = comparison.study
     lines = select(comparison.scores, kind=CLEAN, task=task, metric=main_metric(task))
     means = dict(zip(zip(lines["target"], lines["arm"], strict=True), lines["mean"], strict=True))
-    arms = [arm for arm in study.arms if arm.source_accuracy is not None]
-    groups: dict[str, list[Arm]] = {}
-    for arm in arms:
-        groups.setdefault(f"across eps, {study.baseline_of(arm.name)}", []).append(arm)
-    for arm in sorted((arm for arm in arms if arm.eps is not None), key=lambda arm: arm.eps):
-        groups.setdefault(f"at eps {arm.eps:g}", []).append(arm)
+    sources = {arm.name: arm.source_accuracy for arm in study.arms if arm.source_accuracy is not None}
+    groups: dict[str, list[str]] = {}
+    for arm in sources:
+        groups.setdefault(f"across eps, {study.baseline_of(arm)}", []).append(arm)
+    with_eps = [(arm.eps, arm.name) for arm in study.arms if arm.eps is not None and arm.name in sources]
+    for eps, arm in sorted(with_eps, key=lambda pair: pair[0]):
+        groups.setdefault(f"at eps {eps:g}", []).append(arm)
     found = []
     for target in study.targets:
         for group, members in groups.items():
             points = {
-                arm.name: (arm.source_accuracy, means[target.name, arm.name])
-                for arm in members
-                if (target.name, arm.name) in means
+                arm: (sources[arm], means[target.name, arm]) for arm in members if (target.name, arm) in means
             }
             if len({source for source, _ in points.values()}) >= 3:
                 found.append(_fit(target.name, group, points))

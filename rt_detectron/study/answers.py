@@ -8,7 +8,16 @@ import pandas as pd
 
 from rt_detectron.study.evaluations import EVALUATIONS
 from rt_detectron.study.selection import Choice
-from rt_detectron.study.statistics import CLEAN, IMAGES, SEEDS, TASKS, Comparison, main_metric, select
+from rt_detectron.study.statistics import (
+    CLEAN,
+    IMAGES,
+    SEEDS,
+    TASKS,
+    Comparison,
+    lines_of,
+    main_metric,
+    select,
+)
 from rt_detectron.study.tables import format_change
 
 VERDICTS = ("better", "worse", "undecided")
@@ -57,7 +66,7 @@ def _answer(question: str, lines: pd.DataFrame, measure: str) -> Answer:
     by_verdict = {verdict: group for verdict, group in by_verdict.items() if len(group)}
     verdict = next(iter(by_verdict)) if len(by_verdict) == 1 else "mixed"
     if len(lines) == 1:
-        return Answer(question, lines, verdict, _sentence(next(lines.itertuples()), measure), {})
+        return Answer(question, lines, verdict, _sentence(next(lines_of(lines)), measure), {})
     counts = ", ".join(f"{len(group)} {verdict}" for verdict, group in by_verdict.items())
     counts = counts.replace(" ", f" of {len(lines)} comparisons ", 1)
     several = lines["target"].nunique() > 1
@@ -65,7 +74,7 @@ def _answer(question: str, lines: pd.DataFrame, measure: str) -> Answer:
         verdict: [
             f"{line.arm}{f' ({line.target})' if several else ''} "
             + format_change(line).replace(" ", "\N{NO-BREAK SPACE}")
-            for line in group.itertuples()
+            for line in lines_of(group)
         ]
         for verdict, group in by_verdict.items()
     }

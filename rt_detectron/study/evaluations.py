@@ -5,17 +5,17 @@ chapter of the report. To add one, derive from :class:`Evaluation` and append it
 of the study names an evaluation.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any, ClassVar
 
 import pandas as pd
 
 from rt_detectron.study.examples import evaluation_pictures
 from rt_detectron.study.figures import SIZES, Charts, Figure
-from rt_detectron.study.record import Outcome, by_test_set, is_number
+from rt_detectron.study.record import Outcome, by_test_set, is_number, mean_if_defined
 from rt_detectron.study.statistics import (
     CLEAN,
     QUANTITY,
@@ -23,6 +23,7 @@ from rt_detectron.study.statistics import (
     TRIAL,
     Comparison,
     Quantity,
+    groups_of,
     main_metric,
     select,
 )
@@ -168,9 +169,9 @@ class Attack(Evaluation):
         same = ["target", "arm", "condition", "level"]
         noise = select(scores, kind=self.NOISE)[[*same, "mean"]].rename(columns={"mean": "noise"})
         attacked = select(scores, kind=self.ATTACKED)
-        noise = attacked[same].merge(noise, how="left", on=same)["noise"].to_numpy()
-        attacked = attacked.assign(extra=[f"noise {ap:.2f}" if ap == ap else "" for ap in noise])
-        groups = dict(list(attacked.groupby("condition", sort=False)))
+        means = attacked[same].merge(noise, how="left", on=same)["noise"]
+        attacked = attacked.assign(extra=["" if math.isnan(ap) else f"noise {ap:.2f}" for ap in means])
+        groups = dict(groups_of(attacked, "condition"))
         tables = score_table(f"{_title(task)} under attack", mean) if len(groups) > 1 else []
         for condition, lines in groups.items():
             levels = sorted(lines["level"].unique())
@@ -240,7 +241,7 @@ class Corruption(Evaluation):
             "no corruption": select(scores, kind=self.UNCORRUPTED),
             "mPC": select(scores, kind=self.MPC),
             "rPC, %": select(scores, kind=self.RPC),
-            **{name.replace("_", " "): lines for name, lines in means.groupby("condition", sort=False)},
+            **{name.replace("_", " "): lines for name, lines in groups_of(means, "condition")},
         }
         return score_table(f"{_title(task)} under corruption", columns)
 
@@ -299,5 +300,5 @@ def _means(found: Numbers, kind: str, mean_kind: str, condition: str = "") -> Nu
             if quantity[:3] == (kind, task, "AP") and condition in ("", quantity.condition)
         ]
         if values:
-            means[Quantity(mean_kind, task, "AP", condition)] = None if None in values else fmean(values)
+            means[Quantity(mean_kind, task, "AP", condition)] = mean_if_defined(values)
     return means

@@ -16,6 +16,7 @@ from rt_detectron.study.statistics import (
     UNREADABLE,
     Comparison,
     final_outcomes,
+    lines_of,
     load_matches,
     main_metric,
     one_reason,
@@ -51,13 +52,13 @@ def best_and_worst(comparison: Comparison) -> tuple[list[Figure], list[str]]:
     if len(compared) >= _MANY:
         compared, each = _largest_differences(scores), 1
     finished = final_outcomes(comparison.outcomes)
-    for line in compared.itertuples():
+    for line in lines_of(compared):
         seeds = [seed for seed in line.seeds if (line.target, line.baseline, seed) in finished]
         if not seeds:
             continue  # the report already says that these cannot be compared
-        pair = [finished[line.target, arm, seeds[0]] for arm in (line.arm, line.baseline)]
+        outcome, baseline = (finished[line.target, arm, seeds[0]] for arm in (line.arm, line.baseline))
         try:
-            found = _comparison(line, *pair, each)
+            found = _comparison(line, outcome, baseline, each)
         except UNREADABLE as error:
             notes.append(f"{line.arm}, {line.target}: no pictures ({one_reason(error)}).")
             continue
@@ -77,7 +78,7 @@ def _largest_differences(scores: pd.DataFrame) -> pd.DataFrame:
 
 def _comparison(line: Any, outcome: Outcome, baseline: Outcome, each: int) -> list[Figure]:
     dataset, others = test_sets_of(outcome, baseline)
-    task = next(task for task in ("bbox", "segm") if task in outcome.results["metrics"])
+    task = next(task for task in ("bbox", "segm") if task in (outcome.results or {})["metrics"])
     ours, theirs = (load_matches(d["json_file"], d["predictions"], task) for d in (dataset, others))
     scores = np.array([f1_per_image(m, SCORE_THRESHOLD) for m in (theirs, ours)])
     change = np.nan_to_num(scores[1] - scores[0])

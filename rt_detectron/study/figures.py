@@ -11,7 +11,15 @@ import pandas as pd
 
 from rt_detectron.study.grid import FINAL, Study
 from rt_detectron.study.record import Outcome, is_number
-from rt_detectron.study.statistics import CLEAN, TASKS, main_metric, of_categories, select
+from rt_detectron.study.statistics import (
+    CLEAN,
+    TASKS,
+    groups_of,
+    lines_of,
+    main_metric,
+    of_categories,
+    select,
+)
 from rt_detectron.visualization import plots
 
 CATEGORIES = 8  # number of categories shown that gain most, and that lose most
@@ -58,14 +66,14 @@ class Charts:
         for target in self.study.targets:
             for task in TASKS:
                 chosen = select(lines, target=target.name, task=task, metric=main_metric(task))
-                for condition, group in chosen.groupby("condition", sort=False):
+                for condition, group in groups_of(chosen, "condition"):
                     yield (target.name, task, condition), group
 
     def differences(self, name: str, caption: str, task: str, lines: pd.DataFrame) -> Figure:
         """The difference of every arm to its baseline, with its interval."""
         groups = {
-            target: [self._difference(line.arm, line) for line in group.itertuples()]
-            for target, group in lines.groupby("target", sort=False)
+            target: [self._difference(line.arm, line) for line in lines_of(group)]
+            for target, group in groups_of(lines, "target")
         }
         return svg_figure(
             name,
@@ -91,7 +99,7 @@ class Charts:
         )
 
     def _against_training_eps(self, target: str, task: str, lines: pd.DataFrame) -> Figure:
-        eps = {arm.name: arm.eps for arm in self.study.arms}
+        eps = {arm.name: arm.eps for arm in self.study.arms if arm.eps is not None}
         values = dict(zip(self.series, _by_arm(self.series, lines), strict=True))
         families = {
             f"compared with {baseline}": [
@@ -138,7 +146,7 @@ class Charts:
         changes = select(self.scores, kind=CLEAN)
         changes = changes[changes["change"].notna() & of_categories(changes)]
         for (target, task, _), _ in self.groups(CLEAN):
-            for arm, lines in select(changes, target=target, task=task).groupby("arm", sort=False):
+            for arm, lines in groups_of(select(changes, target=target, task=task), "arm"):
                 if len(lines) < 2:
                     continue
                 which = "all categories"
@@ -147,7 +155,7 @@ class Charts:
                     which = f"the {CATEGORIES} of {len(lines)} categories that gain and that lose most"
                     lines = pd.concat([lines.head(CATEGORIES), lines.tail(CATEGORIES)])
                 names = lines["metric"].str.removeprefix(f"{main_metric(task)}-")
-                shown = [self._difference(*pair) for pair in zip(names, lines.itertuples(), strict=True)]
+                shown = [self._difference(*pair) for pair in zip(names, lines_of(lines), strict=True)]
                 yield svg_figure(
                     f"categories-{target}-{task}-{arm}",
                     f"{target}: {TASKS[task]} of {arm} minus {lines['baseline'].iloc[0]}, {which}.",
@@ -174,7 +182,7 @@ class Charts:
         """
         task = lines["task"].iloc[0]
         unchanged = unchanged.assign(level=0.0)
-        at_level = {0.0: unchanged, **dict(list(lines.sort_values("level").groupby("level")))}
+        at_level = {0.0: unchanged, **dict(groups_of(lines.sort_values("level"), "level"))}
         noise = pd.concat([unchanged, noise])
         for baseline, series in self.families.items():
             values = {level: _by_arm(series, group) for level, group in at_level.items()}

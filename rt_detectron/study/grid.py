@@ -219,7 +219,7 @@ class Study:
     def _trial(self, arm: Arm, target: Target, rate: float, seed: int, stage: str) -> Trial:
         opts = self.opts + target.opts + arm.opts
         evaluations = tuple(opt for evaluation in self.evaluations.values() for opt in evaluation)
-        if stage == SELECTION:
+        if stage == SELECTION and self.selection is not None:
             opts += self.selection.opts
             opts += self.downstream.held_out(target, opts)
             evaluations = ()

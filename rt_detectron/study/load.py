@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from omegaconf import MISSING, OmegaConf, SCMode
@@ -112,11 +112,12 @@ def _validated(content: Any) -> StudyFile:
     try:
         for key, value in content.items():  # one by one, since not every error of OmegaConf names its key
             config = OmegaConf.merge(config, {key: value})
-        return OmegaConf.to_container(
-            config, throw_on_missing=True, structured_config_mode=SCMode.INSTANTIATE
+        mode = SCMode.INSTANTIATE
+        return cast(
+            StudyFile, OmegaConf.to_container(config, throw_on_missing=True, structured_config_mode=mode)
         )
     except ConfigKeyError as error:
-        reason = f"unknown key; known are {_keys_of(error.object_type)}"
+        reason = f"unknown key; known are {_keys_of(error.object_type or StudyFile)}"
         raise InputError(f"{error.full_key}: {reason}") from None
     except MissingMandatoryValue as error:
         raise InputError(f"{error.full_key}: this key is missing") from None

@@ -3,10 +3,11 @@
 import json
 import math
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -145,6 +146,13 @@ def write_atomically(path: Path, text: str) -> None:
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a finite number. An undefined AP is NaN or null, depending on who wrote it."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def mean_if_defined(values: Iterable[float | None]) -> float | None:
+    """The mean; None if there are no values or one of them is undefined."""
+    values = list(values)
+    defined = [value for value in values if value is not None]
+    return fmean(defined) if defined and len(defined) == len(values) else None
 
 
 def by_test_set(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:

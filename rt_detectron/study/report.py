@@ -24,6 +24,7 @@ from rt_detectron.study.statistics import (
     TASKS,
     TRIAL,
     Comparison,
+    lines_of,
     main_metric,
     of_categories,
     select,
@@ -114,7 +115,7 @@ def terminal_table(scores: pd.DataFrame) -> str:
     for task in TASKS:
         for evaluation in EVALUATIONS:
             lines = evaluation.main_lines(scores, task)
-            for line in lines.itertuples():
+            for line in lines_of(lines):
                 cell = score_cell(line)
                 name = evaluation.measure(scores, task)
                 start = [name, line.target, line.arm, f"{line.learning_rate:g}", len(line.seeds)]
@@ -171,15 +172,14 @@ def _trials(comparison: Comparison) -> list[dict[str, Any]]:
 def _records(scores: pd.DataFrame) -> list[dict[str, Any]]:
     """One entry per arm, target and quantity. Single categories are only in results.csv."""
     columns = ["arm", "target", "baseline", "learning_rate", "seeds", *QUANTITY, "n", "mean", "sd"]
-    lines = scores[~of_categories(scores)]
-    records = lines[columns].to_dict("records")
-    for record, line in zip(records, lines.itertuples(), strict=True):
-        record["change"] = None
-        if not line.verdict:
-            continue
-        interval = {"low": line.low, "high": line.high, "over": line.over} if line.over else None
-        differences = {"n": int(line.change_n), "mean": line.change, "sd": line.change_sd}
-        record["change"] = {"differences": differences, "interval": interval, "verdict": line.verdict}
+    records = []
+    for line in lines_of(scores[~of_categories(scores)]):
+        record = {column: getattr(line, column) for column in columns} | {"change": None}
+        if line.verdict:
+            interval = {"low": line.low, "high": line.high, "over": line.over} if line.over else None
+            differences = {"n": int(line.change_n), "mean": line.change, "sd": line.change_sd}
+            record["change"] = {"differences": differences, "interval": interval, "verdict": line.verdict}
+        records.append(record)
     return records
 
 

@@ -78,8 +78,8 @@ def _run(ray: Any, study: Study, output: Path, tools: Path, outcomes: dict[str, 
             if trial.name not in started:
                 start(trial)
 
-    counts = {"total": study.count_trials(), "initial": len(outcomes)}
-    with _interruptible(ray, running), tqdm(**counts, unit="trial", desc="trials", disable=None) as bar:
+    bar = tqdm(total=study.count_trials(), initial=len(outcomes), unit="trial", desc="trials", disable=None)
+    with _interruptible(ray, running), bar:
         start_known()
         while running:
             done, _ = ray.wait(list(running), timeout=1.0)
@@ -186,8 +186,8 @@ def _estimate(
     """Estimate the time of the trials that are left, from finished ones of the same target and stage."""
     times: dict[tuple[str, str], list[float]] = {}
     for outcome in finished.values():
-        record = read_json(outcome.folder / RECORD, "results")
-        times.setdefault((outcome.trial.target, outcome.trial.stage), []).append(record["wall_time_s"])
+        if record := read_json(outcome.folder / RECORD, "results"):
+            times.setdefault((outcome.trial.target, outcome.trial.stage), []).append(record["wall_time_s"])
     unknown = {group: count for group, count in left.items() if group not in times}
     lines = []
     if seconds := sum(fmean(times[group]) * count for group, count in left.items() if group in times):

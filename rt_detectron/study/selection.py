@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 from rt_detectron.study.grid import SELECTION, DownstreamTask, Study, Trial
-from rt_detectron.study.record import Outcome, is_finished, read_outcome
+from rt_detectron.study.record import Outcome, is_finished, mean_if_defined, read_outcome
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,11 @@ def _choice(task: DownstreamTask, arm: str, target: str, outcomes: list[Outcome]
     failed = [outcome.trial.name for outcome in outcomes if outcome.error or outcome.results is None]
     scores: dict[float, float | None] = {}
     for rate in sorted({outcome.trial.learning_rate for outcome in outcomes}):
-        values = [
+        scores[rate] = mean_if_defined(
             task.score(outcome.results)
             for outcome in outcomes
             if outcome.trial.learning_rate == rate and outcome.results
-        ]
-        scores[rate] = None if None in values or not values else fmean(values)
+        )
     defined = {rate: score for rate, score in scores.items() if score is not None}
     if failed or not defined:
         undefined = f"{task.measure} on the held-out images is undefined"

@@ -7,7 +7,7 @@ target, arm and quantity, over the seeds (see :func:`compare`).
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -99,6 +99,16 @@ def select(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
     return frame[chosen]
 
 
+def lines_of(frame: pd.DataFrame) -> Iterator[Any]:
+    """The lines of a frame as named tuples, with columns as attributes."""
+    return iter(frame.itertuples())
+
+
+def groups_of(frame: pd.DataFrame, columns: str | list[str]) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """(value, or values, of the columns; their lines), in the order of the frame."""
+    return iter(frame.groupby(columns, sort=False))
+
+
 def of_categories(frame: pd.DataFrame) -> pd.Series:
     """Whether each line is the main metric of a single category, such as "AP-person"."""
     return frame["metric"].str.startswith(("AP-", "accuracy-"))
@@ -122,19 +132,15 @@ def compare(study: Study, outcomes: Sequence[Outcome], table: pd.DataFrame) -> C
         suffixes=("", "_of_baseline"),
     )
     pairs["value"] -= pairs["value_of_baseline"]
-    arms = final.groupby(["target", "arm", "baseline", "learning_rate"], sort=False)["seed"]
-    arms = arms.agg(lambda seeds: tuple(sorted(set(seeds)))).rename("seeds").reset_index()
+    seeds = final.groupby(["target", "arm", "baseline", "learning_rate"], sort=False)["seed"].unique()
+    arms = seeds.map(lambda found: tuple(sorted(found.tolist()))).rename("seeds").reset_index()
     scores = arms.merge(_over_seeds(measured), on=["target", "arm"])
     changes = _over_seeds(pairs).drop(columns="seed_values")
     changes = changes.rename(columns={"n": "change_n", "mean": "change", "sd": "change_sd"})
     scores = scores.merge(changes, how="left", on=["target", "arm", *QUANTITY])
-    order = {
-        "target": {target.name: position for position, target in enumerate(study.targets)},
-        "arm": {arm.name: position for position, arm in enumerate(study.arms)},
-    }
-    scores = scores.sort_values(
-        ["target", "arm"], key=lambda names: names.map(order[names.name]), kind="stable", ignore_index=True
-    )
+    names = [(target.name, arm.name) for target in study.targets for arm in study.arms]
+    places = pd.MultiIndex.from_tuples(names).get_indexer(pd.MultiIndex.from_frame(scores[["target", "arm"]]))
+    scores = scores.iloc[np.argsort(places, kind="stable")].reset_index(drop=True)
     scores["low"], scores["high"] = t_interval(scores["change_n"], scores["change"], scores["change_sd"])
     scores["over"] = np.where(scores["low"].notna(), SEEDS, "")
     notes = _add_image_intervals(scores, outcomes)
@@ -192,10 +198,8 @@ def image_interval(outcome: Outcome, baseline: Outcome, task: str) -> tuple[floa
 
 def test_sets_of(outcome: Outcome, baseline: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
     """The first test set of the outcome, and the same set of the baseline, both with predictions."""
-    ours = outcome.results["datasets"][0]
-    theirs = next(
-        (item for item in baseline.results["datasets"] if item["json_file"] == ours["json_file"]), None
-    )
+    ours = _datasets(outcome)[0]
+    theirs = next((item for item in _datasets(baseline) if item["json_file"] == ours["json_file"]), None)
     if theirs is None:
         raise ValueError(f"{baseline.trial.name} was not evaluated on {ours['name']}")
     for trial, dataset in ((outcome.trial, ours), (baseline.trial, theirs)):
@@ -237,15 +241,15 @@ def _add_image_intervals(scores: pd.DataFrame, outcomes: Sequence[Outcome]) -> l
         Notes on arms for which that is not possible.
     """
     finals, notes = final_outcomes(outcomes), []
-    for arm in scores.drop_duplicates(["target", "arm"]).itertuples():
+    for arm in lines_of(scores.drop_duplicates(["target", "arm"])):
         common = [seed for seed in arm.seeds if (arm.target, arm.baseline, seed) in finals]
         if arm.arm == arm.baseline or len(common) != 1:
             continue
-        pair = [finals[arm.target, name, common[0]] for name in (arm.arm, arm.baseline)]
+        outcome, baseline = (finals[arm.target, name, common[0]] for name in (arm.arm, arm.baseline))
         lines = select(scores, target=arm.target, arm=arm.arm, kind=CLEAN)
         lines = lines[lines["change"].notna() & (lines["metric"] == lines["task"].map(main_metric))]
         try:
-            intervals = {line.Index: image_interval(*pair, line.task) for line in lines.itertuples()}
+            intervals = {line.Index: image_interval(outcome, baseline, line.task) for line in lines_of(lines)}
         except UNREADABLE as error:
             reason = one_reason(error)
             notes.append(f"{arm.arm}, {arm.target}: no interval over the test images ({reason}).")
@@ -257,29 +261,34 @@ def _add_image_intervals(scores: pd.DataFrame, outcomes: Sequence[Outcome]) -> l
 
 def _accuracy_interval(outcome: Outcome, baseline: Outcome) -> tuple[float, float]:
     ours, theirs = (
-        json.loads(Path(trial.results["datasets"][0]["predictions"]).read_text(encoding="utf-8"))
+        json.loads(Path(_datasets(trial)[0]["predictions"]).read_text(encoding="utf-8"))
         for trial in (outcome, baseline)
     )
     if (ours["keys"], ours["labels"]) != (theirs["keys"], theirs["labels"]):
         raise ValueError(f"{baseline.trial.name} was not evaluated on the same images")
     labels = np.asarray(ours["labels"])
     correct, of_baseline = (np.asarray(found["predicted"]) == labels for found in (ours, theirs))
-    per_class = outcome.results["datasets"][0]["metric"] == "mean_per_class"
+    per_class = _datasets(outcome)[0]["metric"] == "mean_per_class"
     return percentile_interval(resampled_accuracy_differences(correct, of_baseline, labels, per_class))
 
 
+def _datasets(outcome: Outcome) -> list[dict[str, Any]]:
+    return (outcome.results or {})["datasets"]
+
+
 def _ap(outcome: Outcome, task: str) -> float:
-    return by_test_set(outcome.results["metrics"])[0][task]["AP"]
+    return by_test_set((outcome.results or {})["metrics"])[0][task]["AP"]
 
 
 @lru_cache
 def _ap_interval(
     first: tuple[str, str, float], second: tuple[str, str, float], task: str
 ) -> tuple[float, float]:
-    matches = []
-    for json_file, predictions, expected in (first, second):
-        matches.append(load_matches(json_file, predictions, task))
-        (ap,) = average_precision(matches[-1], np.ones((len(matches[-1].image_ids), 1), dtype=np.int32))
+    def matches_of(json_file: str, predictions: str, expected: float) -> Matches:
+        matches = load_matches(json_file, predictions, task)
+        (ap,) = average_precision(matches, np.ones((len(matches.image_ids), 1), dtype=np.int32))
         if not abs(ap - expected) < _TOLERANCE:
             raise ValueError(f"{predictions} has a {TASKS[task]} of {ap:.2f}, not {expected:.2f}")
-    return percentile_interval(resampled_differences(*matches))
+        return matches
+
+    return percentile_interval(resampled_differences(matches_of(*first), matches_of(*second)))

@@ -8,6 +8,8 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from rt_detectron.study.statistics import lines_of
+
 _MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 _LATEX = {"±": r"$\pm$", "Δ": r"$\Delta$", _MINUS: "$-$", NONE: "--"}
 
@@ -60,7 +62,7 @@ def score_table(title: str, columns: Mapping[str, pd.DataFrame]) -> list[Table]:
     cells = {
         (heading, line.target, line.arm): score_cell(line)
         for heading, lines in columns.items()
-        for line in lines.itertuples()
+        for line in lines_of(lines)
     }
     arms = pd.concat(columns.values()).sort_index().drop_duplicates(["target", "arm"])
     lines = [
@@ -71,7 +73,7 @@ def score_table(title: str, columns: Mapping[str, pd.DataFrame]) -> list[Table]:
             len(arm.seeds),
             [cells.get((heading, arm.target, arm.arm), Cell(NONE)) for heading in columns],
         )
-        for arm in arms.itertuples()
+        for arm in lines_of(arms)
     ]
     return [Table(title, list(columns), lines)]
 
@@ -127,7 +129,7 @@ def latex(tables: Sequence[Table], note: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _plain(table: Table) -> tuple[list[list[str]], list[str]]:
+def _plain(table: Table) -> tuple[list[list[Any]], list[str]]:
     rows = [
         [
             line.target,

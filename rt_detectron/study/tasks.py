@@ -6,13 +6,12 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from statistics import fmean
 from typing import Any, ClassVar
 
 from fvcore.common.config import CfgNode
 
 from rt_detectron.study.grid import DownstreamTask, Resources, Target, Trial
-from rt_detectron.study.record import RESULTS, ROBUSTNESS, by_test_set, is_number
+from rt_detectron.study.record import RESULTS, ROBUSTNESS, by_test_set, is_number, mean_if_defined
 from rt_detectron.study.worker import Step
 from rt_detectron.utils.errors import InputError
 
@@ -38,10 +37,10 @@ class Detection(DownstreamTask):
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
 
     def held_out(self, target: Target, opts: tuple[str, ...]) -> tuple[str, ...]:
-        names = dict(zip(opts[::2], opts[1::2], strict=True)).get("DATASETS.TRAIN")
-        if names is None:
-            names = CfgNode.load_yaml_with_base(target.config).get("DATASETS", {}).get("TRAIN", ())
-        names = _names(names)
+        given: Any = dict(zip(opts[::2], opts[1::2], strict=True)).get("DATASETS.TRAIN")
+        if given is None:
+            given = CfgNode.load_yaml_with_base(target.config).get("DATASETS", {}).get("TRAIN", ())
+        names = _names(given)
         if not names:
             raise InputError(
                 f"detectors.{target.name}: to choose a learning rate, DATASETS.TRAIN must be given in "
@@ -70,11 +69,10 @@ class Detection(DownstreamTask):
 
     def score(self, results: Mapping[str, Any]) -> float | None:
         """Box AP, or mask AP if there are no boxes; with several test sets, their mean."""
-        scores = [
+        return mean_if_defined(
             _finite((metrics["bbox"] if "bbox" in metrics else metrics.get("segm", {})).get("AP"))
             for metrics in by_test_set(results["metrics"])
-        ]
-        return None if None in scores else fmean(scores)
+        )
 
 
 class ClassificationTransfer(DownstreamTask):
