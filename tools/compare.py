@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Compare backbones: run a study's grid of trainings, then write report.html, and its numbers as files.
+"""Compare backbones: run the trainings of a study, then write report.html and its numbers as files.
 
-Trials run side by side through Ray, on this machine or on a cluster; each has processes and a folder of its
-own under OUTPUT/trials. What is finished never runs again, so the same command goes on where it stopped, and
-writes the report anew when nothing is left to run.
+Trials run in parallel with Ray, on this machine or on a cluster. Each has its own processes and its own
+folder under OUTPUT/trials. A finished trial never runs again, so the same command continues where it stopped.
+If nothing is left to run, it writes the report again.
 Exit status: 0 all trials have results, 1 some are missing, 2 wrong input, 130 stopped.
 """
 
@@ -33,16 +33,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--study", required=True, metavar="FILE", help="e.g. configs/study/demo.yaml")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the trials and the report")
     parser.add_argument(
-        "--resume", action="store_true", help="run only what --output lacks; a study does so in any case"
+        "--resume", action="store_true", help="accepted for scripts; a study always runs only what is missing"
     )
     parser.add_argument(
         "--ray-address",
         metavar="A",
-        help="of a Ray cluster, e.g. auto or 10.0.0.1:6379; --output, this repository, the study's files and "
-        "the data must then be at the same paths on all machines, on a shared file system",
+        help="address of a Ray cluster, such as auto or 10.0.0.1:6379; --output, this repository, the files "
+        "of the study and the data must then have the same paths on all machines, on a shared file system",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the grid, its commands and an estimate, run nothing"
+        "--dry-run", action="store_true", help="print trials, commands and the estimated time; run nothing"
     )
     return parser.parse_args(argv)
 
@@ -50,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     output = Path(args.output)
-    import_ray()  # that it is missing should not come out at the end
+    import_ray()  # first, so that a missing Ray is reported at once
     study = load_study(args.study)
     if args.dry_run:
         print(describe(study, output, TOOLS, args.ray_address))
@@ -64,12 +64,12 @@ def main(argv: list[str] | None = None) -> int:
             comparison = compare(study, outcomes, tidy_table(outcomes))
             report = write_report(comparison, output, command)
     except KeyboardInterrupt:
-        print(f"stopped; this goes on where it stopped: {command} --resume", file=sys.stderr)
+        print(f"stopped; continue with: {command} --resume", file=sys.stderr)
         return 130
     missing, reasons = missing_trials(study, outcomes)
     print(*reasons, sep="\n", end="\n" if reasons else "", file=sys.stderr)
     if missing:
-        print(f"missing trials: {missing}; this runs only them: {command} --resume", file=sys.stderr)
+        print(f"missing trials: {missing}; run them with: {command} --resume", file=sys.stderr)
     print(terminal_table(comparison.scores))
     print(report, flush=True)
     return 1 if missing else 0

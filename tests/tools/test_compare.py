@@ -21,7 +21,8 @@ def project(tmp_path):
     The writer takes config keys for the robust one.
     """
     (tmp_path / "tools").mkdir()
-    shutil.copy(REPOSITORY / "tools/compare.py", tmp_path / "tools")
+    for name in ("compare.py", "_environment.py"):
+        shutil.copy(REPOSITORY / "tools" / name, tmp_path / "tools")
     for name in ("train_net.py", "evaluate_robustness.py"):
         shutil.copy(REPOSITORY / f"tests/study/fake_{name}", tmp_path / "tools" / name)
     (tmp_path / "std.pkl").write_text("20")
@@ -48,6 +49,7 @@ def run(project, monkeypatch, capsys, ray_here):
     def run(folder, *arguments):
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", [*COMPARE, *arguments])
+        monkeypatch.syspath_prepend(folder / "tools")  # as for a script
         with pytest.raises(SystemExit) as end:
             runpy.run_path(COMPARE[0], run_name="__main__")
         return end.value.code, *capsys.readouterr()
@@ -62,7 +64,7 @@ def test_crash_then_resume(project, run):
     assert status == 1
     assert out.splitlines()[-1] == "out/report.html"
     assert "RuntimeError: CUDA out of memory" in err
-    assert f"missing trials: 1; this runs only them: {COMMAND} --resume" in err
+    assert f"missing trials: 1; run them with: {COMMAND} --resume" in err
     status, out, _ = run(folder, "--resume")
     assert status == 0
     assert "+1.50" in out
@@ -124,7 +126,7 @@ def test_interrupt_stops_the_trial_too(project, run, start, stop):
     process.send_signal(stop)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert f"stopped; this goes on where it stopped: {COMMAND} --resume" in error
+    assert f"stopped; continue with: {COMMAND} --resume" in error
     assert "Traceback" not in error
     wait_for(lambda: is_gone(trial), seconds=10)
     assert second_status == 2
