@@ -62,7 +62,7 @@ def test_every_family_has_its_own_best_eps(make_comparison):
     assert [entry.line.arm for entry in best_eps(comparison, "accuracy")] == ["robust", "wide"]
 
 
-def test_a_single_seed_tells_none_apart(make_comparison):
+def test_with_a_single_seed_no_arm_is_distinguishable(make_comparison):
     arms = {"standard": (0, None, [50.0]), "robust": (3, None, [60.0])}
     (best,) = best_eps(make_comparison(arms), "accuracy")
     assert (best.eps, best.candidates) == (3, None)

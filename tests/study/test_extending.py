@@ -2,9 +2,13 @@
 
 import csv
 import json
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
+from rt_detectron.study import report as report_module
 from rt_detectron.study.evaluations import EVALUATIONS, Evaluation, tidy_table
 from rt_detectron.study.report import terminal_table, write_report
 from rt_detectron.study.statistics import TASKS, Quantity, compare, select
@@ -70,3 +74,23 @@ def test_a_new_evaluation_is_everywhere(report):
     assert "robust is better than standard: box AP +10.00 [+10.00, +10.00]." in page
     assert (folder / "figures" / "answer-rotation-mean.svg").is_file()
     assert "+10.00 [+10.00, +10.00]  better" in terminal_table(comparison.scores)
+
+
+def test_the_pages_template_names_no_evaluation():
+    template = Path(report_module.__file__).with_name("report.html.j2").read_text().lower()
+    for evaluation in EVALUATIONS[1:]:
+        assert evaluation.name not in template
+        assert evaluation.title.lower() not in template
+
+
+def test_no_module_of_the_study_imports_itself_by_way_of_others():
+    room = Path(report_module.__file__).parent
+    imports = {
+        path.stem: set(
+            re.findall(r"^from rt_detectron\.study(?:\.(\w+))? import (\w+)", path.read_text(), re.MULTILINE)
+        )
+        for path in room.glob("*.py")
+    }
+    graph = {path: {module or name for module, name in names} for path, names in imports.items()}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert order.index("grid") < order.index("tasks") < order.index("load")
