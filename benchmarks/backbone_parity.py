@@ -14,7 +14,7 @@ import warnings
 
 import torch
 from detectron2.config import get_cfg
-from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
@@ -22,7 +22,6 @@ from rt_detectron.checkpoint.architectures import ARCHITECTURES, IMAGENET_MEAN, 
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.config import add_robust_config
-from rt_detectron.modeling.backbone import build_robust_torchvision_fpn_backbone
 from rt_detectron.utils.errors import one_line_errors
 
 STAGES = ["res2", "res3", "res4", "res5"]
@@ -71,9 +70,10 @@ def detectron2_features(arch: str, weights: str, image: Tensor, input_format: st
     cfg = get_cfg()
     add_robust_config(cfg)
     cfg.MODEL.ROBUST.ARCH = arch
+    cfg.MODEL.BACKBONE.NAME = ARCHITECTURES[arch].builder("fpn")
     cfg.MODEL.FPN.IN_FEATURES = STAGES
     with torch.device("meta"):  # loading must fill every tensor, so initialise none
-        backbone = build_robust_torchvision_fpn_backbone(cfg, ShapeSpec(channels=3)).bottom_up
+        backbone = build_backbone(cfg).bottom_up
     backbone.to_empty(device="cpu").eval()
     RobustCheckpointer(backbone).load(weights)
     if input_format == "BGR":

@@ -35,7 +35,6 @@ from torchvision.io import write_png
 from torchvision.transforms import v2 as T
 from tqdm import tqdm
 
-from rt_detectron.checkpoint.architectures import build_classifier, get_architecture
 from rt_detectron.checkpoint.convert import read_network
 from rt_detectron.transfer.datasets import classification_dataset
 from rt_detectron.transfer.recipe import load_transfer_config
@@ -124,10 +123,10 @@ def peer(args: argparse.Namespace, folder: Path, seed: int) -> tuple[float, floa
 
 def frozen_network(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, nn.Linear]:
     """torchvision's network with a fresh last layer, and that layer, which alone has gradients."""
-    state_dict, metadata = read_network(args.weights)
-    head = get_architecture(metadata["arch"]).head
+    architecture, state_dict, _ = read_network(args.weights)
+    head = architecture.head
     classes = len([tensor for name, tensor in state_dict.items() if name.startswith(head)][-1])
-    network = build_classifier(metadata["arch"], classes)
+    network = architecture.build(classes)
     network.load_state_dict(state_dict)
     network.requires_grad_(False)
     name, last = [item for item in network.named_modules() if isinstance(item[1], nn.Linear)][-1]

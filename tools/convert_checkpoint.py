@@ -8,8 +8,9 @@ import argparse
 
 import _environment  # noqa: F401  (first, since it checks this Python)
 
-from rt_detectron.checkpoint.architectures import ARCHITECTURES, TIMM, get_architecture
-from rt_detectron.checkpoint.convert import NORMS, Conversion, convert_checkpoint
+from rt_detectron.checkpoint.architectures import ARCHITECTURES, RESNET, get_architecture
+from rt_detectron.checkpoint.convert import Conversion, convert_checkpoint
+from rt_detectron.checkpoint.metadata import INPUT_FORMATS, NORMS
 from rt_detectron.checkpoint.preprocessing import preprocessing_lines
 from rt_detectron.utils.errors import one_line_errors
 
@@ -38,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eps", type=float, help="L2 in [0,1] pixel units, Linf in 1/255")
     parser.add_argument(
         "--input-format",
-        choices=("RGB", "BGR"),
+        choices=INPUT_FORMATS,
         default="RGB",
         help="BGR: the stem absorbs Detectron2's default preprocessing (BGR, std 1)",
     )
@@ -47,19 +48,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def print_summary(args: argparse.Namespace, conversion: Conversion) -> None:
     metadata = conversion.metadata
-    training = "training unknown" if metadata["eps"] is None else f"eps {metadata['eps']:g}"
-    training = f"{metadata['norm']} {training}" if metadata["norm"] else training
-    print(f"read   {args.input}: {metadata['arch']}, {training}, sha256 {metadata['sha256']}")
+    training = "training unknown" if metadata.eps is None else f"eps {metadata.eps:g}"
+    training = f"{metadata.norm} {training}" if metadata.norm else training
+    print(f"read   {args.input}: {metadata.arch}, {training}, sha256 {metadata.sha256}")
     print(f"wrote  {args.output}: {conversion.num_tensors} tensors")
     if args.output.endswith(".pkl"):
-        is_resnet = get_architecture(metadata["arch"]).resnets is not None
-        family = "resnet" if is_resnet else "timm" if metadata["arch"].startswith(TIMM) else "torchvision"
+        architecture = get_architecture(metadata.arch)
         print("Config lines for it, under FPN:")
         print(f'  MODEL.WEIGHTS "{args.output}"')
-        print(f'  MODEL.BACKBONE.NAME "build_robust_{family}_fpn_backbone"')
-        print(f'  MODEL.ROBUST.ARCH "{metadata["arch"]}"')
+        print(f'  MODEL.BACKBONE.NAME "{architecture.builder("fpn")}"')
+        print(f'  MODEL.ROBUST.ARCH "{metadata.arch}"')
         for key, line in preprocessing_lines(metadata).items():
-            if is_resnet or key != "MODEL.RESNETS.STRIDE_IN_1X1":
+            if architecture.family is RESNET or key != "MODEL.RESNETS.STRIDE_IN_1X1":
                 print(f"  {line}")
 
 

@@ -5,8 +5,9 @@ A new architecture of a known family is one entry here.
 
 import functools
 import re
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,96 @@ TIMM = "timm/"  # before the name of a network of timm's
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
+_BUILDERS = {
+    None: "build_robust_{}_backbone",
+    "fpn": "build_robust_{}_fpn_backbone",
+    "retinanet": "build_retinanet_robust_{}_fpn_backbone",
+}
+
 
 @dataclass(frozen=True)
+class Family:
+    """What the networks that one backbone builder makes have in common.
+
+    Attributes:
+        name: in the names of the builders.
+        title: in messages.
+        backbone_names: ``backbone_names(architecture, names)`` gives a dict from the names of a classifier's
+            tensors, as far as its backbone has them, to those in the backbone.
+        translate: ``translate(architecture, state_dict)`` gives a state dict under the network's own names,
+            from any names that the family's library still reads.
+    """
+
+    name: str
+    title: str
+    backbone_names: "Callable[[Architecture, list[str]], dict[str, str]]"
+    translate: "Callable[[Architecture, dict[str, Tensor]], dict[str, Tensor]]" = lambda _, tensors: tensors
+
+    def builder(self, detector: str | None = None) -> str:
+        """The builder in Detectron2's BACKBONE_REGISTRY: bare, or with the pyramid of "fpn", "retinanet".
+
+        Raises:
+            InputError: for another detector.
+        """
+        if detector not in _BUILDERS:
+            raise InputError(f"unknown detector {detector!r}: None, 'fpn' or 'retinanet'")
+        return _BUILDERS[detector].format(self.name)
+
+
+# torchvision's ResNets -> Detectron2's, each rule on the outcome of the one before it.
+_TO_DETECTRON2 = (
+    (r"^(conv1|bn1)\.", r"stem.\1."),
+    (r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}."),
+    (r"\bbn(\d)\.", r"conv\1.norm."),
+    (r"\bdownsample\.0\.", "shortcut."),
+    (r"\bdownsample\.1\.", "shortcut.norm."),
+)
+
+
+def _detectron2_names(architecture: "Architecture", names: list[str]) -> dict[str, str]:
+    """``layer1.0.downsample.1.bias`` to ``res2.0.shortcut.norm.bias``: Detectron2 has its own ResNets."""
+
+    def renamed(name: str) -> str:
+        for pattern, replacement in _TO_DETECTRON2:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    return {name: renamed(name) for name in names}
+
+
+def _trunk_names(architecture: "Architecture", names: list[str]) -> dict[str, str]:
+    """``features.conv0.weight`` to ``trunk.features.conv0.weight``: a feature extractor wraps the network."""
+    return {name: f"trunk.{name}" for name in names}
+
+
+def _timm_names(architecture: "Architecture", names: list[str]) -> dict[str, str]:
+    """By comparison with timm's features_only model, which flattens ``stages.0`` to ``stages_0``."""
+    with torch.device("meta"):
+        features = import_timm().create_model(architecture.name.removeprefix(TIMM), features_only=True)
+    flat = {name.removeprefix("model.").replace(".", "_"): name for name in features.state_dict()}
+    return {name: f"trunk.{flat[key]}" for name in names if (key := name.replace(".", "_")) in flat}
+
+
+def _current_timm_names(architecture: "Architecture", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's own translation of files of its earlier releases and of a network's original authors."""
+    with torch.device("meta"):
+        network = architecture.build(1000)
+    translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    return tensors if translate is None else dict(translate(dict(tensors), network))
+
+
+RESNET = Family("resnet", "ResNet", _detectron2_names)
+TORCHVISION = Family("torchvision", "torchvision network", _trunk_names)
+TIMM_FAMILY = Family("timm", "timm network", _timm_names, _current_timm_names)
+
+
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """One network, seen from its classifier and from the Detectron2 backbone made of it.
 
     Attributes:
+        name: of the table, or ``timm/NAME``.
+        family: who builds its backbone.
         build: ``build(num_classes)`` gives the classifier, randomly initialised.
         stem: name of the convolution that the image enters.
         head: what the names of the tensors begin with that only the classifier has.
@@ -35,13 +120,43 @@ class Architecture:
             RGB, 0..255.
     """
 
+    name: str
+    family: Family
     build: Callable[[int], nn.Module]
     stem: str
     head: str
-    resnets: dict[str, int] | None = None
-    taps: dict[str, str] | None = None
+    resnets: dict[str, int] = field(default_factory=dict)
+    taps: dict[str, str] = field(default_factory=dict)
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
     pixel_std: tuple[float, ...] = IMAGENET_STD
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors of the classifier with 1000 classes."""
+        with torch.device("meta"):
+            network = self.build(1000)
+        return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+    @functools.cached_property
+    def backbone_names(self) -> dict[str, str]:
+        """The names of the classifier's tensors, as far as its backbone has them, to those in the backbone.
+
+        BN's counters, which no backbone uses, are left out.
+        """
+        names = [name for name in self.shapes if not name.startswith(self.head) and not is_counter(name)]
+        return self.family.backbone_names(self, names)
+
+    def builder(self, detector: str | None = None) -> str:
+        """See :meth:`Family.builder`."""
+        return self.family.builder(detector)
+
+    def check_family(self, *families: Family) -> None:
+        """Raise :class:`InputError` unless a builder of one of these families makes the backbone."""
+        if self.family not in families:
+            raise InputError(
+                f"{self.name} is a {self.family.title}: set MODEL.BACKBONE.NAME to {self.builder()} or "
+                f"{self.builder('fpn')}"
+            )
 
 
 def _torchvision(name: str, **kwargs) -> Callable[[int], nn.Module]:
@@ -54,7 +169,12 @@ def _torchvision(name: str, **kwargs) -> Callable[[int], nn.Module]:
 
 
 def _resnet(
-    name: str, depth: int, groups: int = 1, width_per_group: int = 64, res2_channels: int = 256
+    name: str,
+    depth: int,
+    groups: int = 1,
+    width_per_group: int = 64,
+    res2_channels: int = 256,
+    torchvision_name: str = "",
 ) -> Architecture:
     resnets = {
         "DEPTH": depth,
@@ -62,31 +182,33 @@ def _resnet(
         "WIDTH_PER_GROUP": width_per_group,
         "RES2_OUT_CHANNELS": res2_channels,
     }
-    build = _torchvision(name, groups=groups, width_per_group=width_per_group)
-    return Architecture(build, stem="conv1", head="fc.", resnets=resnets)
+    build = _torchvision(torchvision_name or name, groups=groups, width_per_group=width_per_group)
+    return Architecture(name, RESNET, build, stem="conv1", head="fc.", resnets=resnets)
 
 
-def _tapped(name: str, stem: str, head: str, *taps: str) -> Architecture:
-    names = ("stem", "res2", "res3", "res4", "res5")
-    return Architecture(_torchvision(name), stem, head, taps=dict(zip(names, taps, strict=True)))
+def _tapped(name: str, torchvision_name: str, stem: str, head: str, *taps: str) -> Architecture:
+    stages = ("stem", "res2", "res3", "res4", "res5")
+    taps_by_stage = dict(zip(stages, taps, strict=True))
+    return Architecture(name, TORCHVISION, _torchvision(torchvision_name), stem, head, taps=taps_by_stage)
 
 
 # Names are the file stems of the published checkpoints. wide_resnet50_4 is not in torchvision: it is
 # ResNet-50 with four times the bottleneck width (Salman et al. 2020, section 4).
-ARCHITECTURES: dict[str, Architecture] = {
-    "resnet18": _resnet("resnet18", 18, res2_channels=64),
-    "resnet34": _resnet("resnet34", 34, res2_channels=64),
-    "resnet50": _resnet("resnet50", 50),
-    "resnet101": _resnet("resnet101", 101),
-    "resnet152": _resnet("resnet152", 152),
-    "wide_resnet50_2": _resnet("wide_resnet50_2", 50, width_per_group=128),
-    "wide_resnet50_4": _resnet("resnet50", 50, width_per_group=256),
-    "wide_resnet101_2": _resnet("wide_resnet101_2", 101, width_per_group=128),
-    "resnext50_32x4d": _resnet("resnext50_32x4d", 50, groups=32, width_per_group=4),
-    "resnext101_32x8d": _resnet("resnext101_32x8d", 101, groups=32, width_per_group=8),
+_TABLE = (
+    _resnet("resnet18", 18, res2_channels=64),
+    _resnet("resnet34", 34, res2_channels=64),
+    _resnet("resnet50", 50),
+    _resnet("resnet101", 101),
+    _resnet("resnet152", 152),
+    _resnet("wide_resnet50_2", 50, width_per_group=128),
+    _resnet("wide_resnet50_4", 50, width_per_group=256, torchvision_name="resnet50"),
+    _resnet("wide_resnet101_2", 101, width_per_group=128),
+    _resnet("resnext50_32x4d", 50, groups=32, width_per_group=4),
+    _resnet("resnext101_32x8d", 101, groups=32, width_per_group=8),
     # The last tap of each stride, after its activation; res5 is all that the classifier pools, so that
     # no trained layer is lost.
-    "densenet": _tapped(
+    _tapped(
+        "densenet",
         "densenet161",
         "features.conv0",
         "classifier.",
@@ -96,10 +218,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         "features.transition3.relu",
         "relu",
     ),
-    "mnasnet": _tapped(
-        "mnasnet1_0", "layers.0", "classifier.", "layers.7", "layers.8", "layers.9", "layers.11", "layers.16"
+    _tapped(
+        "mnasnet",
+        "mnasnet1_0",
+        "layers.0",
+        "classifier.",
+        "layers.7",
+        "layers.8",
+        "layers.9",
+        "layers.11",
+        "layers.16",
     ),
-    "mobilenet": _tapped(
+    _tapped(
+        "mobilenet",
         "mobilenet_v2",
         "features.0.0",
         "classifier.",
@@ -109,10 +240,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         "features.13",
         "features.18",
     ),
-    "shufflenet": _tapped(
-        "shufflenet_v2_x1_0", "conv1.0", "fc.", "conv1", "maxpool", "stage2", "stage3", "conv5"
+    _tapped(
+        "shufflenet", "shufflenet_v2_x1_0", "conv1.0", "fc.", "conv1", "maxpool", "stage2", "stage3", "conv5"
     ),
-    "vgg16_bn": _tapped(
+    _tapped(
+        "vgg16_bn",
         "vgg16_bn",
         "features.0",
         "classifier.",
@@ -122,15 +254,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         "features.42",
         "features.43",
     ),
-}
+)
+ARCHITECTURES = {architecture.name: architecture for architecture in _TABLE}
 
 
-def get_architecture(name: str) -> Architecture:
-    """The table's entry for ``name``, or timm's network for ``timm/NAME``.
+def get_architecture(name: "str | Architecture") -> Architecture:
+    """The table's entry for ``name``, or timm's network for ``timm/NAME``; an architecture is itself.
 
     Raises:
         InputError: for an unknown name, listing the known; for a timm name without timm installed.
     """
+    if isinstance(name, Architecture):
+        return name
     name = str(name)
     if name.startswith(TIMM):
         return _timm_architecture(name.removeprefix(TIMM))
@@ -159,6 +294,8 @@ def _timm_architecture(name: str) -> Architecture:
             f"timm/{name} has no single first convolution and classifier: choose another network"
         )
     return Architecture(
+        f"{TIMM}{name}",
+        TIMM_FAMILY,
         lambda num_classes: timm.create_model(name, num_classes=num_classes),
         stem=first_conv,
         head=f"{classifier}.",
@@ -167,36 +304,9 @@ def _timm_architecture(name: str) -> Architecture:
     )
 
 
-def build_classifier(arch: str, num_classes: int = 1000) -> nn.Module:
+def build_classifier(arch: str | Architecture, num_classes: int = 1000) -> nn.Module:
     """The network ``arch`` with ``num_classes`` logits, randomly initialised. Raises as get_architecture."""
     return get_architecture(arch).build(num_classes)
-
-
-# torchvision's ResNets -> Detectron2's, each rule on the outcome of the one before it.
-_TO_DETECTRON2 = (
-    (r"^(conv1|bn1)\.", r"stem.\1."),
-    (r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}."),
-    (r"\bbn(\d)\.", r"conv\1.norm."),
-    (r"\bdownsample\.0\.", "shortcut."),
-    (r"\bdownsample\.1\.", "shortcut.norm."),
-)
-
-
-@functools.cache
-def backbone_names(arch: str) -> dict[str, str]:
-    """The names of a classifier's tensors, as far as its backbone has them, to those in the backbone.
-
-    ``layer1.0.downsample.1.bias`` to ``res2.0.shortcut.norm.bias`` for a ResNet, which is Detectron2's own;
-    ``features.conv0.weight`` to ``trunk.features.conv0.weight`` for a network that a feature extractor
-    wraps. BN's counters, which no backbone uses, are left out.
-    """
-    architecture = get_architecture(arch)
-    names = [n for n in _shapes(arch) if not n.startswith(architecture.head) and not is_counter(n)]
-    if architecture.resnets:
-        return {name: _to_detectron2(name) for name in names}
-    if arch.startswith(TIMM):
-        return _timm_names(arch, names)
-    return {name: f"trunk.{name}" for name in names}
 
 
 def is_counter(name: str) -> bool:
@@ -204,61 +314,41 @@ def is_counter(name: str) -> bool:
     return name.endswith(".num_batches_tracked")
 
 
-def _to_detectron2(name: str) -> str:
-    for pattern, replacement in _TO_DETECTRON2:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _timm_names(arch: str, names: list[str]) -> dict[str, str]:
-    """By comparison with timm's features_only model, which flattens ``stages.0`` to ``stages_0``."""
-    with torch.device("meta"):
-        features = import_timm().create_model(arch.removeprefix(TIMM), features_only=True)
-    flat = {name.removeprefix("model.").replace(".", "_"): name for name in features.state_dict()}
-    return {name: f"trunk.{flat[key]}" for name in names if (key := name.replace(".", "_")) in flat}
-
-
-def detect_architecture(state_dict: dict[str, Tensor]) -> str:
+def detect_architecture(state_dict: dict[str, Tensor]) -> Architecture:
     """The network of the table whose names and shapes are those of ``state_dict``, a classifier's.
 
     Raises:
         InputError: if none fits, naming what keeps the nearest one from fitting.
     """
-    candidates = [a for a, known in ARCHITECTURES.items() if f"{known.stem}.weight" in state_dict]
-    problems = {arch: _problems(state_dict, arch) for arch in candidates or ARCHITECTURES}
-    arch = min(problems, key=lambda name: len(problems[name]))
-    if problems[arch]:
+    every = list(ARCHITECTURES.values())
+    candidates = [known for known in every if f"{known.stem}.weight" in state_dict] or every
+    problems = {known: _problems(state_dict, known) for known in candidates}
+    nearest = min(problems, key=lambda known: len(problems[known]))
+    if problems[nearest]:
         raise InputError(
-            _misfit(arch, problems[arch], "no known architecture fits; the nearest is ")
+            _misfit(nearest, problems[nearest], "no known architecture fits; the nearest is ")
             + "; a timm network needs --arch timm/NAME"
         )
-    return arch
+    return nearest
 
 
-def check_architecture(state_dict: dict[str, Tensor], arch: str) -> None:
+def check_architecture(state_dict: dict[str, Tensor], arch: str | Architecture) -> None:
     """Raise :class:`InputError` naming the missing, unexpected and misshaped tensors, if there are any.
 
     The number of classes is free, and so is the presence of BN's ``num_batches_tracked`` and of all that
     only the classifier has: a backbone has no use for them.
     """
-    problems = _problems(state_dict, arch)
+    architecture = get_architecture(arch)
+    problems = _problems(state_dict, architecture)
     if problems:
-        raise InputError(_misfit(arch, problems, "the tensors do not fit "))
+        raise InputError(_misfit(architecture, problems, "the tensors do not fit "))
 
 
-@functools.cache
-def _shapes(arch: str) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        network = build_classifier(arch)
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-
-
-def _problems(state_dict: dict[str, Tensor], arch: str) -> list[tuple[str, str]]:
-    """What is wrong with ``state_dict`` as ``arch``: (kind, description of a tensor), in that order."""
-    head = get_architecture(arch).head
-    known = _shapes(arch)
+def _problems(state_dict: dict[str, Tensor], architecture: Architecture) -> list[tuple[str, str]]:
+    """What is wrong with ``state_dict``: (kind, description of a tensor), in the order of kinds."""
+    head, known = architecture.head, architecture.shapes
     found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    needed = known if any(name.startswith(head) for name in found) else backbone_names(arch)
+    needed = known if any(name.startswith(head) for name in found) else architecture.backbone_names
     missing = [("missing", name) for name in needed if name not in found and not is_counter(name)]
     unexpected = [("unexpected", name) for name in found if name not in known]
     misshaped = [
@@ -273,11 +363,11 @@ def _same_shape(found: tuple[int, ...], needed: tuple[int, ...], any_classes: bo
     return (found[1:] == needed[1:] and len(found) == len(needed)) if any_classes else found == needed
 
 
-def _misfit(arch: str, problems: list[tuple[str, str]], what: str) -> str:
+def _misfit(architecture: Architecture, problems: list[tuple[str, str]], what: str) -> str:
     parts = []
     for kind in ("missing", "unexpected", "misshaped"):
         names = [name for problem, name in problems if problem == kind]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         if names:
             parts.append(f"{kind} {', '.join(names[:5])}{more}")
-    return f"{what}{arch}: {'; '.join(parts)}"
+    return f"{what}{architecture.name}: {'; '.join(parts)}"

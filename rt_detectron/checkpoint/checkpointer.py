@@ -19,6 +19,7 @@ from rt_detectron.checkpoint.formats import (
     save_atomically,
     unreadable,
 )
+from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.checkpoint.preprocessing import check_preprocessing
 from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import replaced_atomically
@@ -150,11 +151,11 @@ class RobustCheckpointer(AtomicCheckpointer):
 
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs):
         super().__init__(model, save_dir, **kwargs)
-        self.metadata: dict | None = None
+        self.metadata: Metadata | None = None
 
     def save(self, name: str, **kwargs) -> None:
         if self.metadata is not None:
-            kwargs.setdefault("rt_detectron", self.metadata)
+            kwargs.setdefault("rt_detectron", self.metadata.to_dict())
         super().save(name, **kwargs)
 
     def load(self, path: str, *args, **kwargs) -> dict:
@@ -167,6 +168,7 @@ class RobustCheckpointer(AtomicCheckpointer):
 
     def _load_file(self, filename: str) -> dict:
         check_file(filename)
+        self._loading = filename
         if not filename.endswith(".pkl"):
             return super()._load_file(filename)
         content = _dict(read_pickle(filename), filename)
@@ -186,10 +188,10 @@ class RobustCheckpointer(AtomicCheckpointer):
         return _dict(loaded, f)
 
     def _load_model(self, checkpoint: dict):
-        metadata = checkpoint.get("rt_detectron")
-        if metadata is None:
+        if "rt_detectron" not in checkpoint:
             return super()._load_model(checkpoint)
-        stem = f"{get_architecture(metadata['arch']).stem}.weight"
+        metadata = Metadata.from_dict(checkpoint["rt_detectron"], self._loading)
+        stem = f"{get_architecture(metadata.arch).stem}.weight"
         if any(name.removeprefix("network.") == stem for name in checkpoint["model"]):
             raise InputError(
                 "MODEL.WEIGHTS is a classifier: convert it with tools/convert_checkpoint.py and load the .pkl"
@@ -205,7 +207,7 @@ class RobustCheckpointer(AtomicCheckpointer):
         self.metadata = metadata
         return super()._load_model(checkpoint)
 
-    def _check_fit(self, loaded: dict[str, Tensor], metadata: dict, whole_model: bool) -> None:
+    def _check_fit(self, loaded: dict[str, Tensor], metadata: Metadata, whole_model: bool) -> None:
         # Asked here and not of load_state_dict, since FrozenBatchNorm2d fills in statistics that are
         # missing from the file without reporting them.
         model = self.model.state_dict()
@@ -228,10 +230,10 @@ class RobustCheckpointer(AtomicCheckpointer):
             way_out = (
                 "load it under the config it was trained with, or start from its backbone's .pkl instead"
                 if whole_model
-                else f"set MODEL.ROBUST.ARCH {metadata['arch']} and MODEL.RESNETS.NORM FrozenBN, BN or SyncBN"
+                else f"set MODEL.ROBUST.ARCH {metadata.arch} and MODEL.RESNETS.NORM FrozenBN, BN or SyncBN"
             )
             raise InputError(
-                f"the weights ({metadata['source']}, {metadata['arch']}) do not fit the model: "
+                f"the weights ({metadata.source}, {metadata.arch}) do not fit the model: "
                 f"{'; '.join(parts)}: {way_out}"
             )
 

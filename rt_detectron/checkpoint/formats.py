@@ -8,13 +8,14 @@ import types
 import warnings
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rt_detectron.checkpoint.architectures import ARCHITECTURES, backbone_names
+from rt_detectron.checkpoint.architectures import ARCHITECTURES, get_architecture
+from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.utils.errors import InputError, optional_import
 from rt_detectron.utils.files import replaced_atomically
 
@@ -49,12 +50,12 @@ class ClassifierFile:
 
     Attributes:
         state_dict: the network's tensors on the CPU under torchvision's or timm's names, floats as float32.
-        metadata: the file's ``rt_detectron`` entry, or {}.
+        metadata: of a file that has it.
         pixel_mean, pixel_std: of the normalisation stored beside the network, RGB in 0..255, or None.
     """
 
     state_dict: dict[str, Tensor]
-    metadata: dict = field(default_factory=dict)
+    metadata: Metadata | None = None
     pixel_mean: list[float] | None = None
     pixel_std: list[float] | None = None
 
@@ -84,14 +85,17 @@ def read_classifier(path: str) -> ClassifierFile:
     return ClassifierFile(state_dict, metadata, pixel_mean, pixel_std)
 
 
-def _read(path: str) -> tuple[dict, dict[str, Tensor]]:
-    """The file's ``rt_detectron`` entry and its tensors."""
+def _read(path: str) -> tuple[Metadata | None, dict[str, Tensor]]:
     if path.endswith(".safetensors"):
         return _read_safetensors(path)
     content = read_pickle(path) if path.endswith(".pkl") else _read_torch(path)
     tensors = _find_tensors(content, path)
-    metadata = content.get("rt_detectron")
-    return metadata if isinstance(metadata, dict) else {}, tensors
+    return _metadata(content, path), tensors
+
+
+def _metadata(content: dict, path: str) -> Metadata | None:
+    """What stands in the file's entry ``rt_detectron``, if it has one."""
+    return Metadata.from_dict(content["rt_detectron"], path) if "rt_detectron" in content else None
 
 
 def _prefix(tensors: dict[str, Tensor]) -> str:
@@ -104,17 +108,18 @@ def _prefix(tensors: dict[str, Tensor]) -> str:
     return next(prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in names))
 
 
-def _classifier_names(tensors: dict[str, Tensor], metadata: dict, path: str) -> dict[str, Tensor]:
+def _classifier_names(tensors: dict[str, Tensor], metadata: Metadata | None, path: str) -> dict[str, Tensor]:
     """The tensors of a backbone's file under the names that they have in the classifier."""
-    if "arch" not in metadata:
+    if metadata is None:
         raise InputError(
             f"{path} was not written by rt_detectron, so the network in it is not known: give the checkpoint "
             "that it was made from"
         )
-    names = {in_backbone: name for name, in_backbone in backbone_names(str(metadata["arch"])).items()}
+    architecture = get_architecture(metadata.arch)
+    names = {in_backbone: name for name, in_backbone in architecture.backbone_names.items()}
     unknown = [name for name in tensors if name not in names]
     if unknown:
-        raise InputError(f"{path} is no backbone {metadata['arch']}: it holds {unknown[0]}")
+        raise InputError(f"{path} is no backbone {architecture.name}: it holds {unknown[0]}")
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
@@ -151,15 +156,19 @@ def check_file(path: str) -> None:
         raise InputError(f"{path} is a Git LFS pointer, not the checkpoint: run `git lfs pull`")
 
 
-def _read_safetensors(path: str) -> tuple[dict, dict[str, Tensor]]:
+def _read_safetensors(path: str) -> tuple[Metadata | None, dict[str, Tensor]]:
     safetensors = optional_import("safetensors", "safetensors>=0.4", f"reading {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("rt_detectron", "{}"))
+            content = {
+                key: json.loads(text)
+                for key, text in (file.metadata() or {}).items()
+                if key == "rt_detectron"
+            }
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except Exception as error:  # broad, as in _read_torch
         raise InputError(unreadable(path, error)) from None
-    return metadata if isinstance(metadata, dict) else {}, tensors
+    return _metadata(content, path), tensors
 
 
 def check_archive(path: str) -> None:
@@ -383,41 +392,41 @@ def save_atomically(content: dict, path: str) -> None:
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-def write_pickle(state_dict: dict[str, Tensor], metadata: dict, path: str) -> None:
+def write_pickle(state_dict: dict[str, Tensor], metadata: Metadata, path: str) -> None:
     """A Detectron2 backbone, as its model zoo has them: any of its checkpointers loads it."""
     content = {
         "model": {name: tensor.contiguous().numpy() for name, tensor in state_dict.items()},
         "__author__": "rt_detectron",
         "matching_heuristics": True,
-        "rt_detectron": metadata,
+        "rt_detectron": metadata.to_dict(),
     }
     with open(path, "wb") as file:
         pickle.dump(content, file, protocol=4)
 
 
-def write_torchvision(state_dict: dict[str, Tensor], metadata: dict, path: str) -> None:
+def write_torchvision(state_dict: dict[str, Tensor], metadata: Metadata, path: str) -> None:
     """The bare state dict: what torchvision's and timm's networks load. ``metadata`` has no place in it."""
     torch.save(state_dict, path)
 
 
-def write_robustness(state_dict: dict[str, Tensor], metadata: dict, path: str) -> None:
+def write_robustness(state_dict: dict[str, Tensor], metadata: Metadata, path: str) -> None:
     """The robustness package's: its AttackerModel holds the network twice, and the normalisation twice."""
     statistics = {
-        "new_mean": torch.tensor(metadata["pixel_mean"]).view(3, 1, 1) / 255,
-        "new_std": torch.tensor(metadata["pixel_std"]).view(3, 1, 1) / 255,
+        "new_mean": torch.tensor(metadata.pixel_mean).view(3, 1, 1) / 255,
+        "new_std": torch.tensor(metadata.pixel_std).view(3, 1, 1) / 255,
     }
     model = {f"module.normalizer.{name}": tensor for name, tensor in statistics.items()}
     model |= {f"module.model.{name}": tensor for name, tensor in state_dict.items()}
     model |= {f"module.attacker.normalize.{name}": tensor for name, tensor in statistics.items()}
     model |= {f"module.attacker.model.{name}": tensor for name, tensor in state_dict.items()}
-    torch.save({"model": model, "epoch": 0, "rt_detectron": metadata}, path)
+    torch.save({"model": model, "epoch": 0, "rt_detectron": metadata.to_dict()}, path)
 
 
-def write_safetensors(state_dict: dict[str, Tensor], metadata: dict, path: str) -> None:
+def write_safetensors(state_dict: dict[str, Tensor], metadata: Metadata, path: str) -> None:
     """The state dict, and ``metadata`` as JSON in the file's header."""
     safetensors = optional_import("safetensors.torch", "safetensors>=0.4", "writing .safetensors")
     tensors = {name: tensor.contiguous() for name, tensor in state_dict.items()}
-    safetensors.save_file(tensors, path, metadata={"rt_detectron": json.dumps(metadata)})
+    safetensors.save_file(tensors, path, metadata={"rt_detectron": json.dumps(metadata.to_dict())})
 
 
 # By the ending of the file.

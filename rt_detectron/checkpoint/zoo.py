@@ -13,7 +13,7 @@ from iopath.common.file_io import PathHandler, get_cache_dir
 
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.checkpoint.formats import check_file
-from rt_detectron.utils.errors import InputError, did_you_mean, one_line
+from rt_detectron.utils.errors import InputError, did_you_mean, one_line, optional_import
 from rt_detectron.utils.files import file_sha256, locked
 
 logger = logging.getLogger(__name__)
@@ -193,11 +193,9 @@ def _verify(path: str, entry: Entry, sha256: str | None, way_out: str) -> None:
 
 def _download(entry: Entry) -> str:
     try:
-        import huggingface_hub
-    except ImportError:
-        raise InputError(
-            f"cannot download {entry.file} without huggingface_hub: pip install it, or {_by_hand(entry)}"
-        ) from None
+        huggingface_hub = optional_import("huggingface_hub", "huggingface_hub>=0.30", "downloads")
+    except InputError as error:
+        raise InputError(f"cannot download {entry.file}: {error}; or {_by_hand(entry)}") from None
     hub = _table()["hub"]
     # Networks, servers and disks fail in every way there is, and under the names of whichever HTTP package
     # this huggingface_hub is made on: hence the broad `except`.

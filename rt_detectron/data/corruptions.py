@@ -137,7 +137,9 @@ def _function(name: str) -> Callable[[Image.Image, int], np.ndarray | Image.Imag
     with warnings.catch_warnings():  # of its imports from deprecated places
         warnings.simplefilter("ignore")
         corruptions = optional_import(
-            "imagecorruptions.corruptions", "imagecorruptions>=1.1.2", "image corruptions"
+            "imagecorruptions.corruptions",
+            "imagecorruptions>=1.1.2 scikit-image>=0.22 setuptools<81",
+            "image corruptions",
         )
     return _REPLACEMENTS.get(name) or getattr(corruptions, name)
 

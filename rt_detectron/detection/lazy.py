@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
+from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.checkpoint.preprocessing import check_preprocessing
 from rt_detectron.data import check_datasets
 from rt_detectron.detection.adversarial import replayed
@@ -76,7 +77,7 @@ def build_lazy_model(cfg) -> nn.Module:
     return model
 
 
-def _backbone_metadata(model: nn.Module) -> dict | None:
+def _backbone_metadata(model: nn.Module) -> Metadata | None:
     """What :func:`rt_detectron.load_backbone` says of the weights that it loaded."""
     return getattr(getattr(model, "backbone", None), "metadata", None)
 

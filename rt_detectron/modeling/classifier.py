@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rt_detectron.checkpoint.architectures import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    build_classifier,
+    Architecture,
     get_architecture,
 )
 from rt_detectron.utils.errors import InputError
@@ -30,18 +30,25 @@ class Classifier(nn.Module):
         pixel_mean, pixel_std: of RGB, in 0..255 as in Detectron2's configuration.
     """
 
-    def __init__(self, arch: str, num_classes: int, pixel_mean=IMAGENET_MEAN, pixel_std=IMAGENET_STD):
+    def __init__(
+        self, arch: str | Architecture, num_classes: int, pixel_mean=IMAGENET_MEAN, pixel_std=IMAGENET_STD
+    ):
         super().__init__()
-        self.arch = arch
+        self.architecture = get_architecture(arch)
         self.num_classes = num_classes
         self.pixel_mean = list(pixel_mean)
         self.pixel_std = list(pixel_std)
         # channels_last: the same numbers, and convolutions that are up to 1.5 times as fast on CPUs and
         # on GPUs with tensor cores.
-        self.network = build_classifier(arch, num_classes).to(memory_format=torch.channels_last)
+        self.network = self.architecture.build(num_classes).to(memory_format=torch.channels_last)
         # Not persistent: the state dict is the network's alone.
         self.register_buffer("mean", torch.tensor(self.pixel_mean).view(-1, 1, 1) / 255, persistent=False)
         self.register_buffer("std", torch.tensor(self.pixel_std).view(-1, 1, 1) / 255, persistent=False)
+
+    @property
+    def arch(self) -> str:
+        """The name of its architecture."""
+        return self.architecture.name
 
     @property
     def last_linear(self) -> str:
@@ -50,7 +57,7 @@ class Classifier(nn.Module):
         Raises:
             InputError: for a network that ends in another kind of layer.
         """
-        head = get_architecture(self.arch).head
+        head = self.architecture.head
         names = [name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)]
         names = [name for name in names if f"{name}.".startswith(head)]
         if not names:

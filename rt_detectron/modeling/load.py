@@ -9,19 +9,14 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.utils.file_io import PathManager
 
 from rt_detectron.checkpoint import zoo
-from rt_detectron.checkpoint.architectures import TIMM, get_architecture, is_counter
+from rt_detectron.checkpoint.architectures import Architecture, get_architecture, is_counter
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.convert import read_network
 from rt_detectron.checkpoint.formats import WRITERS, read_pickle
+from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.config import add_robust_config
 from rt_detectron.modeling.classifier import Classifier, versioned
 from rt_detectron.utils.errors import InputError
-
-_BUILDERS = {
-    None: "build_robust_{family}_backbone",
-    "fpn": "build_robust_{family}_fpn_backbone",
-    "retinanet": "build_retinanet_robust_{family}_fpn_backbone",
-}
 
 
 def load_backbone(
@@ -39,34 +34,33 @@ def load_backbone(
     Returns:
         A module from images (N, 3, H, W) to a dict of features: "res2" ... "res5" at strides 4 to 32,
         "p2" ... "p6" at 4 to 64 for "fpn", "p3" ... "p7" at 8 to 128 for "retinanet". It takes what its
-        ``metadata`` says: colours in the order ``input_format``, as floats of 0..255, minus ``pixel_mean``,
-        divided by ``pixel_std``; H and W multiples of ``size_divisibility``, if that is not 0.
+        ``metadata``, a :class:`.Metadata`, says: colours in the order ``input_format``, as floats of 0..255,
+        minus ``pixel_mean``, divided by ``pixel_std``; H and W multiples of ``size_divisibility``, if not 0.
 
     Raises:
         InputError: for an unknown name, detector or norm, a network without these strides, and for what
             :mod:`rt_detectron.checkpoint.zoo` and :class:`RobustCheckpointer` refuse.
     """
-    if detector not in _BUILDERS:
-        raise InputError(f"unknown detector {detector!r}: None, 'fpn' or 'retinanet'")
     path = PathManager.get_local_path(name) if name.endswith(".pkl") else zoo.backbone(name)
-    metadata = read_pickle(path).get("rt_detectron")
-    if metadata is None:
+    content = read_pickle(path)
+    if "rt_detectron" not in content:
         raise InputError(
             f"{path} was not written by rt_detectron: convert it with tools/convert_checkpoint.py"
         )
-    backbone = build_backbone(_config(metadata["arch"], detector, norm, freeze_at), ShapeSpec(channels=3))
+    metadata = Metadata.from_dict(content["rt_detectron"], path)
+    cfg = _config(get_architecture(metadata.arch), detector, norm, freeze_at)
+    backbone = build_backbone(cfg, ShapeSpec(channels=3))
     RobustCheckpointer(backbone).load(path)
     backbone.metadata = metadata
     return backbone
 
 
-def _config(arch: str, detector: str | None, norm: str, freeze_at: int):
+def _config(architecture: Architecture, detector: str | None, norm: str, freeze_at: int):
     stages = ["res3", "res4", "res5"] if detector == "retinanet" else ["res2", "res3", "res4", "res5"]
-    family = "timm" if arch.startswith(TIMM) else "torchvision"
     cfg = get_cfg()
     add_robust_config(cfg)
-    cfg.MODEL.ROBUST.ARCH = arch
-    cfg.MODEL.BACKBONE.NAME = _BUILDERS[detector].format(family=family)
+    cfg.MODEL.ROBUST.ARCH = architecture.name
+    cfg.MODEL.BACKBONE.NAME = architecture.builder(detector)
     cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
     cfg.MODEL.RESNETS.NORM = norm
     cfg.MODEL.RESNETS.OUT_FEATURES = stages
@@ -87,22 +81,21 @@ def load_classifier(name: str, arch: str | None = None, num_classes: int | None 
 
     Returns:
         A module from RGB images (N, 3, H, W) in [0, 1] to logits (N, classes); 1000 ImageNet classes for
-        the zoo's. Its ``metadata`` says what is known of the weights: arch, norm, eps, source, sha256.
+        the zoo's. Its ``metadata`` is the file's :class:`.Metadata`.
 
     Raises:
         InputError: for an unknown name, a file that cannot be read or is of another network, and for a
             backbone, unless the last linear layer is all that it lacks and ``num_classes`` is given.
     """
     path = _weights_file(name)
-    state_dict, metadata = read_network(path, arch)
-    arch = metadata["arch"]
-    logits = [t for n, t in state_dict.items() if n.startswith(get_architecture(arch).head)]
+    architecture, state_dict, metadata = read_network(path, arch)
+    logits = [tensor for name, tensor in state_dict.items() if name.startswith(architecture.head)]
     if not logits and num_classes is None:
         raise InputError(
             f"{path} is a backbone without the classifier's last layer: give the classifier's file"
         )
     classifier = Classifier(
-        arch, num_classes or len(logits[-1]), metadata["pixel_mean"], metadata["pixel_std"]
+        architecture, num_classes or len(logits[-1]), metadata.pixel_mean, metadata.pixel_std
     )
     fresh = ()
     if num_classes is not None:

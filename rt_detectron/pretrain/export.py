@@ -4,6 +4,7 @@ import os
 
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.checkpoint.formats import save_atomically
+from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.engine.lazy_config import as_yaml
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.strategies import Pretraining
@@ -12,33 +13,33 @@ from rt_detectron.utils.files import file_sha256, replaced_atomically
 from rt_detectron.utils.versions import versions
 
 
-class Metadata:
+class Provenance:
     """Has the checkpointer write :func:`classifier_metadata` into each file; resuming has no use for it."""
 
     def __init__(self, model: Pretraining):
         self.model = model
 
     def state_dict(self) -> dict:
-        return classifier_metadata(self.model)
+        return classifier_metadata(self.model).to_dict()
 
     def load_state_dict(self, state: dict) -> None:
         pass
 
 
-def classifier_metadata(model: Pretraining) -> dict:
+def classifier_metadata(model: Pretraining) -> Metadata:
     """What later tools must know of a pretrained classifier; written beside its tensors."""
     threat_model = model.strategy.threat_model
     classifier: Classifier = model.classifier
-    return {
-        "arch": classifier.arch,
-        "norm": threat_model.norm if threat_model else None,
-        "eps": float(threat_model.eps) if threat_model else 0.0,
-        "input_format": "RGB",
-        "pixel_mean": classifier.pixel_mean,
-        "pixel_std": classifier.pixel_std,
-        "stride_in_1x1": False,
-        "source": model.source,
-    }
+    return Metadata(
+        arch=classifier.arch,
+        norm=threat_model.norm if threat_model else None,
+        eps=threat_model.eps if threat_model else 0.0,
+        input_format="RGB",
+        pixel_mean=tuple(classifier.pixel_mean),
+        pixel_std=tuple(classifier.pixel_std),
+        stride_in_1x1=False,
+        source=model.source,
+    )
 
 
 def export(cfg, model: Pretraining, results: dict) -> list[str]:
@@ -74,7 +75,10 @@ def export(cfg, model: Pretraining, results: dict) -> list[str]:
 
 def write_classifier(model: Pretraining, path: str) -> None:
     """Write the network under torchvision's names with its metadata, atomically."""
-    content = {"model": model.classifier.network.state_dict(), "rt_detectron": classifier_metadata(model)}
+    content = {
+        "model": model.classifier.network.state_dict(),
+        "rt_detectron": classifier_metadata(model).to_dict(),
+    }
     save_atomically(content, path)
 
 
@@ -83,9 +87,10 @@ def model_card(cfg, model: Pretraining, results: dict, files: list[str]) -> str:
     metadata = classifier_metadata(model)
     return CARD.format(
         name=os.path.basename(os.path.normpath(cfg.train.output_dir)),
-        arch=metadata["arch"],
-        pixel_mean=metadata["pixel_mean"],
-        pixel_std=metadata["pixel_std"],
+        arch=metadata.arch,
+        builder=model.classifier.architecture.builder("fpn"),
+        pixel_mean=list(metadata.pixel_mean),
+        pixel_std=list(metadata.pixel_std),
         num_classes=model.classifier.num_classes,
         trained=_trained(model.strategy),
         accuracies="\n".join(_accuracies(cfg, results.get("accuracy", {}))),
@@ -134,7 +139,7 @@ CARD = """# {name}
 MODEL:
   WEIGHTS: backbone.pkl
   BACKBONE:
-    NAME: build_robust_resnet_fpn_backbone
+    NAME: {builder}
   ROBUST:
     ARCH: {arch}
   PIXEL_MEAN: {pixel_mean}

@@ -26,7 +26,7 @@ from rt_detectron.engine.train_hooks import ExponentialMovingAverage
 from rt_detectron.layers.small_maps import use_small_maps
 from rt_detectron.layers.sync_bn import use_sync_bn
 from rt_detectron.modeling.classifier import Classifier, versioned
-from rt_detectron.pretrain.export import Metadata, export
+from rt_detectron.pretrain.export import Provenance, export
 from rt_detectron.pretrain.strategies import Pretraining
 from rt_detectron.utils.errors import InputError, one_line
 
@@ -115,7 +115,7 @@ def train_classifier(
     trainer = ClassifierTrainer(
         model, loader, build_optimizer(cfg, model), train.accumulate, train.amp, train.sync_bn
     )
-    parts = {"trainer": trainer, "rt_detectron": Metadata(model)}
+    parts = {"trainer": trainer, "rt_detectron": Provenance(model)}
     if hasattr(model.strategy, "state_dict"):
         parts["strategy"] = model.strategy
     evaluated, average = model, None

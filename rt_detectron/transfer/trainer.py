@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from rt_detectron.checkpoint.checkpointer import TrainingCheckpointer
+from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.data.loader import TrainLoader, build_test_loader
 from rt_detectron.engine.lazy_config import lazy_config_sha256
 from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
@@ -190,7 +191,9 @@ def evaluate_head(head: nn.Linear, features: Features, evaluator: TransferEvalua
     return results
 
 
-def _write_results(cfg, source: dict, test, results: dict, iterations: int, start: float, more: dict) -> str:
+def _write_results(
+    cfg, source: Metadata, test, results: dict, iterations: int, start: float, more: dict
+) -> str:
     folder = cfg.train.output_dir
     content = {
         "metrics": finite(results),
@@ -199,7 +202,7 @@ def _write_results(cfg, source: dict, test, results: dict, iterations: int, star
         "wall_time_s": round(time.perf_counter() - start, 1),
         "config_sha256": lazy_config_sha256(cfg),
         "weights": str(cfg.transfer.weights),
-        "source": {key: source[key] for key in ("arch", "norm", "eps", "sha256")},
+        "source": {key: getattr(source, key) for key in ("arch", "norm", "eps", "sha256")},
         "versions": versions(),
         "datasets": [
             {

@@ -24,12 +24,12 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def optional_import(module: str, package: str, purpose: str) -> ModuleType:
+def optional_import(module: str, packages: str, purpose: str) -> ModuleType:
     """A module of a package that only some users need.
 
     Args:
         module: its name, such as "sklearn.linear_model".
-        package: what pip installs it by, such as "scikit-learn".
+        packages: what pip installs it by, such as "scikit-learn>=1.3"; several have blanks between them.
         purpose: what needs it, such as "timm networks"; begins the message.
 
     Raises:
@@ -40,7 +40,10 @@ def optional_import(module: str, package: str, purpose: str) -> ModuleType:
     except ImportError as error:
         # Not by our extras: no package index has rt_detectron, and anybody could publish under that name.
         reason = "" if (error.name or "").split(".")[0] == module.split(".")[0] else f" ({one_line(error)})"
-        raise InputError(f'{purpose}: {package} is missing{reason}; run: pip install "{package}"') from None
+        quoted = " ".join(f'"{package}"' for package in packages.split())
+        raise InputError(
+            f"{purpose}: {packages.split()[0]} is missing{reason}; run: pip install {quoted}"
+        ) from None
 
 
 @contextmanager

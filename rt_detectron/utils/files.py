@@ -5,8 +5,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock
@@ -41,11 +42,14 @@ def write_json(path: str | os.PathLike, content: dict) -> None:
 
 
 def finite(value):
-    """Metrics for JSON. Detectron2 gives NaN for a class without ground truth; JSON has null."""
-    if isinstance(value, dict):
+    """``value`` for JSON, which has null and no NaN: Detectron2's AP of a class without ground truth, say."""
+    if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
-    value = float(value)
-    return value if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, Real) and not isinstance(value, Integral):  # numpy's too, which json does not know
+        return float(value) if math.isfinite(value) else None
+    return value
 
 
 def cache_folder(kind: str) -> str:

@@ -8,10 +8,10 @@ from detectron2.modeling.backbone import build_resnet_backbone
 
 from rt_detectron.checkpoint.architectures import (
     ARCHITECTURES,
-    backbone_names,
     build_classifier,
     check_architecture,
     detect_architecture,
+    get_architecture,
 )
 from rt_detectron.utils.errors import InputError
 
@@ -30,7 +30,7 @@ def test_resnets_get_detectron2s_names(arch, make_cfg):
     backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3)).state_dict()
     expected = {name: tuple(t.shape) for name, t in backbone.items() if "num_batches" not in name}
     found = shapes(arch)
-    assert {new: found[old] for old, new in backbone_names(arch).items()} == expected
+    assert {new: found[old] for old, new in get_architecture(arch).backbone_names.items()} == expected
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,13 @@ def test_timm_networks_get_the_names_of_their_feature_extractor(name):
         features = timm.create_model(name, features_only=True).state_dict()
     expected = {f"trunk.{n}": tuple(t.shape) for n, t in features.items() if "num_batches" not in n}
     found = shapes(f"timm/{name}")
-    assert {new: found[old] for old, new in backbone_names(f"timm/{name}").items()} == expected
+    assert {
+        new: found[old] for old, new in get_architecture(f"timm/{name}").backbone_names.items()
+    } == expected
 
 
 def test_other_torchvision_networks_keep_theirs():
-    names = backbone_names("densenet")
+    names = get_architecture("densenet").backbone_names
     assert names["features.conv0.weight"] == "trunk.features.conv0.weight"
     assert not any(name.startswith("classifier") for name in names)
 
@@ -54,10 +56,10 @@ def test_other_torchvision_networks_keep_theirs():
 def test_detection(arch):
     state_dict = {name: torch.empty(shape, device="meta") for name, shape in shapes(arch).items()}
     head = ARCHITECTURES[arch].head
-    assert detect_architecture(state_dict) == arch
-    assert detect_architecture({n: t for n, t in state_dict.items() if not n.startswith(head)}) == arch
+    assert detect_architecture(state_dict).name == arch
+    assert detect_architecture({n: t for n, t in state_dict.items() if not n.startswith(head)}).name == arch
     counters = {n: t for n, t in state_dict.items() if not n.endswith("num_batches_tracked")}
-    assert detect_architecture(counters) == arch
+    assert detect_architecture(counters).name == arch
 
 
 @pytest.fixture

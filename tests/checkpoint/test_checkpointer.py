@@ -133,7 +133,7 @@ def test_fine_tuned_detector_is_guarded(files, tmp_path, make_cfg):
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in first.model.state_dict().items())
     again.save("next")
     saved = torch.load(tmp_path / "again" / "next.pth")["rt_detectron"]
-    assert saved == first.metadata
+    assert saved == first.metadata.to_dict()
 
     wrong_std = make_cfg("resnet18")
     wrong_std.MODEL.PIXEL_STD = [1.0, 1.0, 1.0]

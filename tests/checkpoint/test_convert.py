@@ -1,6 +1,7 @@
 """Conversion: the Detectron2 backbone computes what torchvision's network computes."""
 
 import hashlib
+import json
 import pickle
 from itertools import pairwise
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from rt_detectron.checkpoint import convert
+from rt_detectron.checkpoint import convert, formats
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, build_classifier
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.convert import convert_checkpoint, parse_threat_model
@@ -62,7 +63,7 @@ def test_features_equal_torchvision(arch, tmp_path, random_classifier, make_cfg,
     source, output = tmp_path / f"{arch}.pth", tmp_path / f"{arch}.pkl"
     torch.save(network.state_dict(), source)
     del network
-    assert convert_checkpoint(str(source), str(output)).metadata["arch"] == arch
+    assert convert_checkpoint(str(source), str(output)).metadata.arch == arch
     source.unlink()  # the largest is 0.9 GB, and pytest keeps its temporary folders
     cfg = make_cfg(arch)
     cfg.MODEL.BACKBONE.NAME = "build_robust_torchvision_backbone"
@@ -117,8 +118,8 @@ def test_folding_an_unusual_normalisation_records_its_own_mean(tmp_path, random_
     torch.save({"model": tensors}, tmp_path / "c.ckpt")
     output = str(tmp_path / "b.pkl")
     metadata = convert_checkpoint(str(tmp_path / "c.ckpt"), output, input_format="BGR").metadata
-    assert metadata["pixel_mean"] == pytest.approx([153, 102, 51])
-    assert metadata["pixel_std"] == [1, 1, 1]
+    assert metadata.pixel_mean == pytest.approx([153, 102, 51])
+    assert metadata.pixel_std == (1, 1, 1)
     with open(output, "rb") as file:
         stem = torch.as_tensor(pickle.load(file)["model"]["stem.conv1.weight"])
     blue = network.conv1.weight[:, 2].detach() / (0.4 * 255)
@@ -135,7 +136,7 @@ def test_file_contents(tmp_path, random_classifier):
     assert content["matching_heuristics"] is True
     assert (
         content["rt_detectron"]
-        == conversion.metadata
+        == conversion.metadata.to_dict()
         == {
             "arch": "resnet18",
             "norm": "linf",
@@ -190,10 +191,10 @@ def source(tmp_path, random_classifier):
 def test_given_values_precede_metadata_and_metadata_the_file_name(source, tmp_path):
     output = str(tmp_path / "b.pkl")
     metadata = convert_checkpoint(str(source), output).metadata
-    assert (metadata["norm"], metadata["eps"]) == ("linf", 2.0)
-    assert metadata["pixel_mean"] == [125.3, 123.0, 113.9]
+    assert (metadata.norm, metadata.eps) == ("linf", 2.0)
+    assert metadata.pixel_mean == (125.3, 123.0, 113.9)
     metadata = convert_checkpoint(str(source), output, norm="l2", eps=0.0).metadata
-    assert (metadata["norm"], metadata["eps"]) == ("l2", 0.0)
+    assert (metadata.norm, metadata.eps) == ("l2", 0.0)
 
 
 def test_standard_training_stays_eps_0_whatever_the_file_is_called(source, tmp_path):
@@ -201,7 +202,7 @@ def test_standard_training_stays_eps_0_whatever_the_file_is_called(source, tmp_p
     content["rt_detectron"].update(norm=None, eps=0.0)
     torch.save(content, source)  # resnet18_l2_eps3.pth
     metadata = convert_checkpoint(str(source), str(tmp_path / "b.pkl")).metadata
-    assert (metadata["norm"], metadata["eps"]) == (None, 0.0)
+    assert (metadata.norm, metadata.eps) == (None, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +232,11 @@ def test_wrong_arguments_write_nothing(source, tmp_path, arguments, message):
         ({"pixel_std": [1.0, 0.0, 1.0]}, "pixel_std is not three numbers"),
         ({"pixel_mean": "grey"}, "pixel_mean is not three numbers"),
         ({"eps": None}, "eps must be a number"),
+        ({"norm": "l0"}, "unknown norm 'l0'"),
+        ({"arch": ["resnet18"]}, "arch is .* it must be a name"),
+        ({"stride_in_1x1": "no"}, "stride_in_1x1 is 'no'; it must be true or false"),
+        ({"input_format": None}, "unknown input format None"),
+        ({"sha256": 7}, "sha256 is 7"),
     ],
 )
 def test_damaged_metadata(source, tmp_path, change, message):
@@ -239,6 +245,46 @@ def test_damaged_metadata(source, tmp_path, change, message):
     torch.save(content, source)
     with pytest.raises(InputError, match=message):
         convert_checkpoint(str(source), str(tmp_path / "b.pkl"))
+
+
+KEYS = ("arch", "norm", "eps", "input_format", "pixel_mean", "pixel_std", "stride_in_1x1", "source")
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("ending", [".pth", ".pkl", ".safetensors"])
+def test_partial_metadata_names_file_and_key(source, tmp_path, key, ending):
+    content = torch.load(source)
+    metadata = content["rt_detectron"]
+    del metadata[key]
+    path = tmp_path / f"partial{ending}"
+    if ending == ".pth":
+        torch.save(content, path)
+    elif ending == ".pkl":
+        path.write_bytes(pickle.dumps({"model": {}, "__author__": "rt_detectron", "rt_detectron": metadata}))
+    else:
+        save_file(content["model"], path, metadata={"rt_detectron": json.dumps(metadata)})
+    with pytest.raises(InputError, match=rf"partial\{ending}: its metadata is damaged \({key} missing\)"):
+        convert_checkpoint(str(path), str(tmp_path / "b.pth" if ending == ".pkl" else tmp_path / "b.pkl"))
+
+
+def test_metadata_that_is_no_mapping(source, tmp_path):
+    torch.save({**torch.load(source), "rt_detectron": "resnet18"}, source)
+    with pytest.raises(InputError, match="its metadata is damaged"):
+        convert_checkpoint(str(source), str(tmp_path / "b.pkl"))
+
+
+def test_the_architecture_is_looked_up_once(source, tmp_path, monkeypatch):
+    asked = []
+    original = convert.get_architecture
+
+    def counted(name):
+        asked.append(name)
+        return original(name)
+
+    for module in (convert, formats):
+        monkeypatch.setattr(module, "get_architecture", counted)
+    convert_checkpoint(str(source), str(tmp_path / "b.pkl"), input_format="BGR")
+    assert asked == ["resnet18"]
 
 
 def test_impossible_outputs(source, tmp_path):

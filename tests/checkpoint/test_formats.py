@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from rt_detectron.checkpoint.formats import PREFIXES, read_classifier, read_pickle
+from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.utils.errors import InputError
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
@@ -100,7 +101,7 @@ def test_torchvision_layouts(tmp_path, state_dict, wrap):
     torch.save(wrap(state_dict), path)
     file = read_classifier(path)
     assert_same(file.state_dict, state_dict)
-    assert (file.metadata, file.pixel_mean, file.pixel_std) == ({}, None, None)
+    assert (file.metadata, file.pixel_mean, file.pixel_std) == (None, None, None)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -117,7 +118,7 @@ def test_the_layout_of_stylized_imagenet(tmp_path, state_dict, zipped):
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     file = read_classifier(path)
     assert_same(file.state_dict, state_dict)
-    assert (file.metadata, file.pixel_mean) == ({}, None)  # the table's, which is ImageNet's
+    assert (file.metadata, file.pixel_mean) == (None, None)  # the table's, which is ImageNet's
 
 
 def test_parameters_are_read_as_tensors(tmp_path, state_dict):
@@ -135,8 +136,9 @@ def test_safetensors(tmp_path, state_dict):
 
 def test_metadata_of_our_pretraining(tmp_path, state_dict):
     path = str(tmp_path / "classifier.pth")
-    metadata = {"arch": "resnet18", "norm": "l2", "eps": 0.5}
-    torch.save({"model": state_dict, "rt_detectron": metadata}, path)
+    pixels = {"pixel_mean": (125.3, 123.0, 113.9), "pixel_std": (63.0, 62.1, 66.7)}
+    metadata = Metadata("resnet18", "l2", 0.5, "RGB", **pixels, stride_in_1x1=False, source="pretraining")
+    torch.save({"model": state_dict, "rt_detectron": metadata.to_dict()}, path)
     assert read_classifier(path).metadata == metadata
 
 

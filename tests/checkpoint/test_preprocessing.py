@@ -1,5 +1,7 @@
 """The guard names exactly the config lines that disagree with the weights, for yacs and LazyConfig models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from detectron2 import model_zoo
@@ -7,21 +9,22 @@ from detectron2.config import instantiate
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
+from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.checkpoint.preprocessing import check_preprocessing, preprocessing_lines
 from rt_detectron.utils.errors import InputError
 
-RGB = {
-    "arch": "resnet50",
-    "norm": "l2",
-    "eps": 3.0,
-    "input_format": "RGB",
-    "pixel_mean": [123.675, 116.28, 103.53],
-    "pixel_std": [58.395, 57.12, 57.375],
-    "stride_in_1x1": False,
-    "source": "resnet50_l2_eps3.ckpt",
-    "sha256": "0" * 64,
-}
-BGR = {**RGB, "input_format": "BGR", "pixel_mean": RGB["pixel_mean"][::-1], "pixel_std": [1.0, 1.0, 1.0]}
+RGB = Metadata(
+    arch="resnet50",
+    norm="l2",
+    eps=3.0,
+    input_format="RGB",
+    pixel_mean=(123.675, 116.28, 103.53),
+    pixel_std=(58.395, 57.12, 57.375),
+    stride_in_1x1=False,
+    source="resnet50_l2_eps3.ckpt",
+    sha256="0" * 64,
+)
+BGR = replace(RGB, input_format="BGR", pixel_mean=RGB.pixel_mean[::-1], pixel_std=(1.0, 1.0, 1.0))
 LINES = {
     "format": 'INPUT.FORMAT "RGB"',
     "mean": "MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]",
@@ -33,7 +36,7 @@ LINES = {
 class Model(nn.Module):
     """As much of a detector as the guard looks at."""
 
-    def __init__(self, input_format="RGB", pixel_mean=RGB["pixel_mean"], pixel_std=RGB["pixel_std"]):
+    def __init__(self, input_format="RGB", pixel_mean=RGB.pixel_mean, pixel_std=RGB.pixel_std):
         super().__init__()
         self.input_format = input_format
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1))
@@ -72,7 +75,7 @@ def test_detectron2s_defaults_disagree_in_every_line(make_cfg, detector):
     check_preprocessing(build_model(cfg), RGB)
     stock = make_cfg("", detector, STRIDE_IN_1X1=True)
     stock.MODEL.BACKBONE.NAME = stock.MODEL.BACKBONE.NAME.replace("robust_", "")
-    stock.INPUT.FORMAT, stock.MODEL.PIXEL_MEAN, stock.MODEL.PIXEL_STD = "BGR", BGR["pixel_mean"], [1.0] * 3
+    stock.INPUT.FORMAT, stock.MODEL.PIXEL_MEAN, stock.MODEL.PIXEL_STD = "BGR", BGR.pixel_mean, [1.0] * 3
     model = build_model(stock)
     found = lines_to_set(model, RGB)
     assert found == list(LINES.values())
@@ -95,7 +98,7 @@ def test_lazy_config_model():
     cfg = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py").model
     model = instantiate(cfg)
     assert set(lines_to_set(model, RGB)) >= {LINES["format"], LINES["mean"], LINES["std"]}
-    cfg.input_format, cfg.pixel_mean, cfg.pixel_std = "RGB", RGB["pixel_mean"], RGB["pixel_std"]
+    cfg.input_format, cfg.pixel_mean, cfg.pixel_std = "RGB", RGB.pixel_mean, RGB.pixel_std
     cfg.backbone.bottom_up.stages.stride_in_1x1 = False
     check_preprocessing(instantiate(cfg), RGB)
 

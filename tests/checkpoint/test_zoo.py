@@ -632,7 +632,7 @@ class TestHub:
 
     def test_without_huggingface_hub(self, refused, monkeypatch):
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-        refused("without huggingface_hub: pip install it, or download http.* to FOLDER")
+        refused(r'pip install "huggingface_hub>=0\.30"; or download http.* to FOLDER')
 
 
 def test_processes_that_ask_at_once_download_and_convert_once(hub, cache, content, expected):

@@ -6,8 +6,8 @@ from detectron2.modeling import FPN
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from rt_detectron import load_backbone, load_classifier
-from rt_detectron.checkpoint.architectures import backbone_names
-from rt_detectron.checkpoint.convert import convert_checkpoint
+from rt_detectron.checkpoint.architectures import get_architecture
+from rt_detectron.checkpoint.convert import convert_checkpoint, read_network
 from rt_detectron.checkpoint.formats import write_pickle
 from rt_detectron.utils.errors import InputError
 
@@ -70,12 +70,12 @@ def test_backbones_come_with_their_weights(arch, detector, levels, publish, phot
             4 if detector == "fpn" else 8
         )
     metadata = backbone.metadata
-    assert (metadata["arch"], metadata["norm"], metadata["eps"]) == (arch, "l2", 3.0)
+    assert (metadata.arch, metadata.norm, metadata.eps) == (arch, "l2", 3.0)
 
 
 def test_folded_backbone_says_what_it_takes(publish):
     publish("resnet18")
-    assert load_backbone("resnet18_l2_eps3-bgr").metadata["input_format"] == "BGR"
+    assert load_backbone("resnet18_l2_eps3-bgr").metadata.input_format == "BGR"
 
 
 def test_timm_backbone_from_a_file(tmp_path, random_classifier, photograph):
@@ -128,8 +128,8 @@ def test_stylized_imagenet_classifiers(tmp_path, random_classifier, photograph):
         torch.testing.assert_close(logits, network(normalised(photograph)), rtol=1e-3, atol=1e-3)
     convert_checkpoint(path, str(tmp_path / "backbone.pkl"))
     metadata = load_backbone(str(tmp_path / "backbone.pkl")).metadata
-    assert (metadata["arch"], metadata["norm"], metadata["eps"]) == ("resnet50", None, None)
-    assert metadata["source"] == name
+    assert (metadata.arch, metadata.norm, metadata.eps) == ("resnet50", None, None)
+    assert metadata.source == name
 
 
 def test_wrong_requests_are_named(publish, mirror, tmp_path, backbone_file):
@@ -158,7 +158,7 @@ def test_a_fresh_last_layer_and_all_else_from_the_file(arch, publish, mirror):
         found = classifier.network.state_dict()
         for key, tensor in network.state_dict().items():
             assert key.startswith(classifier.last_linear) or torch.equal(found[key], tensor), key
-    assert {key: classifier.metadata[key] for key in ("arch", "norm", "eps")} == {
+    assert {key: getattr(classifier.metadata, key) for key in ("arch", "norm", "eps")} == {
         "arch": arch,
         "norm": "l2",
         "eps": 3.0,
@@ -168,8 +168,10 @@ def test_a_fresh_last_layer_and_all_else_from_the_file(arch, publish, mirror):
 def test_a_backbone_becomes_a_classifier_if_a_last_layer_is_all_it_lacks(random_classifier, mirror):
     for arch in ("resnet18", "vgg16_bn"):
         expected = random_classifier(arch).state_dict()
-        backbone = {new: expected[name] for name, new in backbone_names(arch).items()}
-        write_pickle(backbone, {"arch": arch}, str(mirror / f"my_{arch}.pkl"))
+        backbone = {new: expected[name] for name, new in get_architecture(arch).backbone_names.items()}
+        torch.save(expected, mirror / f"{arch}.pth")
+        _, _, metadata = read_network(str(mirror / f"{arch}.pth"))
+        write_pickle(backbone, metadata, str(mirror / f"my_{arch}.pkl"))
     expected = random_classifier("resnet18").state_dict()
     for name in (str(mirror / "my_resnet18.pkl"), "robust://my_resnet18.pkl"):
         found = load_classifier(name, num_classes=3).network.state_dict()

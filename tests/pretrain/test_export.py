@@ -1,9 +1,15 @@
 import pickle
 
+import pytest
+import torch
 import yaml
 from detectron2.config import LazyCall as L
+from detectron2.modeling import BACKBONE_REGISTRY
 
-from rt_detectron.pretrain.strategies import Standard
+from rt_detectron.checkpoint.architectures import ARCHITECTURES, get_architecture
+from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.pretrain.export import model_card
+from rt_detectron.pretrain.strategies import Pretraining, Standard
 from rt_detectron.pretrain.trainer import do_train
 from rt_detectron.utils.files import file_sha256
 
@@ -34,3 +40,14 @@ def test_the_card_of_a_standard_training(digits_cfg):
     do_train(digits_cfg)
     with open(f"{digits_cfg.train.output_dir}/model_card.md") as file:
         assert "trained without an adversary" in file.read()
+
+
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "timm/convnext_atto"])
+def test_the_card_names_the_builder_of_every_network(arch, digits_cfg):
+    with torch.device("meta"):
+        model = Pretraining(Classifier(arch, num_classes=2), Standard())
+    card = model_card(digits_cfg, model, {}, [])
+    expected = get_architecture(arch).builder("fpn")
+    assert f"NAME: {expected}\n" in card
+    assert expected in BACKBONE_REGISTRY
+    assert f"ARCH: {arch}\n" in card

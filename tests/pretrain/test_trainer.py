@@ -165,7 +165,7 @@ def test_every_checkpoint_converts_with_its_threat_model(digits_cfg, tmp_path):
     do_train(digits_cfg)
     checkpoint = f"{digits_cfg.train.output_dir}/model_final.pth"
     metadata = convert_checkpoint(checkpoint, str(tmp_path / "backbone.pkl")).metadata
-    assert (metadata["arch"], metadata["norm"], metadata["eps"]) == ("resnet18", "l2", 0.5)
+    assert (metadata.arch, metadata.norm, metadata.eps) == ("resnet18", "l2", 0.5)
     saved = torch.load(checkpoint, weights_only=True)["rt_detectron"]
     assert saved == classifier_file(digits_cfg)["rt_detectron"]
 

@@ -7,59 +7,40 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
-from rt_detectron.modeling.backbone.resnet import build_robust_resnet_backbone
-from rt_detectron.modeling.backbone.timm import build_robust_timm_backbone
-from rt_detectron.modeling.backbone.torchvision import build_robust_torchvision_backbone
 from rt_detectron.modeling.backbone.trunk import STRIDES
 from rt_detectron.utils.errors import InputError
 
 Builder = Callable[[CfgNode, ShapeSpec], Backbone]
 
 
-@BACKBONE_REGISTRY.register()
-def build_robust_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """FPN with p6 by max pooling, for Faster and Mask R-CNN, on a ResNet."""
-    return _fpn(build_robust_resnet_backbone, cfg, input_shape)
+def register_pyramids(build: Builder, network: str) -> None:
+    """Register Detectron2's two pyramids on the backbones of one builder.
 
+    For ``build_robust_x_backbone`` they are ``build_robust_x_fpn_backbone``, with p6 by max pooling, for
+    Faster and Mask R-CNN, and ``build_retinanet_robust_x_fpn_backbone``, with p6 and p7 by convolution from
+    res5.
 
-@BACKBONE_REGISTRY.register()
-def build_robust_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """FPN with p6 by max pooling, for Faster and Mask R-CNN, on a torchvision network."""
-    return _fpn(build_robust_torchvision_backbone, cfg, input_shape)
+    Args:
+        build: the registered builder.
+        network: what it builds, for the docstrings.
+    """
 
+    def fpn(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+        return _pyramid(_bottom_up(build, cfg, input_shape), cfg, LastLevelMaxPool())
 
-@BACKBONE_REGISTRY.register()
-def build_robust_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """FPN with p6 by max pooling, for Faster and Mask R-CNN, on a timm network."""
-    return _fpn(build_robust_timm_backbone, cfg, input_shape)
+    def retinanet(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+        bottom_up = _bottom_up(build, cfg, input_shape)
+        channels = bottom_up.output_shape()["res5"].channels
+        return _pyramid(bottom_up, cfg, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
 
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_robust_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """FPN with p6 and p7 by convolution from res5, for RetinaNet, on a ResNet."""
-    return _retinanet_fpn(build_robust_resnet_backbone, cfg, input_shape)
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_robust_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """FPN with p6 and p7 by convolution from res5, for RetinaNet, on a torchvision network."""
-    return _retinanet_fpn(build_robust_torchvision_backbone, cfg, input_shape)
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_robust_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """FPN with p6 and p7 by convolution from res5, for RetinaNet, on a timm network."""
-    return _retinanet_fpn(build_robust_timm_backbone, cfg, input_shape)
-
-
-def _fpn(build: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    return _pyramid(_bottom_up(build, cfg, input_shape), cfg, LastLevelMaxPool())
-
-
-def _retinanet_fpn(build: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    bottom_up = _bottom_up(build, cfg, input_shape)
-    channels = bottom_up.output_shape()["res5"].channels
-    return _pyramid(bottom_up, cfg, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+    name = build.__name__.removesuffix("_backbone")
+    fpn.__name__ = f"{name}_fpn_backbone"
+    fpn.__doc__ = f"FPN with p6 by max pooling, for Faster and Mask R-CNN, on {network}."
+    retinanet.__name__ = f"{name.replace('build_', 'build_retinanet_', 1)}_fpn_backbone"
+    retinanet.__doc__ = f"FPN with p6 and p7 by convolution from res5, for RetinaNet, on {network}."
+    for pyramid in (fpn, retinanet):
+        pyramid.__qualname__ = pyramid.__name__
+        BACKBONE_REGISTRY.register(pyramid)
 
 
 def _bottom_up(build: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:

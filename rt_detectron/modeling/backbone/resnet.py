@@ -14,12 +14,12 @@ from detectron2.modeling import (
 from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.modeling.roi_heads import Res5ROIHeads
 
-from rt_detectron.checkpoint.architectures import ARCHITECTURES, TIMM, get_architecture
+from rt_detectron.checkpoint.architectures import ARCHITECTURES, RESNET, Architecture, get_architecture
 from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-RESNETS = {name: architecture for name, architecture in ARCHITECTURES.items() if architecture.resnets}
+RESNETS = {name: known for name, known in ARCHITECTURES.items() if known.family is RESNET}
 # What all of them have: the stride of a bottleneck sits on its 3x3 convolution, and the stem is one
 # 7x7 convolution of 64 channels (DeepLab's configs ask for another).
 ALWAYS = {"STRIDE_IN_1X1": False, "STEM_OUT_CHANNELS": 64}
@@ -36,14 +36,9 @@ def resolve_resnet(cfg: CfgNode) -> CfgNode:
         InputError: for an unknown ARCH, for MODEL.RESNETS that describe none of the known networks or
             another one than ARCH, and for a dilated res5 (DC5) without bottlenecks.
     """
-    arch = _chosen_arch(cfg) or _arch_of_resnets(cfg)
-    needed = get_architecture(arch).resnets
-    if needed is None:
-        family = "timm" if arch.startswith(TIMM) else "torchvision"
-        raise InputError(
-            f"MODEL.ROBUST.ARCH {arch} is no ResNet: set MODEL.BACKBONE.NAME build_robust_{family}_backbone "
-            f"or build_robust_{family}_fpn_backbone"
-        )
+    architecture = _chosen(cfg) or _described(cfg)
+    architecture.check_family(RESNET)
+    arch, needed = architecture.name, architecture.resnets
     _refuse_disagreement(cfg, arch, needed)
     if (cfg.MODEL.RESNETS.RES5_DILATION != 1 or _is_deeplab(cfg)) and not _has_bottlenecks(needed):
         raise InputError(
@@ -85,9 +80,10 @@ def build_robust_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet
     return build_resnet_backbone(resolved, input_shape)
 
 
-def _chosen_arch(cfg: CfgNode) -> str:
+def _chosen(cfg: CfgNode) -> Architecture | None:
     # Projects that only `import rt_detectron` have no MODEL.ROBUST: add_robust_config makes it.
-    return cfg.MODEL.ROBUST.ARCH if "ROBUST" in cfg.MODEL else ""
+    arch = cfg.MODEL.ROBUST.ARCH if "ROBUST" in cfg.MODEL else ""
+    return get_architecture(arch) if arch else None
 
 
 def _is_deeplab(cfg: CfgNode) -> bool:
@@ -104,11 +100,11 @@ def _lines(values: dict) -> str:
     return " ".join(f"MODEL.RESNETS.{key} {value}" for key, value in values.items())
 
 
-def _arch_of_resnets(cfg: CfgNode) -> str:
+def _described(cfg: CfgNode) -> Architecture:
     resnets = cfg.MODEL.RESNETS
-    for name, architecture in RESNETS.items():
+    for architecture in RESNETS.values():
         if all(resnets[key] == value for key, value in architecture.resnets.items()):
-            return name
+            return architecture
     found = _lines({key: resnets[key] for key in RESNETS["resnet50"].resnets})
     same_depth = [
         f"{_lines(architecture.resnets)} ({name})"

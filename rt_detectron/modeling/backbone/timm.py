@@ -6,7 +6,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
-from rt_detectron.checkpoint.architectures import TIMM, get_architecture, import_timm
+from rt_detectron.checkpoint.architectures import TIMM, TIMM_FAMILY, get_architecture, import_timm
 from rt_detectron.modeling.backbone.trunk import (
     STAGES,
     STRIDES,
@@ -43,13 +43,9 @@ def build_robust_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmTrun
         InputError: without timm; for a network that is none of timm's, has no features_only model, not the
             features wanted, or takes its own image size only; for settings that it cannot follow.
     """
-    arch = chosen_arch(cfg)
-    if not arch.startswith(TIMM):
-        raise InputError(
-            f"{arch} is no timm network: write timm/NAME, or set MODEL.BACKBONE.NAME to "
-            "build_robust_torchvision_backbone or build_robust_torchvision_fpn_backbone"
-        )
-    get_architecture(arch)  # knows the names, and a missing timm
+    architecture = get_architecture(chosen_arch(cfg))
+    architecture.check_family(TIMM_FAMILY)
+    arch = architecture.name
     wanted = checked_features(cfg, arch)
     with torch.device("meta"):  # shapes alone, at no cost
         info = timm_features(arch).feature_info.info

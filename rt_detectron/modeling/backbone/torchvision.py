@@ -6,10 +6,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import fx
 
-from rt_detectron.checkpoint.architectures import TIMM, build_classifier, get_architecture
+from rt_detectron.checkpoint.architectures import RESNET, TORCHVISION, Architecture, get_architecture
 from rt_detectron.modeling.backbone.resnet import build_robust_resnet_backbone
 from rt_detectron.modeling.backbone.trunk import STAGES, Trunk, checked_features, chosen_arch, set_norms
-from rt_detectron.utils.errors import InputError
 
 
 @BACKBONE_REGISTRY.register()
@@ -22,18 +21,13 @@ def build_robust_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> B
     Raises:
         InputError: for a network that is none of torchvision's, and for settings it cannot follow.
     """
-    arch = chosen_arch(cfg)
-    if arch.startswith(TIMM):
-        raise InputError(
-            f"{arch} is a timm network: set MODEL.BACKBONE.NAME to build_robust_timm_backbone "
-            "or build_robust_timm_fpn_backbone"
-        )
-    architecture = get_architecture(arch)
-    if architecture.resnets:
+    architecture = get_architecture(chosen_arch(cfg))
+    architecture.check_family(RESNET, TORCHVISION)
+    if architecture.family is RESNET:
         return build_robust_resnet_backbone(cfg, input_shape)
-    wanted = checked_features(cfg, arch)
+    wanted = checked_features(cfg, architecture.name)
     depth = max(map(STAGES.index, wanted)) + 1
-    trunk = _extractor(arch, {stage: architecture.taps[stage] for stage in STAGES[:depth]})
+    trunk = _extractor(architecture, {stage: architecture.taps[stage] for stage in STAGES[:depth]})
     side = 32
     with torch.no_grad():
         features = trunk.eval()(torch.zeros(1, 3, side, side))
@@ -45,13 +39,11 @@ def build_robust_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> B
     return Trunk(trunk.train(), shapes)
 
 
-def _extractor(arch: str, taps: dict[str, str]) -> fx.GraphModule:
+def _extractor(architecture: Architecture, taps: dict[str, str]) -> fx.GraphModule:
     """Images to a dict with one tensor for each of ``taps``, without any layer behind the last."""
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    return create_feature_extractor(
-        build_classifier(arch, num_classes=1), {node: stage for stage, node in taps.items()}
-    )
+    return create_feature_extractor(architecture.build(1), {node: stage for stage, node in taps.items()})
 
 
 def _stage_modules(trunk: fx.GraphModule) -> dict[str, list[str]]:

@@ -219,7 +219,7 @@ def test_settings_that_make_no_backbone(timm_cfg, make_cfg, monkeypatch):
         build_backbone(cfg)
     cfg = timm_cfg("resnet18")
     cfg.MODEL.ROBUST.ARCH = "resnet18"
-    with pytest.raises(InputError, match=r"resnet18 is no timm network: .*build_robust_torchvision_backbone"):
+    with pytest.raises(InputError, match=r"resnet18 is a ResNet: set .* to build_robust_resnet_backbone"):
         build_backbone(cfg)
     with pytest.raises(InputError, match="takes FrozenBN, BN, SyncBN"):
         build_backbone(timm_cfg("resnet18", NORM="GN"))
