@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 DEMO_DATA := datasets/demo
 DEMO := output/demo
 
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo test test-slow coverage lint docs clean
 # The demo's steps share the machine's cores, and none may run before the set-up.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -18,7 +18,9 @@ help:
 	@echo "make demo       pretrain, convert, fine-tune and compare on embedded data; prints the report's path"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
-	@echo "make lint       check style and format"
+	@echo "make coverage   run the tests and show the lines that none of them runs"
+	@echo "make lint       check style, format and types"
+	@echo "make docs       build the documentation site into build/site; warnings are errors"
 	@echo "make clean      remove the demo's data and results, caches and build leftovers (not .venv)"
 	@echo "Python for .venv: PYTHON=$(PYTHON). Detectron2 from source: DETECTRON2_SOURCE=<folder or git URL>."
 
@@ -29,8 +31,6 @@ setup:
 # resume what was cut off. `make clean` starts over.
 # The data set is looked for in the clone, whatever DETECTRON2_DATASETS the caller has.
 demo: export DETECTRON2_DATASETS := datasets
-# Detectron2 still scripts functions as it is imported, on which torch remarks each time.
-demo: export PYTHONWARNINGS := ignore::FutureWarning
 demo: $(DEMO)/resnet18_standard.pkl $(DEMO)/resnet18_l2.pkl
 	@$(PY) tools/compare.py --study configs/study/demo.yaml --output $(DEMO)/compare
 
@@ -56,9 +56,18 @@ test: setup
 test-slow: setup
 	@$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
+coverage: setup
+	@$(PY) -m pytest --cov=rt_detectron --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+
 lint: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+docs: setup
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]' --no-build-isolation
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet --site-dir build/site
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf $(DEMO) $(DEMO_DATA) build dist *.egg-info .pytest_cache .ruff_cache

@@ -59,7 +59,8 @@ def get(config_path: str, trained: bool = False, device: str | None = None) -> t
     """A detector by a shipped config, its backbone pretrained, in train mode.
 
     Args:
-        config_path, trained: as for :func:`get_config`.
+        config_path: as for :func:`get_config`.
+        trained: as for :func:`get_config`.
         device: "cpu", "cuda"; None takes the config's.
 
     Raises:

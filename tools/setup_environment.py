@@ -108,7 +108,7 @@ def locate_detectron2(python):
 
 def has_modules(python):
     """Whether `python` finds all that the set-up installs: the quick check, which imports nothing heavy."""
-    names = ["detectron2", "torch", "torchvision", "rt_detectron", "pytest", "ruff"]
+    names = ["detectron2", "torch", "torchvision", "rt_detectron", "pytest", "ruff", "mypy"]
     code = f"import json, importlib.util as u; print(json.dumps(all(u.find_spec(n) for n in {names})))"
     return ask(python, code) is True
 
