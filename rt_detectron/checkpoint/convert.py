@@ -66,7 +66,7 @@ def convert_checkpoint(
             the classifier's own layers.
         arch: a name of the table or ``timm/NAME``; None takes the file's metadata or else detects it from
             the tensors (timm's cannot be).
-        norm: of the threat model that it was trained under, "l1", "l2" or "linf". None takes norm and eps from
+        norm: of the threat model of its training: "l1", "l2" or "linf". None takes norm and eps from
             the file's metadata or else its name.
         eps: of that threat model, of images in [0, 1], for "linf" in 1/255.
         input_format: "RGB", or "BGR" to fold Detectron2's default preprocessing into the stem of a ``.pkl``.
