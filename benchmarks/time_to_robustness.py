@@ -40,7 +40,9 @@ from rt_detectron.data.shards import ShardDataset
 from rt_detectron.layers.small_maps import use_small_maps
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.evaluation import AccuracyEvaluator, wilson_interval
-from rt_detectron.pretrain.strategies import EpsSchedule, Fast, Pretraining, Resolution, Standard
+from rt_detectron.pretrain.model import Pretraining
+from rt_detectron.pretrain.schedules import EpsSchedule, Resolution
+from rt_detectron.pretrain.strategies import Fast, Standard
 from rt_detectron.utils.errors import one_line_errors
 from rt_detectron.utils.files import replaced_atomically
 

@@ -6,22 +6,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rt_detectron.attacks.registry import register_attack
 from rt_detectron.attacks.threat_model import ThreatModel
 from rt_detectron.utils.errors import InputError, optional_import
 from rt_detectron.utils.modes import eval_mode
 
-NORMS = {"l1": "L1", "l2": "L2", "linf": "Linf"}  # as the package spells them
-MIN_CLASSES = 4  # of the loss that its targeted attack has
+NORMS = {"l1": "L1", "l2": "L2", "linf": "Linf"}  # the package's spelling
+MIN_CLASSES = 4  # the loss of its targeted attack compares the four largest logits
 
 
+@register_attack("autoattack", "autoattack")
 @dataclass(frozen=True)
 class AutoAttack:
-    """The standard ensemble of APGD-CE, targeted APGD-DLR, targeted FAB and Square (Croce & Hein 2020,
-    https://arxiv.org/abs/2003.01690): no parameters to tune, and the last one needs no gradients.
+    """The standard ensemble of APGD-CE, targeted APGD-DLR, targeted FAB and Square.
+
+    It has no parameters to tune, and Square needs no gradients (Croce & Hein 2020,
+    https://arxiv.org/abs/2003.01690).
 
     Attributes:
         threat_model: the ball the perturbation stays in.
-        seed: of its random numbers.
+        seed: for its random numbers.
 
     Raises:
         InputError: without the package, which the extra "autoattack" installs.
@@ -36,7 +40,7 @@ class AutoAttack:
         _package()
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """As :meth:`PGD.__call__`; images that are misclassified anyway come back as they are.
+        """As :meth:`Attack.__call__`; images that are misclassified already come back unchanged.
 
         Raises:
             InputError: for a model of fewer than 4 classes.

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rt_detectron.attacks.registry import register_attack
 from rt_detectron.attacks.threat_model import ThreatModel
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.modes import eval_mode
@@ -28,10 +29,10 @@ class PGD:
         relative_step_size: a step's size as a multiple of ``eps / steps``. Salman et al. (2020) train
             with 2 (three steps of 2*eps/3) and evaluate with 2.5.
         random_start: begin at a random point of the ball instead of at the image.
-        restarts: attack so many times, each from another random start, and keep each image's strongest: one
-            that is misclassified before one that is not, then the one with the largest loss.
-        best: keep the strongest of all iterates, the first included, instead of the last; costs one more
-            forward pass in all.
+        restarts: number of attacks, each from another random start. Each image keeps its strongest result:
+            one that is misclassified first, then the one with the largest loss.
+        best: keep the strongest of all iterates, the first included, instead of the last. It costs one more
+            forward pass in total.
     """
 
     threat_model: ThreatModel
@@ -40,6 +41,8 @@ class PGD:
     random_start: bool = False
     restarts: int = 1
     best: bool = False
+
+    gradient_based = True
 
     def __post_init__(self):
         if not isinstance(self.threat_model, ThreatModel):
@@ -72,8 +75,8 @@ class PGD:
     ) -> Tensor:
         """Images in the ball on which ``loss`` is large.
 
-        The model is attacked in eval mode, returned to the mode it was in, and neither its gradients nor
-        its buffers change.
+        The model is attacked in eval mode. Afterwards it is in the mode it was in, and its gradients and
+        buffers are unchanged.
 
         Args:
             model: maps images in [0, 1] to logits; normalisation is part of it.
@@ -97,9 +100,9 @@ class PGD:
         """The attack on anything that has a loss for each image.
 
         Args:
-            objective: of a list of tensors like ``batches`` in the ball around them. For each of them it
-                gives losses (N,), which shall grow, and whether that image is fooled (N,), bool: of several
-                restarts an image that is fooled counts as stronger than one that is not.
+            objective: takes a list of tensors like ``batches``, within the ball around them. For each of
+                them it gives the losses to maximise, (N,), and whether each image fools the model, (N,) bool;
+                of several restarts, one that does counts as stronger.
             batches: (N, C, H, W) each, float, in [0, 1]; images of one size make a batch.
 
         Returns:
@@ -126,14 +129,14 @@ class PGD:
     def _climb(
         self, objective: Objective, batches: list[Tensor], visit: Callable | None = None
     ) -> list[Tensor]:
-        """The last iterate; ``visit`` gets each one before it, with what the objective says of it."""
+        """The last iterate; ``visit`` gets each iterate before it and what the objective gave for it."""
         adversarial = [self._start(images) for images in batches]
         for _ in range(self.steps):
             for images in adversarial:
                 images.requires_grad_(True)
             found = objective(adversarial)
-            # autograd.grad of the input alone: no weight gradient is computed, none is overwritten. The sum
-            # and not the mean, whose gradients are so much smaller that half precision would lose them.
+            # autograd.grad with respect to the input alone: no weight gradient is computed or overwritten.
+            # The sum and not the mean, whose smaller gradients would underflow in half precision.
             grads = torch.autograd.grad(sum(losses.sum() for losses, _ in found), adversarial)
             adversarial = [images.detach() for images in adversarial]
             if visit is not None:
@@ -151,8 +154,15 @@ class PGD:
         return self.threat_model.project(moved.sub_(images)).add_(images).clamp_(0, 1)
 
 
+@register_attack(r"pgd(\d+)(?:x(\d+))?", "pgd20 (20 steps), pgd100x5 (5 restarts)")
+def _pgd_named(threat_model: ThreatModel, seed: int, steps: str, restarts: str | None) -> PGD:
+    """The seed has no say: random starts come from torch's global generator."""
+    count = int(restarts or 1)
+    return PGD(threat_model, int(steps), random_start=count > 1, restarts=count)
+
+
 class _Strongest:
-    """Of what was offered, each image's strongest: one that is fooled before others, then by the loss."""
+    """For each image the strongest of those offered: one that fools the model, then the largest loss."""
 
     images: Tensor | None = None
 

@@ -16,8 +16,7 @@ class ThreatModel:
         norm: "l1", "l2" or "linf".
         eps: the ball's size. For "l1" and "l2" in units of images in [0, 1] (``3.0``); for "linf" in 1/255
             (``4.0`` moves every pixel by at most 4/255).
-        scale: of the ball, in [0, 1]; for schedules, which are about what is allowed now and not about
-            what the name of the threat model says.
+        scale: multiplies eps, in [0, 1]. Schedules change it; the nominal eps stays.
     """
 
     norm: str
@@ -37,7 +36,7 @@ class ThreatModel:
 
     @property
     def radius(self) -> float:
-        """The ball's size now, for images in [0, 1]."""
+        """The ball's current radius, for images in [0, 1]."""
         return self.scale * (self.eps / 255 if self.norm == "linf" else self.eps)
 
     def random_start(self, images: torch.Tensor) -> torch.Tensor:

@@ -226,3 +226,13 @@ def build_test_loader(dataset: Dataset, batch_size: int, num_workers: int = 4) -
         num_workers=num_workers,
         generator=torch.Generator(),  # else it draws from the global one
     )
+
+
+def to_device(batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of a batch, as float in [0, 1], and its labels on ``device``.
+
+    Args:
+        batch: images (N, 3, H, W), float in [0, 1] or uint8, labels (N,), and keys or nothing.
+    """
+    images, labels = (part.to(device, non_blocking=True) for part in batch[:2])
+    return (images.float() / 255 if images.dtype == torch.uint8 else images), labels

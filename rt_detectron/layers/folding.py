@@ -6,6 +6,7 @@ convolution, its norm, a residual sum and the ReLU behind them are one operation
 """
 
 import copy
+import logging
 import operator
 from collections.abc import Callable
 
@@ -17,6 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rt_detectron.layers.small_maps import small_map
 from rt_detectron.utils.modes import eval_mode
+
+logger = logging.getLogger(__name__)
 
 
 def absorb_norm(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -187,7 +190,7 @@ class FoldedNetwork(nn.Module):
             traced = fx.GraphModule(network, _Tracer().trace(network))
         for node in list(traced.graph.nodes):
             if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Conv2d):
-                _fold(traced, node)
+                _fold_convolution(traced, node)
         traced.graph.eliminate_dead_code()
         traced.delete_all_unused_submodules()
         for node in traced.graph.find_nodes(op="call_module"):
@@ -208,7 +211,17 @@ class FoldedNetwork(nn.Module):
         return self.network(x)
 
 
-def _fold(traced: fx.GraphModule, node: fx.Node) -> None:
+def fold(network: nn.Module) -> nn.Module:
+    """:class:`FoldedNetwork` of ``network``; ``network`` itself, with a warning, if it cannot be traced."""
+    try:
+        return FoldedNetwork(network)
+    except (fx.proxy.TraceError, TypeError, RuntimeError) as error:  # its forward depends on its input
+        name = getattr(network, "arch", type(network).__name__)
+        logger.warning("%s is used without folding its batch norms, which is slower: %s", name, error)
+        return network
+
+
+def _fold_convolution(traced: fx.GraphModule, node: fx.Node) -> None:
     """Replace the convolution ``node`` and the norm, sum and ReLU that only it leads to by one node."""
     convolution = traced.get_submodule(node.target)
     if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):

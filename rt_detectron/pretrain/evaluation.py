@@ -1,11 +1,10 @@
-"""Accuracy of a classifier on clean and attacked images, by Detectron2's evaluators, and its report."""
+"""Accuracy of a classifier on clean and attacked images, checks for gradient masking, and the report."""
 
 import copy
 import json
 import logging
 import math
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,9 +17,11 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from rt_detectron.attacks import PGD, AutoAttack, ThreatModel
+from rt_detectron.attacks import PGD, ThreatModel, attack_named
+from rt_detectron.attacks.registry import Attack
+from rt_detectron.data.loader import to_device
 from rt_detectron.data.shards import ShardDataset
-from rt_detectron.pretrain.strategies import Pretraining
+from rt_detectron.pretrain.model import Pretraining
 from rt_detectron.pretrain.trainer import build_model, load_weights
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.files import file_sha256, replaced_atomically
@@ -29,22 +30,23 @@ from rt_detectron.visualization.plots import accuracy_plot
 
 logger = logging.getLogger(__name__)
 CURVE_STEPS = 20  # of PGD
-WORST_CASE = "worst case"  # an image counts if it withstands all attacks
-MAX_LEFT = 1.0  # percent that may withstand an attack that could turn every image grey
-MAX_RISE = 2.0  # percentage points by which a larger eps may leave more than a smaller one
-MAX_MISSED = 5.0  # percentage points that the attacks by plain gradients may miss
+WORST_CASE = "worst case"  # an image counts as correct if it is under all attacks
+# Beyond these, gradients may be masked:
+MAX_LEFT = 1.0  # percent that are correct when every image can be turned grey
+MAX_RISE = 2.0  # percentage points that accuracy may rise with eps
+MAX_MISSED = 5.0  # percentage points by which other attacks may beat those by gradient
 
 
 class AccuracyEvaluator(DatasetEvaluator):
-    """Top-1 accuracy on clean images and on images made by an attack, in percent.
+    """Top-1 accuracy on clean and on attacked images, in percent.
 
     Args:
         model: what is evaluated.
-        attack: what the robust accuracy is measured under.
-        max_attacked: attack only that many images, the first ones (each process its share); None is all.
+        attack: any attack on classifiers, see :class:`rt_detectron.attacks.registry.Attack`.
+        max_attacked: attack only the first images, this many over all processes; None attacks all.
     """
 
-    def __init__(self, model: Pretraining, attack: PGD, max_attacked: int | None = None):
+    def __init__(self, model: Pretraining, attack: Attack, max_attacked: int | None = None):
         self.model = model
         self.attack = attack
         self.max_attacked = max_attacked
@@ -55,14 +57,14 @@ class AccuracyEvaluator(DatasetEvaluator):
 
     def process(self, inputs, outputs: torch.Tensor):
         """``inputs``: the batch; ``outputs``: the clean logits (N, num_classes)."""
-        images, labels = self.model.to_device(inputs)
+        images, labels = to_device(inputs, self.model.device)
         self.seen += len(labels)
         self.correct += (outputs.argmax(1) == labels).sum().item()
         if self.max_attacked is not None:
             left = self.max_attacked // comm.get_world_size() - self.attacked
             images, labels = images[: max(left, 0)], labels[: max(left, 0)]
         if len(labels):
-            adversarial = self.attack(self.model.target(), images, labels)
+            adversarial = self.attack(self.model.attacked.now(), images, labels)
             self.attacked += len(labels)
             self.withstood += (self.model.classifier(adversarial).argmax(1) == labels).sum().item()
 
@@ -81,90 +83,23 @@ class AccuracyEvaluator(DatasetEvaluator):
         }
 
 
-def write_report(results: dict, folder: str) -> list[str]:
-    """Write ``evaluation.json``, ``evaluation.md`` and ``eps_curve.png`` to ``folder``; gives their paths.
-
-    Args:
-        results: of :meth:`RobustnessEvaluator.evaluate`, with "classifier" (what was evaluated, a line),
-            "threat_model" ({"norm", "eps"}), "classes" ({class: name}) and "versions".
-    """
-    contents = {"evaluation.json": json.dumps(results, indent=1).encode()}
-    if "curve" in results:
-        norm, eps = results["threat_model"]["norm"], results["threat_model"]["eps"]
-        curve = results["curve"]
-        label = f"{norm} eps" + (" (1/255)" if norm == "linf" else "")
-        contents["eps_curve.png"] = accuracy_plot(curve["eps"], curve["value"], eps, label)
-    contents["evaluation.md"] = markdown(results).encode()
-    paths = []
-    for name, content in contents.items():
-        paths.append(os.path.join(folder, name))
-        with replaced_atomically(paths[-1]) as temporary, open(temporary, "wb") as file:
-            file.write(content)
-    return paths
-
-
-def markdown(results: dict) -> str:
-    """The same, to be read."""
-    accuracy, threat_model = results["accuracy"], results["threat_model"]
-    unit = "/255" if threat_model["norm"] == "linf" else ""
-    lines = [
-        f"# {results['classifier']}",
-        "",
-        f"Under {threat_model['norm']} eps {threat_model['eps']:g}{unit}.",
-        "",
-        "| attack | accuracy % | 95 % interval | images |",
-        "|---|---:|---:|---:|",
-    ]
-    for name, row in accuracy.items():
-        lines.append(
-            f"| {name} | {row['value']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {row['images']} |"
-        )
-    lines += ["", "## Can the numbers be trusted?", ""]
-    if results["findings"]:
-        lines += ["Gradients may be masked, and the numbers too good:", ""]
-        lines += [f"- {finding}" for finding in results["findings"]]
-    elif "curve" in results:
-        attack, last, eps = (results["curve"][key] for key in ("attack", "value", "eps"))
-        lines.append(
-            f"No sign of masked gradients: accuracy under {attack} falls to {last[-1]:.1f} % at eps "
-            f"{eps[-1]:.4g}, within which every image can be turned grey, and never rises on the way"
-            + (", and AutoAttack finds little that PGD does not." if "autoattack" in accuracy else ".")
-        )
-    else:
-        lines.append("Not looked into: there is no curve over eps.")
-    if "curve" in results:
-        curve = results["curve"]
-        lines += ["", "![accuracy over eps](eps_curve.png)", "", "| eps | accuracy % |", "|---:|---:|"]
-        lines += [
-            f"| {eps:.4g} | {value:.2f} |" for eps, value in zip(curve["eps"], curve["value"], strict=True)
-        ]
-    lines += ["", "## Classes", "", f"| class | images | {' | '.join(accuracy)} |"]
-    lines.append(f"|---|---:|{'---:|' * len(accuracy)}")
-    for label, row in results["per_class"].items():
-        values = " | ".join(f"{row[name]:.1f}" for name in accuracy)
-        lines.append(f"| {results['classes'].get(label, label)} | {row['images']} | {values} |")
-    lines += ["", "| package | version |", "|---|---|"]
-    lines += [f"| {name} | {version} |" for name, version in results["versions"].items()]
-    return "\n".join(lines) + "\n"
-
-
 class RobustnessEvaluator(DatasetEvaluator):
-    """Which images withstand which attack.
+    """Accuracy under several attacks, over a curve of eps, and checks for gradient masking.
 
-    Images that are misclassified as they are count as not withstanding, and are not attacked.
+    Images that are misclassified when clean count as errors under every attack, and are not attacked.
 
     Args:
         model: what is evaluated.
-        attacks: each maps (model, images, labels) to images, and has a ``name``.
-        curve: measured over eps, from a quarter of its own to :func:`grey_eps`; None for no curve.
-        max_images: only so many images, the first ones (each process its share); None is all.
-        curve_images: of those, so many for the curve.
+        attacks: any attacks on classifiers, see :class:`rt_detectron.attacks.registry.Attack`.
+        curve: the attack of the curve, from a quarter of its eps to :func:`grey_eps`; None for no curve.
+        max_images: use only the first images, this many over all processes; None uses all.
+        curve_images: how many of those the curve uses.
     """
 
     def __init__(
         self,
         model: Pretraining,
-        attacks: Sequence,
+        attacks: Sequence[Attack],
         curve: PGD | None = None,
         max_images: int | None = None,
         curve_images: int = 256,
@@ -183,7 +118,7 @@ class RobustnessEvaluator(DatasetEvaluator):
 
     def process(self, inputs, outputs: Tensor):
         """``inputs``: the batch; ``outputs``: the clean logits (N, num_classes)."""
-        images, labels = self.model.to_device(inputs)
+        images, labels = to_device(inputs, self.model.device)
         left = self._share(self.max_images) - len(self.labels)
         images, labels, right = (
             part[: max(left, 0)] for part in (images, labels, outputs.argmax(1) == labels)
@@ -202,17 +137,17 @@ class RobustnessEvaluator(DatasetEvaluator):
         self.labels.extend(labels.tolist())
 
     def _with_progress(self, attacks: Sequence, images: int) -> tqdm:
-        """A bar for the long time that a batch takes."""
+        """A progress bar, since a batch can take hours."""
         description = f"attacking images {len(self.labels)} to {len(self.labels) + images}"
         return tqdm(attacks, description, unit="attack", leave=False, disable=None)
 
     def _share(self, total: int | None) -> int:
         return sys.maxsize if total is None else math.ceil(total / comm.get_world_size())
 
-    def _withstands(self, attack, images: Tensor, labels: Tensor, right: Tensor) -> Tensor:
+    def _withstands(self, attack: Attack, images: Tensor, labels: Tensor, right: Tensor) -> Tensor:
         withstands = right.clone()
         if right.any():
-            adversarial = attack(self.model.target(), images[right], labels[right])
+            adversarial = attack(self.model.attacked.now(), images[right], labels[right])
             withstands[right] = self.model.classifier(adversarial).argmax(1) == labels[right]
         return withstands
 
@@ -233,7 +168,8 @@ class RobustnessEvaluator(DatasetEvaluator):
             {"accuracy": {NAME: {"value", "low", "high", "images"}},
              "per_class": {CLASS: {"images": N, NAME: value}},
              "curve": {"attack": NAME, "images": N, "eps": [...], "value": [...]},
-             "findings": [what speaks against trusting the numbers]}
+             "gradient_based": [NAME of each attack that follows the gradient alone],
+             "findings": [signs of gradient masking]}
 
         Accuracies are in percent, with 95 % Wilson intervals.
         """
@@ -258,7 +194,11 @@ class RobustnessEvaluator(DatasetEvaluator):
                 "eps": list(curve),
                 "value": [_accuracy(values)["value"] for values in curve.values()],
             }
-        return results | {"findings": findings(accuracy, results.get("curve"))}
+        results["gradient_based"] = [
+            attack.name for attack in self.attacks if getattr(attack, "gradient_based", False)
+        ]
+        results["findings"] = findings(accuracy, results["gradient_based"], results.get("curve"))
+        return results
 
 
 def _joined(parts: Sequence[dict]) -> dict:
@@ -276,7 +216,7 @@ def _accuracy(withstood: Sequence[bool]) -> dict:
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), also right for shares close to 0 and 1."""
+    """The 95 % interval of a proportion (Wilson 1927), which also holds close to 0 and 1."""
     z = 1.959964
     center = successes + z**2 / 2
     spread = z * math.sqrt(successes * (trials - successes) / trials + z**2 / 4)
@@ -284,15 +224,15 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def grey_eps(norm: str, dimensions: int) -> float:
-    """The eps within which every image in [0, 1] can be turned into the same grey one.
+    """The eps within which every image in [0, 1] can be turned into the same grey image.
 
-    No classifier withstands that; an attack that does not find it is fooled by its gradients.
+    No classifier can be right then, so an attack that fails is misled by its gradients.
     """
     return {"linf": 255 / 2, "l2": math.sqrt(dimensions) / 2, "l1": dimensions / 2}[norm]
 
 
 def eps_curve(threat_model: ThreatModel, dimensions: int) -> list[ThreatModel]:
-    """A quarter of eps, twice that and so on, and at the end :func:`grey_eps`."""
+    """From a quarter of eps on, each twice the one before, up to :func:`grey_eps`."""
     end = grey_eps(threat_model.norm, dimensions)
     eps, curve = (threat_model.eps or end / 64) / 4, []
     while eps < end:
@@ -301,59 +241,133 @@ def eps_curve(threat_model: ThreatModel, dimensions: int) -> list[ThreatModel]:
     return [*curve, replace(threat_model, eps=end)]
 
 
-def findings(accuracy: dict, curve: dict | None) -> list[str]:
-    """What speaks for masked gradients (Athalye et al. 2018, section 3.1), that is for numbers too good."""
+def findings(accuracy: dict, gradient_based: Sequence[str], curve: dict | None) -> list[str]:
+    """Signs of gradient masking, which makes accuracies too high (Athalye et al. 2018, section 3.1).
+
+    Args:
+        accuracy, gradient_based, curve: as :meth:`RobustnessEvaluator.evaluate` gives them.
+    """
     found = []
     if curve:
         last, eps = curve["value"][-1], curve["eps"][-1]
         if last > MAX_LEFT:
             found.append(
-                f"{last:.1f} % withstand {curve['attack']} at eps {eps:.4g}, which can turn every image "
-                "grey: the attack is misled"
+                f"accuracy under {curve['attack']} is {last:.1f} % at eps {eps:.4g}, which can turn every "
+                "image grey: the attack is misled"
             )
         for i in range(1, len(curve["eps"])):
             if curve["value"][i] > min(curve["value"][:i]) + MAX_RISE:
                 found.append(
-                    f"more withstand {curve['attack']} at eps {curve['eps'][i]:.4g} than at a smaller one"
+                    f"accuracy under {curve['attack']} is higher at eps {curve['eps'][i]:.4g} than at a "
+                    "smaller one"
                 )
                 break
-    by_gradients = [value["value"] for name, value in accuracy.items() if name.startswith("pgd")]
-    if by_gradients and "autoattack" in accuracy:
-        missed = min(by_gradients) - accuracy["autoattack"]["value"]
+    for name in _others(accuracy, gradient_based):
+        missed = min(accuracy[other]["value"] for other in gradient_based) - accuracy[name]["value"]
         if missed > MAX_MISSED:
-            found.append(f"AutoAttack turns {missed:.1f} % of the images over that PGD does not")
+            found.append(
+                f"accuracy under {name} is {missed:.1f} points lower than under the attacks by gradient"
+            )
     return found
 
 
-def attack_named(name: str, threat_model: ThreatModel, seed: int = 0):
-    """The attack that "pgd20" (20 steps), "pgd100x5" (and 5 restarts) or "autoattack" stands for."""
-    if name == AutoAttack.name:
-        return AutoAttack(threat_model, seed)
-    match = re.fullmatch(r"pgd(\d+)(?:x(\d+))?", name)
-    if not match:
-        raise InputError(f"attack {name!r} is unknown; use e.g. pgd20, pgd100x5 (5 restarts) or autoattack")
-    steps, restarts = int(match[1]), int(match[2] or 1)
-    return PGD(threat_model, steps, random_start=restarts > 1, restarts=restarts)
+def _others(accuracy: dict, gradient_based: Sequence[str]) -> list[str]:
+    """The attacks that those by gradient can be compared with."""
+    if not gradient_based:
+        return []
+    return [name for name in accuracy if name not in ("clean", WORST_CASE, *gradient_based)]
+
+
+def write_report(results: dict, folder: str) -> list[str]:
+    """Write ``evaluation.json``, ``evaluation.md`` and ``eps_curve.png`` to ``folder``; gives their paths.
+
+    Args:
+        results: of :meth:`RobustnessEvaluator.evaluate`, plus "classifier" (one line), "threat_model"
+            ({"norm", "eps"}), "classes" ({class: name}) and "versions".
+    """
+    contents = {"evaluation.json": json.dumps(results, indent=1).encode()}
+    if "curve" in results:
+        norm, eps = results["threat_model"]["norm"], results["threat_model"]["eps"]
+        curve = results["curve"]
+        label = f"{norm} eps" + (" (1/255)" if norm == "linf" else "")
+        contents["eps_curve.png"] = accuracy_plot(curve["eps"], curve["value"], eps, label)
+    contents["evaluation.md"] = markdown(results).encode()
+    paths = []
+    for name, content in contents.items():
+        paths.append(os.path.join(folder, name))
+        with replaced_atomically(paths[-1]) as temporary, open(temporary, "wb") as file:
+            file.write(content)
+    return paths
+
+
+def markdown(results: dict) -> str:
+    """The report in Markdown."""
+    accuracy, threat_model = results["accuracy"], results["threat_model"]
+    unit = "/255" if threat_model["norm"] == "linf" else ""
+    lines = [
+        f"# {results['classifier']}",
+        "",
+        f"Under {threat_model['norm']} eps {threat_model['eps']:g}{unit}.",
+        "",
+        "| attack | accuracy % | 95 % interval | images |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, row in accuracy.items():
+        lines.append(
+            f"| {name} | {row['value']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {row['images']} |"
+        )
+    lines += ["", "## Gradient masking", ""]
+    if results["findings"]:
+        lines += ["Gradients may be masked, and the accuracies too high:", ""]
+        lines += [f"- {finding}" for finding in results["findings"]]
+    elif "curve" in results:
+        attack, last, eps = (results["curve"][key] for key in ("attack", "value", "eps"))
+        lines.append(
+            f"No sign of it: accuracy under {attack} falls to {last[-1]:.1f} % at eps {eps[-1]:.4g}, which "
+            "can turn every image grey, and never rises with eps."
+        )
+        if others := _others(accuracy, results["gradient_based"]):
+            names = ", ".join(others)
+            lines.append(f"It is hardly lower under {names} than under the attacks by gradient.")
+    else:
+        lines.append("Not checked: there is no curve over eps.")
+    if "curve" in results:
+        curve = results["curve"]
+        lines += ["", "![accuracy over eps](eps_curve.png)", "", "| eps | accuracy % |", "|---:|---:|"]
+        lines += [
+            f"| {eps:.4g} | {value:.2f} |" for eps, value in zip(curve["eps"], curve["value"], strict=True)
+        ]
+    lines += ["", "## Classes", "", f"| class | images | {' | '.join(accuracy)} |"]
+    lines.append(f"|---|---:|{'---:|' * len(accuracy)}")
+    for label, row in results["per_class"].items():
+        values = " | ".join(f"{row[name]:.1f}" for name in accuracy)
+        lines.append(f"| {results['classes'].get(label, label)} | {row['images']} | {values} |")
+    lines += ["", "| package | version |", "|---|---|"]
+    lines += [f"| {name} | {version} |" for name, version in results["versions"].items()]
+    return "\n".join(lines) + "\n"
 
 
 def evaluate_classifier(cfg, weights: str, attacks: Sequence[str], images: int) -> dict:
-    """Evaluate the file ``weights`` on the recipe's test images and write a report to its output folder.
+    """Evaluate the file ``weights`` on the recipe's test images; the report goes to train.output_dir.
 
     Args:
-        cfg: the recipe; its ``threat_model`` is what the attacks may do.
+        cfg: the recipe; the attacks get its ``threat_model``.
         weights: a classifier that fits ``cfg.model``.
-        attacks: names for :func:`attack_named`.
-        images: how many to use, of a folder every n-th, of shards the first ones.
+        attacks: names for :func:`rt_detectron.attacks.attack_named`.
+        images: how many to use: every n-th of a folder, the first ones of shards.
 
     Returns:
-        In the first process the content of evaluation.json.
+        In the first process the content of evaluation.json, in the others {}.
+
+    Raises:
+        InputError: for unknown or repeated attacks, and weights that do not fit.
     """
     if images < 1:
         raise InputError(f"--images is {images}; it must be >= 1")
     threat_model = instantiate(cfg.threat_model)
     built = [attack_named(name.strip(), threat_model, cfg.train.seed) for name in attacks]
     if len({attack.name for attack in built}) < len(built):
-        raise InputError(f"--attacks {','.join(attacks)}: one is there twice")
+        raise InputError(f"--attacks {','.join(attacks)}: give each attack once")
     model = build_model(cfg)
     load_weights(model, weights)
     lazy_loader = copy.deepcopy(cfg.dataloader.test)

@@ -7,10 +7,12 @@ from rt_detectron.checkpoint.formats import save_atomically
 from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.engine.lazy_config import as_yaml
 from rt_detectron.modeling.classifier import Classifier
-from rt_detectron.pretrain.strategies import Pretraining
+from rt_detectron.pretrain.model import Pretraining
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.files import file_sha256, replaced_atomically
 from rt_detectron.utils.versions import versions
+
+PRETRAINING = "rt_detectron pretraining"  # where weights come from
 
 
 class Provenance:
@@ -26,19 +28,26 @@ class Provenance:
         pass
 
 
-def classifier_metadata(model: Pretraining) -> Metadata:
-    """What later tools must know of a pretrained classifier; written beside its tensors."""
+def classifier_metadata(model: Pretraining, source: str = PRETRAINING) -> Metadata:
+    """What later tools must know of a classifier; written beside its tensors.
+
+    norm and eps are both None, unknown, for an attack without a threat model.
+    """
     threat_model = model.strategy.threat_model
     classifier: Classifier = model.classifier
+    if threat_model is not None:
+        norm, eps = threat_model.norm, threat_model.eps
+    else:
+        norm, eps = None, 0.0 if model.strategy.attack is None else None
     return Metadata(
         arch=classifier.arch,
-        norm=threat_model.norm if threat_model else None,
-        eps=threat_model.eps if threat_model else 0.0,
+        norm=norm,
+        eps=eps,
         input_format="RGB",
         pixel_mean=tuple(classifier.pixel_mean),
         pixel_std=tuple(classifier.pixel_std),
         stride_in_1x1=False,
-        source=model.source,
+        source=source,
     )
 
 
@@ -73,11 +82,11 @@ def export(cfg, model: Pretraining, results: dict) -> list[str]:
     return [classifier, backbone, card]
 
 
-def write_classifier(model: Pretraining, path: str) -> None:
+def write_classifier(model: Pretraining, path: str, source: str = PRETRAINING) -> None:
     """Write the network under torchvision's names with its metadata, atomically."""
     content = {
         "model": model.classifier.network.state_dict(),
-        "rt_detectron": classifier_metadata(model).to_dict(),
+        "rt_detectron": classifier_metadata(model, source).to_dict(),
     }
     save_atomically(content, path)
 
@@ -107,19 +116,20 @@ def model_card(cfg, model: Pretraining, results: dict, files: list[str]) -> str:
 def _trained(strategy) -> str:
     threat_model = strategy.threat_model
     if threat_model is None:
-        return "without an adversary"
+        return f"against {strategy.attack.name}" if strategy.attack else "without an adversary"
     unit = "/255" if threat_model.norm == "linf" else ""
     return f"against {threat_model.norm} eps {threat_model.eps:g}{unit} (strategy {type(strategy).__name__})"
 
 
 def _accuracies(cfg, accuracy: dict):
-    threat_model = cfg.evaluator.attack.threat_model
+    threat_model = cfg.evaluator.attack.get("threat_model")
     for name, value in accuracy.items():
         if name in ("images", "attacked_images"):
             continue
         is_clean = name == "clean"
         images = accuracy["images" if is_clean else "attacked_images"]
-        label = "clean" if is_clean else f"{name}, {threat_model.norm} eps {threat_model.eps:g}"
+        is_bounded = threat_model is not None and not is_clean
+        label = f"{name}, {threat_model.norm} eps {threat_model.eps:g}" if is_bounded else name
         yield f"| {label} | {value:.2f} | {images} |"
 
 

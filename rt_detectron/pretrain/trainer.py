@@ -27,7 +27,7 @@ from rt_detectron.layers.small_maps import use_small_maps
 from rt_detectron.layers.sync_bn import use_sync_bn
 from rt_detectron.modeling.classifier import Classifier, versioned
 from rt_detectron.pretrain.export import Provenance, export
-from rt_detectron.pretrain.strategies import Pretraining
+from rt_detectron.pretrain.model import Pretraining
 from rt_detectron.utils.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,6 @@ def train_classifier(
         average = ExponentialMovingAverage(model.classifier, train.ema)
         parts["ema"] = average.averaged
         evaluated = Pretraining(average.averaged.module, model.strategy)
-        evaluated.source = model.source
     epoch = loader.iterations_per_epoch * trainer.replays
     logger.info(
         "%g epochs of %d iterations on %d images; output in %s",
@@ -199,14 +198,15 @@ class ClassifierTrainer(SimpleTrainer):
         super().__init__(wrapped, loader, optimizer)
         self.replays = model.strategy.replays
         if accumulate > 1 and self.replays > 1:
-            raise InputError("train.accumulate: strategy Free needs each step's own gradient; set it to 1")
+            strategy = type(model.strategy).__name__
+            raise InputError(f"train.accumulate: strategy {strategy} needs each step's gradient; set it to 1")
         images = loader.batch_size
         if images % accumulate:
             raise InputError(
                 f"train.accumulate={accumulate} does not divide the {images} images of a process"
             )
         self.accumulate = accumulate
-        self.device = model.classifier.mean.device
+        self.device = model.device
         self.amp = AMP[amp] if amp else None
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self._unchecked = deque()  # (iteration, keys, loss on its way to the CPU, event of its arrival)

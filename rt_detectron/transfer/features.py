@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rt_detectron.checkpoint.architectures import is_counter
-from rt_detectron.data.loader import build_test_loader
+from rt_detectron.data.loader import build_test_loader, to_device
+from rt_detectron.layers.folding import fold
 from rt_detectron.modeling.classifier import Classifier
-from rt_detectron.pretrain.strategies import Pretraining, Standard
 from rt_detectron.transfer.datasets import ClassificationDataset
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.files import cache_folder, locked, replaced_atomically
@@ -44,30 +44,28 @@ class Features:
 
 
 class FeatureExtractor(nn.Module):
-    """A classifier without its last linear layer, as fast as the machine has it.
-
-    It is in eval mode, batch norm folded into the convolutions, in channels_last, and in mixed precision.
+    """A classifier without its last linear layer, in eval mode with folded batch norms.
 
     Args:
-        classifier: what is left of it when its layer ``last_linear`` is an Identity.
-        flip: give the features of the mirror images, too.
+        classifier: one whose layer ``last_linear`` has been replaced by an Identity.
+        flip: also give the features of the mirrored images.
         amp: torch's autocast dtype; None computes in float32.
     """
 
     def __init__(self, classifier: Classifier, flip: bool, amp: torch.dtype | None):
         super().__init__()
-        self.model = Pretraining(classifier, Standard())
-        self.folded = self.model.target()
+        self.device = classifier.mean.device
+        self.network = fold(classifier)
         self.flip = flip
         self.amp = amp
         self.eval()
 
     def forward(self, batch) -> Tensor:
         """A batch (images (N, 3, H, W), labels, keys) to (N, V, D), V the number of views."""
-        images, _ = self.model.to_device(batch)
+        images, _ = to_device(batch, self.device)
         views = [images, images.flip(3)] if self.flip else [images]
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
-            return torch.stack([self.folded(view) for view in views], 1)
+            return torch.stack([self.network(view) for view in views], 1)
 
 
 class _Collector(DatasetEvaluator):

@@ -20,7 +20,8 @@ from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.modeling.load import load_classifier
 from rt_detectron.pretrain.export import write_classifier
-from rt_detectron.pretrain.strategies import Pretraining, Standard
+from rt_detectron.pretrain.model import Pretraining
+from rt_detectron.pretrain.strategies import Standard
 from rt_detectron.pretrain.trainer import AMP, evaluate, for_training, train_classifier
 from rt_detectron.transfer.datasets import ClassificationDataset, classification_dataset
 from rt_detectron.transfer.evaluation import TransferEvaluator, predictions_file
@@ -82,8 +83,8 @@ def do_transfer(cfg, resume: bool = False) -> None:
 
     def finish(model: Pretraining, results: dict, iterations: int, **more) -> None:
         if cfg.train.export:
-            model.source = f"transfer of {cfg.transfer.weights} to {train.name}"
-            write_classifier(model, os.path.join(cfg.train.output_dir, "classifier.pth"))
+            path = os.path.join(cfg.train.output_dir, "classifier.pth")
+            write_classifier(model, path, f"transfer of {cfg.transfer.weights} to {train.name}")
         path = _write_results(cfg, classifier.metadata, test, results, iterations, start, more)
         logger.info("Wrote %s", path)
 

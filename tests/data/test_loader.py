@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import v2 as T
 
 from rt_detectron.data.images import FolderDataset
-from rt_detectron.data.loader import TrainLoader, build_test_loader
+from rt_detectron.data.loader import TrainLoader, build_test_loader, to_device
 from rt_detectron.data.shards import ShardDataset
 from rt_detectron.utils.errors import InputError
 
@@ -275,3 +275,14 @@ class TestTrainLoader:
             TrainLoader(folder, 12)
         with pytest.raises(InputError, match="4 shards cannot feed 8 processes"):
             TrainLoader(shard_dataset(shards / "train-*.tar.gz"), 16)
+
+
+def test_a_batch_goes_to_the_device_with_or_without_keys():
+    images, labels = torch.randint(0, 256, (6, 3, 4, 4), dtype=torch.uint8), torch.arange(6)
+    keys = [f"0/{i}.png" for i in range(6)]
+    for batch in ((images, labels), (images, labels, keys), [images / 255, labels, keys]):
+        found, found_labels = to_device(batch, torch.device("cpu"))
+        assert found.dtype == torch.float32
+        assert torch.equal(found, images / 255)
+        assert torch.equal(found_labels, labels)
+    assert to_device((images, labels), torch.device("meta"))[0].is_meta

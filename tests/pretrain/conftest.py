@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from rt_detectron.modeling.classifier import Classifier
-from rt_detectron.pretrain.strategies import Pretraining, Standard
+from rt_detectron.pretrain.model import Pretraining
+from rt_detectron.pretrain.strategies import Standard
 
 
 @pytest.fixture(scope="session")

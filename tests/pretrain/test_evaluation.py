@@ -13,7 +13,6 @@ from rt_detectron.pretrain.evaluation import (
     WORST_CASE,
     AccuracyEvaluator,
     RobustnessEvaluator,
-    attack_named,
     eps_curve,
     evaluate_classifier,
     findings,
@@ -22,7 +21,8 @@ from rt_detectron.pretrain.evaluation import (
     wilson_interval,
     write_report,
 )
-from rt_detectron.pretrain.strategies import Pretraining, Standard
+from rt_detectron.pretrain.model import Pretraining
+from rt_detectron.pretrain.strategies import Standard
 from rt_detectron.utils.errors import InputError
 
 
@@ -72,6 +72,7 @@ def results():
             "eps": [0.0, 2.0, 4.0, 127.5],
             "value": [50.0, 30.0, 25.0, 0.0],
         },
+        "gradient_based": ["pgd20"],
         "findings": [],
         "classifier": "resnet18 of classifier.pth",
         "threat_model": {"norm": "linf", "eps": 4.0},
@@ -99,18 +100,21 @@ def test_says_what_it_was_and_how_sure(results):
     assert "Under linf eps 4/255." in text
     assert "| pgd20 | 25.00 | 23.66 to 76.34 | 10 |" in text
     assert "| dog | 4 | 5.0 | 1.0 |" in text
-    assert "No sign of masked gradients: accuracy under pgd20 falls to 0.0 % at eps 127.5" in text
-    assert "AutoAttack" not in text
+    assert "No sign of it: accuracy under pgd20 falls to 0.0 % at eps 127.5" in text
+    assert "hardly lower" not in text
 
 
 def test_says_when_not_to_trust_it(results):
     results["findings"] = ["the attack is misled"]
     text = markdown(results)
-    assert "Gradients may be masked, and the numbers too good:\n\n- the attack is misled\n" in text
+    assert "Gradients may be masked, and the accuracies too high:\n\n- the attack is misled\n" in text
     assert "No sign" not in text
-    del results["curve"]
     results["findings"] = []
-    assert "Not looked into" in markdown(results)
+    for row in (results["accuracy"], *results["per_class"].values()):
+        row["autoattack"] = row["pgd20"]
+    assert "It is hardly lower under autoattack than under the attacks by gradient." in markdown(results)
+    del results["curve"]
+    assert "Not checked" in markdown(results)
     assert "eps_curve.png" not in markdown(results)
 
 
@@ -193,16 +197,20 @@ def test_masked_gradients_are_found_out():
     results = inference_on_dataset(model, batches, RobustnessEvaluator(model, [], PGD(LINF, steps=5)))
     assert results["curve"]["value"][-1] == 100.0
     assert results["findings"] == [
-        "100.0 % withstand pgd5 at eps 127.5, which can turn every image grey: the attack is misled"
+        "accuracy under pgd5 is 100.0 % at eps 127.5, which can turn every image grey: the attack is misled"
     ]
 
 
 def test_the_other_findings():
     curve = {"attack": "pgd20", "eps": [0, 1, 2, 4], "value": [80, 40, 45, 0.0]}
-    accuracy = {"clean": {"value": 80}, "pgd20": {"value": 50}, "pgd100x5": {"value": 48}}
-    assert findings(accuracy, curve) == ["more withstand pgd20 at eps 2 than at a smaller one"]
-    accuracy["autoattack"] = {"value": 30}
-    assert findings(accuracy, None) == ["AutoAttack turns 18.0 % of the images over that PGD does not"]
+    accuracy = {"clean": {"value": 80}, "pgd20": {"value": 50}, "own": {"value": 48}}
+    by_gradient = ["pgd20", "own"]
+    rise = "accuracy under pgd20 is higher at eps 2 than at a smaller one"
+    assert findings(accuracy, by_gradient, curve) == [rise]
+    accuracy |= {"autoattack": {"value": 30}, "square": {"value": 45}, WORST_CASE: {"value": 10}}
+    missed = "accuracy under autoattack is 18.0 points lower than under the attacks by gradient"
+    assert findings(accuracy, by_gradient, None) == [missed]
+    assert findings(accuracy, [], None) == []  # nothing to compare with
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (3, 7), (500, 1000)])
@@ -233,20 +241,10 @@ def test_the_curve_starts_below_eps_and_ends_in_grey():
     assert len(eps_curve(ThreatModel("l2", 0.0), 3072)) > 3  # of a standard recipe
 
 
-def test_attacks_have_names():
-    assert attack_named("pgd20", LINF) == PGD(LINF, 20)
-    assert attack_named("pgd100x5", LINF) == PGD(LINF, 100, random_start=True, restarts=5)
-    for name in ("pgd", "pgdx", "fgsm", "", "pgd20x"):
-        with pytest.raises(InputError, match="is unknown; use"):
-            attack_named(name, LINF)
-    with pytest.raises(InputError, match="steps is 0"):
-        attack_named("pgd0", LINF)
-
-
 @pytest.mark.parametrize(
     ("attacks", "images", "words"),
     [
-        (["pgd2", "pgd2"], 5, "one is there twice"),
+        (["pgd2", "pgd2"], 5, "give each attack once"),
         (["pgd2"], 0, "--images is 0"),
         (["x"], 5, "'x' is unknown"),
     ],

@@ -9,16 +9,9 @@ from torchvision.transforms import v2
 from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD, build_classifier
 from rt_detectron.modeling.classifier import Classifier
-from rt_detectron.pretrain.strategies import (
-    Adversarial,
-    EpsSchedule,
-    Fast,
-    Free,
-    Pretraining,
-    Resolution,
-    Standard,
-    Trades,
-)
+from rt_detectron.pretrain.model import Pretraining
+from rt_detectron.pretrain.schedules import EpsSchedule, Resolution
+from rt_detectron.pretrain.strategies import Adversarial, Fast, Free, Standard, Trades
 from rt_detectron.utils.errors import InputError
 
 L2 = ThreatModel("l2", 1.0)
@@ -39,7 +32,7 @@ def test_state_dict_is_the_networks_alone():
     names = {f"network.{name}" for name in build_classifier("resnet18", 5).state_dict()}
     assert set(Classifier("resnet18", num_classes=5).state_dict()) == names
     model = make(Adversarial(PGD(L2, steps=1)))
-    model.train()(batch())  # builds the target
+    model.train()(batch())  # builds the attacked model
     assert set(model.classifier.state_dict()) == names
     assert len(list(model.parameters())) == len(list(model.classifier.parameters()))
 
@@ -72,7 +65,7 @@ def test_adversarial_loss_is_cross_entropy_on_what_the_attack_makes():
     assert loss > make().train()((images, labels))["loss"]
 
 
-def test_target_follows_the_optimiser():
+def test_the_attacked_model_follows_the_optimiser():
     model = make(Adversarial(PGD(L2, steps=1))).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     images = batch()[0].float() / 255
@@ -82,16 +75,7 @@ def test_target_follows_the_optimiser():
         optimizer.step()
     with torch.no_grad():
         expected = model.classifier.eval()(images)
-        torch.testing.assert_close(model.target()(images), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_batch_may_name_its_images():
-    keys = [f"0/{i}.png" for i in range(6)]
-    for parts in (batch(), (*batch(), keys), [*batch(), keys]):
-        images, labels = make().to_device(parts)
-        assert images.dtype == torch.float32
-        assert torch.equal(images, batch()[0] / 255)
-        assert torch.equal(labels, batch()[1])
+        torch.testing.assert_close(model.attacked.now()(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_eval_mode_gives_the_clean_logits():
@@ -198,7 +182,7 @@ class Gradient(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("withstands_five", "warns"), [(0.1, True), (0.8, False)])
-def test_fast_looks_out_for_catastrophic_overfitting(withstands_five, warns, monkeypatch, caplog):
+def test_fast_checks_for_catastrophic_overfitting(withstands_five, warns, monkeypatch, caplog):
     labels = torch.zeros(10, dtype=torch.int64)
     images = torch.full((10, 3, 4, 4), 0.5)
 
@@ -221,7 +205,7 @@ def test_fast_looks_out_for_catastrophic_overfitting(withstands_five, warns, mon
     assert len(warnings) == (1 if warns else 0)
 
 
-def test_looking_out_changes_nothing_and_warns_again_after_a_recovery(monkeypatch, caplog):
+def test_the_check_changes_nothing_and_warns_again_after_a_recovery(monkeypatch, caplog):
     losses = []
     for check_every in (1, 1000):
         model = make(Fast(ThreatModel("linf", 8.0), check_every=check_every)).train()
@@ -235,7 +219,7 @@ def test_looking_out_changes_nothing_and_warns_again_after_a_recovery(monkeypatc
     labels = torch.zeros(4, dtype=torch.int64)
     with EventStorage():
         for several in (weak, weak, weak, strong, weak, weak):
-            strategy._look_out(torch.nn.Identity(), strong, several, labels)
+            strategy._check_overfitting(torch.nn.Identity(), strong, several, labels)
     assert sum("catastrophic overfitting" in record.message for record in caplog.records) == 2
 
 
@@ -340,7 +324,7 @@ def test_trades_takes_the_predictions_of_the_attacked_images_only():
         (lambda: Resolution(start=0, until=0.5), "start is 0"),
         (lambda: Resolution(start=128, until=2), "until is 2"),
         (lambda: Resolution(start=128, until=0.5, multiple="8"), "multiple is '8'"),
-        (lambda: Adversarial(None), "attack is None; it must be a PGD"),
+        (lambda: Adversarial(None), "Adversarial: attack is None; it must be an attack, such as PGD"),
         (lambda: Fast("linf"), "it must be a ThreatModel"),
         (lambda: Free(None), "it must be a ThreatModel"),
         (lambda: Free(ThreatModel("l1", 3.0)), "l2 or linf"),

@@ -16,7 +16,9 @@ from rt_detectron.data.images import FolderDataset, Lighting
 from rt_detectron.data.loader import TrainLoader, build_test_loader
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.evaluation import AccuracyEvaluator
-from rt_detectron.pretrain.strategies import Adversarial, EpsSchedule, Pretraining
+from rt_detectron.pretrain.model import Pretraining
+from rt_detectron.pretrain.schedules import EpsSchedule
+from rt_detectron.pretrain.strategies import Adversarial
 
 from .train import train
 

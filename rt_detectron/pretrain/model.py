@@ -1,0 +1,73 @@
+"""A classifier and the way it is trained, as one module for Detectron2's trainers."""
+
+import torch
+from torch import Tensor, nn
+
+from rt_detectron.data.loader import to_device
+from rt_detectron.layers.folding import FoldedNetwork, fold
+from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.pretrain.schedules import Resolution
+from rt_detectron.pretrain.strategies import Standard
+
+
+class Pretraining(nn.Module):
+    """From a batch to the losses of a training step, or in eval mode to logits.
+
+    Args:
+        classifier: what is trained.
+        strategy: makes the losses.
+        resolution: of the images trained on; None leaves them as they are.
+
+    Attributes:
+        attacked: the classifier as attacks see it.
+        progress: share of the training that is done; the trainer sets it.
+    """
+
+    def __init__(self, classifier: Classifier, strategy: Standard, resolution: Resolution | None = None):
+        super().__init__()
+        self.classifier = classifier
+        self.strategy = strategy
+        self.resolution = resolution
+        self.attacked = AttackedModel(classifier)
+        self.progress = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        return self.classifier.mean.device
+
+    def forward(self, batch) -> dict[str, Tensor] | Tensor:
+        """In training mode a dict of losses, in eval mode the logits (N, num_classes) of the clean images.
+
+        Args:
+            batch: see :func:`to_device`.
+        """
+        images, labels = to_device(batch, self.device)
+        if not self.training:
+            return self.classifier(images)
+        if self.resolution is not None:
+            images = self.resolution(images, self.progress)
+        adversarial = images
+        if type(self.strategy).perturb is not Standard.perturb:  # else nothing is attacked
+            adversarial = self.strategy.perturb(self.attacked.now(), images, labels, self.progress)
+            self.attacked.release()
+        return self.strategy.losses(self.classifier, images, adversarial, labels)
+
+
+class AttackedModel:
+    """``classifier`` in eval mode with its present weights; batch norm is folded, which is faster."""
+
+    def __init__(self, classifier: Classifier):
+        self._classifier = classifier
+        self._folded: nn.Module | None = None
+
+    def now(self) -> nn.Module:
+        """It maps images (N, 3, H, W) in [0, 1] to logits (N, num_classes)."""
+        if self._folded is None:
+            self._folded = fold(self._classifier)
+        self.release()
+        return self._folded
+
+    def release(self) -> None:
+        """Free the folded copy of the weights: the training step needs the memory."""
+        if isinstance(self._folded, FoldedNetwork):
+            self._folded.forget()

@@ -1,0 +1,99 @@
+"""What changes in the course of a training beside the learning rate: the attack and the size of images."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rt_detectron.utils.errors import InputError
+
+
+@dataclass(frozen=True)
+class EpsSchedule:
+    """How strong the attack is in the course of a training.
+
+    Attributes:
+        clean: share of the training, at its beginning, that is on clean images. These steps cost no attack,
+            and a network that has already learned something becomes robust in less time than a random one.
+        warmup: share of the training after that in which the attack grows linearly to its full strength.
+        grows: what grows in the warm-up. "eps": attack all images at a growing eps. "images": attack a
+            growing fraction of the batch at full eps, which is proportionally cheaper.
+        random: scale the eps of each batch by a uniform random number in [0, 1].
+    """
+
+    clean: float = 0.0
+    warmup: float = 0.0
+    grows: str = "eps"
+    random: bool = False
+
+    def __post_init__(self):
+        for name in ("clean", "warmup"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise InputError(f"eps schedule: {name} is {value!r}; it is a share of training, 0 to 1")
+        if self.grows not in ("eps", "images"):
+            raise InputError(f"eps schedule: grows is {self.grows!r}; it must be 'eps' or 'images'")
+
+    @property
+    def changes_eps(self) -> bool:
+        """Whether eps is ever less than the attack's own."""
+        return self.random or (self.grows == "eps" and (self.clean > 0 or self.warmup > 0))
+
+    def __call__(self, progress: float) -> float:
+        """The factor of eps, in [0, 1], after the share ``progress`` of the training."""
+        scale = self._strength(progress) if self.grows == "eps" else 1.0
+        return scale * torch.rand(()).item() if self.random else scale
+
+    def attacked(self, images: int, progress: float) -> int:
+        """How many of the ``images`` of a batch are attacked."""
+        return round(images * self._strength(progress)) if self.grows == "images" else images
+
+    def _strength(self, progress: float) -> float:
+        if progress < self.clean:
+            return 0.0
+        return min((progress - self.clean) / self.warmup, 1.0) if self.warmup else 1.0
+
+
+FULL_STRENGTH = EpsSchedule()  # throughout the training
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Smaller images at first, which cost less (progressive resizing; Howard 2018).
+
+    eps stays the same, so at half the side an l2 eps moves each pixel twice as far.
+
+    Attributes:
+        start: side in pixels at the beginning. It grows linearly to the side of the loader's images.
+        until: share of the training after which images have their full size.
+        multiple: sides are multiples of it, which keeps their number small and fits the network's strides.
+    """
+
+    start: int
+    until: float
+    multiple: int = 32
+
+    def __post_init__(self):
+        for name in ("start", "multiple"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InputError(f"Resolution: {name} is {value!r}; it must be a whole number of pixels >= 1")
+        if type(self.until) not in (int, float) or not 0 <= self.until <= 1:
+            raise InputError(f"Resolution: until is {self.until!r}; it is a share of training, 0 to 1")
+
+    def side(self, full: int, progress: float) -> int:
+        """The shorter side, in pixels, after the share ``progress`` of the training; ``full`` at the end."""
+        if progress >= self.until or self.start >= full:
+            return full
+        side = self.start + (full - self.start) * progress / self.until
+        return min(max(round(side / self.multiple), 1) * self.multiple, full)
+
+    def __call__(self, images: Tensor, progress: float) -> Tensor:
+        """``images``, (N, 3, H, W) in [0, 1], resized."""
+        full = min(images.shape[2:])
+        side = self.side(full, progress)
+        if side == full:
+            return images
+        size = [round(length * side / full) for length in images.shape[2:]]
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
