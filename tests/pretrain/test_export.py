@@ -9,7 +9,8 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, get_architecture
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.export import model_card
-from rt_detectron.pretrain.strategies import Pretraining, Standard
+from rt_detectron.pretrain.model import Pretraining
+from rt_detectron.pretrain.strategies import Standard
 from rt_detectron.pretrain.trainer import do_train
 from rt_detectron.utils.files import file_sha256
 

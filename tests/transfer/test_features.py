@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2 as T
 
+from rt_detectron.checkpoint.architectures import get_architecture
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.modeling.load import load_classifier
 from rt_detectron.transfer.datasets import classification_dataset
@@ -47,7 +48,8 @@ def test_features_are_what_enters_the_last_layer_of_torchvisions_network(
 ):
     network = random_classifier(arch)
     classifier = Classifier("resnet18", 5)
-    classifier.arch, classifier.network = arch, copy.deepcopy(network).to(memory_format=torch.channels_last)
+    classifier.architecture = get_architecture(arch)
+    classifier.network = copy.deepcopy(network).to(memory_format=torch.channels_last)
     linears = [module for module in network.modules() if isinstance(module, torch.nn.Linear)]
     entered = []
     linears[-1].register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
