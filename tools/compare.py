@@ -55,8 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(describe(study, output, TOOLS, args.ray_address))
         return 0
-    command = ["python", "tools/compare.py", "--study", args.study, "--output", args.output]
-    command = shlex.join(command + (["--ray-address", args.ray_address] if args.ray_address else []))
+    address = ["--ray-address", args.ray_address] if args.ray_address else []
+    command = shlex.join(
+        ["python", "tools/compare.py", "--study", args.study, "--output", args.output, *address]
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with output_folder(output):

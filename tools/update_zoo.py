@@ -70,7 +70,7 @@ def document(table: dict) -> str:
     hub, entries = table["hub"], table["checkpoints"]
     recorded = sum(entry["sha256"] is not None for entry in entries)
     parts = [INTRODUCTION.format(hub=hub, count=len(entries), recorded=recorded)]
-    for family, members in itertools.groupby(entries, lambda entry: re.match("[a-z_]+", entry["arch"])[0]):
+    for family, members in itertools.groupby(entries, lambda entry: re.split("[^a-z_]", entry["arch"])[0]):
         parts += [f"\n## {family}\n\n| name | eps | top-1 | file |\n|---|--:|--:|---|\n"]
         for entry in members:
             eps = f"{entry['eps']:g}" + ("/255" if entry["norm"] == "linf" else "")

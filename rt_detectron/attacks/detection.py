@@ -226,12 +226,12 @@ def _giving_losses(model: nn.Module, all_proposals: bool) -> Iterator[None]:
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
-        if all_proposals and batch_size is not None:
+        if all_proposals and roi_heads is not None and batch_size is not None:
             roi_heads.batch_size_per_image = sys.maxsize
         with EventStorage():
             yield
     finally:
-        if batch_size is not None:
+        if roi_heads is not None and batch_size is not None:
             roi_heads.batch_size_per_image = batch_size
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -44,6 +44,9 @@ NOT_THE_NETWORK = (*NORMALIZERS, "module.attacker.", "attacker.")
 STEMS = frozenset(f"{architecture.stem}.weight" for architecture in ARCHITECTURES.values())
 
 
+Pixel = tuple[float, ...]  # RGB, 0..255
+
+
 @dataclass
 class ClassifierFile:
     """What a classifier's file holds.
@@ -56,8 +59,8 @@ class ClassifierFile:
 
     state_dict: dict[str, Tensor]
     metadata: Metadata | None = None
-    pixel_mean: list[float] | None = None
-    pixel_std: list[float] | None = None
+    pixel_mean: Pixel | None = None
+    pixel_std: Pixel | None = None
 
 
 def read_classifier(path: str) -> ClassifierFile:
@@ -362,19 +365,22 @@ def _as_float32(tensor: Tensor, name: str, path: str) -> Tensor:
     return tensor
 
 
-def _normalizer(tensors: dict[str, Tensor], path: str) -> tuple[list[float] | None, list[float] | None]:
+def _normalizer(
+    tensors: dict[str, Tensor], path: str
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """The mean and std that are stored in [0,1] units beside the network, in 0..255."""
     for prefix, names in NORMALIZERS.items():
         if all(prefix + name in tensors for name in names):
-            return tuple(_pixels(tensors[prefix + name], prefix + name, path) for name in names)
+            mean, std = (_pixels(tensors[prefix + name], prefix + name, path) for name in names)
+            return mean, std
     return None, None
 
 
-def _pixels(tensor: Tensor, name: str, path: str) -> list[float]:
+def _pixels(tensor: Tensor, name: str, path: str) -> Pixel:
     values = _as_float32(tensor, name, path).flatten().tolist()
     if len(values) != 3:
         raise InputError(f"{path}: {name} has {len(values)} values, RGB needs 3")
-    return [round(255 * value, 4) for value in values]  # rounded: 0.485 is stored as 0.48500001
+    return tuple(round(255 * value, 4) for value in values)  # rounded: 0.485 is stored as 0.48500001
 
 
 def save_atomically(content: dict, path: str) -> None:

@@ -75,11 +75,11 @@ def list(
         known = dict.fromkeys(getattr(entry, key) for entry in _entries().values())
         if wanted is not None and wanted not in known:
             raise InputError(f"the zoo has no {key} {wanted!r}: {', '.join(known)}")
-    wanted = {"norm": norm, "arch": arch, "eps": eps}
+    filters = {"norm": norm, "arch": arch, "eps": eps}
     return [
         entry
         for entry in _entries().values()
-        if all(value is None or getattr(entry, key) == value for key, value in wanted.items())
+        if all(value is None or getattr(entry, key) == value for key, value in filters.items())
     ]
 
 
@@ -248,7 +248,8 @@ def _by_hand(entry: Entry) -> str:
 
 def _reason(error: Exception) -> str:
     """Why a download failed and what to do, in a few words."""
-    error = error.__cause__ or error  # what huggingface_hub wraps when it finds nothing in its cache either
+    cause = error.__cause__  # what huggingface_hub wraps when it finds nothing in its cache either
+    error = cause if isinstance(cause, Exception) else error
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return f"the server wants a login (status {status}): run `hf auth login` or set HF_TOKEN"

@@ -161,7 +161,7 @@ def _glass_blur(image: Image.Image, severity: int) -> np.ndarray:
     from in the end: from q itself, if the loop reached q later or never, else from where q's came from.
     """
     sigma, delta, iterations = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))[severity - 1]
-    blurred = np.uint8(_blurred(np.array(image) / 255.0, sigma) * 255)
+    blurred = (_blurred(np.array(image) / 255.0, sigma) * 255).astype(np.uint8)
     height, width = blurred.shape[:2]
     ys, xs = np.arange(height - delta, delta, -1), np.arange(width - delta, delta, -1)
     visited = (ys[:, None] * width + xs).ravel()  # in the loop's order: backwards

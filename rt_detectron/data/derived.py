@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from functools import partial
 
 from detectron2.data import MetadataCatalog
@@ -127,7 +128,7 @@ def _split(content: dict, held_out: bool) -> dict:
     return {**content, "images": images, "annotations": kept}
 
 
-_SPLITS_AND_MERGES = {
+_SPLITS_AND_MERGES: dict[str, Callable[[dict], dict]] = {
     "any": _merged,
     "fit": partial(_split, held_out=False),
     "held_out": partial(_split, held_out=True),

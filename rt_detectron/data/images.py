@@ -62,17 +62,24 @@ def decode(encoded: bytes) -> torch.Tensor:
             return pil_to_tensor(image.convert("RGB"))
 
 
+def unchanged(image: torch.Tensor) -> torch.Tensor:
+    """The transform that is none; a function, so that worker processes can be given it."""
+    return image
+
+
 class FolderDataset(Dataset):
     """Images below ``root/CLASS/``, one folder per class, as torchvision's ImageFolder sorts them.
 
     Args:
         root: the folder of class folders.
         num_classes: how many class folders there must be; None takes what there is.
-        transform: of a uint8 RGB tensor (3, H, W) to a uint8 one or a float one in [0, 1].
+        transform: of a uint8 RGB tensor (3, H, W) to a uint8 one or a float one in [0, 1]; None is none.
         on_corrupt: "stop" or "skip"; skipped images are replaced by the next readable one.
     """
 
-    def __init__(self, root: str, num_classes: int | None, transform: Callable, on_corrupt: str = "stop"):
+    def __init__(
+        self, root: str, num_classes: int | None, transform: Callable | None, on_corrupt: str = "stop"
+    ):
         if not os.path.isdir(root):
             raise InputError(f"{root}: no such folder; datasets/README.md shows the expected tree")
         try:
@@ -89,7 +96,7 @@ class FolderDataset(Dataset):
         self.root = root
         self.classes = folder.classes
         self.images = folder.samples
-        self.transform = transform
+        self.transform = transform or unchanged
         self.corrupt = CorruptImages(on_corrupt)
 
     def __len__(self) -> int:

@@ -167,7 +167,7 @@ class _ShardStream(IterableDataset):
         order = torch.randperm(len(dataset.urls), generator=seeded_generator(seed, epoch))[slot::slots]
         samples = self._shuffled([dataset.urls[i] for i in order], seeded_generator(seed, epoch, slot))
         seeds = torch.randint(2**62, (stop,), generator=seeded_generator(seed, epoch, slot, 1)).tolist()
-        ahead = deque()  # read, but not yet at their turn
+        ahead: deque[dict] = deque()  # read, but not yet at their turn
         for position in range(stop):
             sample = ahead.popleft() if ahead else next(samples)
             if position < start:
@@ -192,7 +192,8 @@ class _ShardStream(IterableDataset):
         dataset = self.loader.dataset
         expected = len(dataset) * len(urls) / len(dataset.urls)
         while True:
-            buffer, count = [], 0
+            buffer: list[dict] = []
+            count = 0
             for sample in dataset.read(urls):
                 count += 1
                 if len(buffer) < dataset.shuffle_buffer:

@@ -10,7 +10,7 @@ import torch
 from detectron2.utils import comm
 from torch.utils.data import IterableDataset, get_worker_info
 
-from rt_detectron.data.images import CorruptImages, decode
+from rt_detectron.data.images import CorruptImages, decode, unchanged
 from rt_detectron.utils.errors import InputError, optional_import
 
 
@@ -25,7 +25,7 @@ class ShardDataset(IterableDataset):
             (``train-{000000..000146}.tar``), or anything else that webdataset opens.
         num_samples: how many samples the shards hold; tells an epoch's length.
         num_classes: labels must lie in 0..num_classes-1.
-        transform: of a uint8 RGB tensor (3, H, W) to a uint8 one or a float one in [0, 1].
+        transform: of a uint8 RGB tensor (3, H, W) to a uint8 one or a float one in [0, 1]; None is none.
         on_corrupt: "stop" or "skip".
         shuffle_buffer: training draws from so many samples at a time.
         classes: keep only samples of these class indices, and number them from 0 in this order; None keeps
@@ -37,7 +37,7 @@ class ShardDataset(IterableDataset):
         urls: str | list[str],
         num_samples: int,
         num_classes: int,
-        transform: Callable,
+        transform: Callable | None,
         on_corrupt: str = "stop",
         shuffle_buffer: int = 5000,
         classes: list[int] | None = None,
@@ -50,7 +50,7 @@ class ShardDataset(IterableDataset):
         self.num_samples = num_samples
         self.num_classes = num_classes
         self.classes = None if classes is None else list(classes)
-        self.transform = transform
+        self.transform = transform or unchanged
         self.shuffle_buffer = shuffle_buffer
         self.corrupt = CorruptImages(on_corrupt)
 
@@ -99,7 +99,7 @@ class ShardDataset(IterableDataset):
         if encoded is None or "cls" not in sample:
             raise InputError(f"{name} lacks an image (.jpg, .jpeg, .png) or its .cls")
         label = _class(sample)
-        if self.classes is not None:
+        if self.classes is not None and isinstance(label, int):
             label = self.classes.index(label)
         if not (isinstance(label, int) and label < self.num_classes):
             raise InputError(

@@ -19,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from rt_detectron.evaluation.matching import (
     Objects,
+    Overlap,
     box_iou,
     column,
     keypoint_similarity,
@@ -121,6 +122,7 @@ def evaluate_detections(
     evaluation = COCOevalMaxDets(coco, iouType=task)  # summarises what pycocotools does, for any max_dets
     params = evaluation.params
     params.imgIds = sorted(set(params.imgIds if img_ids is None else img_ids))
+    overlap: Overlap
     if task == "keypoints":
         if len(kpt_oks_sigmas):
             params.kpt_oks_sigmas = np.array(kpt_oks_sigmas)

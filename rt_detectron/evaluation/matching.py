@@ -10,6 +10,9 @@ import numpy as np
 from faster_coco_eval import faster_eval_api_cpp as cpp
 from pycocotools import mask as rle_masks
 
+# From shapes of detections, shapes of annotations, and which of these are crowds: (detections, annotations).
+Overlap = Callable[[np.ndarray, np.ndarray, list[bool]], np.ndarray]
+
 
 @dataclass(frozen=True)
 class Objects:
@@ -97,7 +100,7 @@ def keypoint_similarity(found: np.ndarray, wanted: np.ndarray, crowd: list[bool]
 def precision_and_recall(
     annotations: Objects,
     detections: Objects,
-    overlap: Callable[[np.ndarray, np.ndarray, list[bool]], np.ndarray],
+    overlap: Overlap,
     *,
     num_categories: int,
     iou_thrs: Sequence[float],
@@ -125,7 +128,7 @@ def precision_and_recall(
     Returns:
         "precision" and "scores" of shape (T, R, K, A, M), "recall" of shape (T, K, A, M).
     """
-    settings = {
+    settings: dict[str, list] = {
         "iouThrs": list(iou_thrs),
         "recThrs": list(rec_thrs),
         "areaRng": [tuple(map(float, limits)) for limits in area_rng],

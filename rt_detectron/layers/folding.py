@@ -228,8 +228,9 @@ def _fold_convolution(traced: fx.GraphModule, node: fx.Node) -> None:
         return
     last, norm, residual = node, None, None
     follower = _only_user(last)
-    if follower is not None and isinstance(_module(traced, follower), _BatchNorm):
-        last, norm = follower, _module(traced, follower)
+    follower_module = None if follower is None else _module(traced, follower)
+    if isinstance(follower_module, _BatchNorm):
+        last, norm = follower, follower_module
         if norm.running_mean is None or norm.weight is None:
             return
     if norm is None and convolution.bias is None and _only_user(last) is None:

@@ -97,7 +97,7 @@ def load_classifier(name: str, arch: str | None = None, num_classes: int | None 
     classifier = Classifier(
         architecture, num_classes or len(logits[-1]), metadata.pixel_mean, metadata.pixel_std
     )
-    fresh = ()
+    fresh: tuple[str, ...] = ()
     if num_classes is not None:
         fresh = tuple(f"{classifier.last_linear}.{part}" for part in ("weight", "bias"))
         state_dict = {name: tensor for name, tensor in state_dict.items() if name not in fresh}

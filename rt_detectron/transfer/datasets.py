@@ -7,7 +7,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ HELD_OUT = 0.2  # of each class of "train"
 
 
 class _Sample(NamedTuple):
-    image: str | os.PathLike | bytes | np.ndarray  # as in Listing
+    image: str | bytes | np.ndarray  # as in Listing
     label: int
     key: str
 
@@ -85,7 +85,7 @@ class ClassificationDataset(Dataset):
         digest = hashlib.sha256(json.dumps([self.name, self.classes, self.downscale]).encode())
         for image, label, key in zip(self._images, self.labels, self.keys, strict=True):
             if isinstance(image, bytes | np.ndarray):
-                digest.update(image)
+                digest.update(image if isinstance(image, bytes) else image.tobytes())
             else:
                 found = os.stat(image)
                 digest.update(f"{os.path.abspath(image)} {found.st_size} {found.st_mtime_ns}".encode())
@@ -169,7 +169,7 @@ def _read(name: str, split: str, root: str, download: bool) -> tuple[list[_Sampl
     if not download and not os.path.isdir(folder):
         raise InputError(f"{name} is not in {root}: {expected} ({way_out}; see datasets/README.md)")
     arguments = {"root": root, **({} if entry.by_hand else {"download": download})}
-    lock = nullcontext()
+    lock: AbstractContextManager = nullcontext()
     if download:  # one process, or several trials of a study would write the same files
         lock = locked(folder, "set dataset.download=false, or choose another dataset.root")
     # Broad, since torchvision, scipy and the network fail in every way there is, and a set that is damaged or
@@ -201,7 +201,7 @@ def _read(name: str, split: str, root: str, download: bool) -> tuple[list[_Sampl
 
 
 def _samples(listing: Listing, root: str) -> list[_Sample]:
-    keys = listing.keys or [os.path.relpath(path, root) for path in listing.images]
+    keys = listing.keys or [os.path.relpath(str(path), root) for path in listing.images]
     labels = map(int, listing.labels)
     return [_Sample(*sample) for sample in zip(listing.images, labels, keys, strict=True)]
 

@@ -17,11 +17,11 @@ def accuracies(
     """In percent: "top1" over all images, "mean_per_class" over the classes that have any, and as "accuracy"
     that of the two which ``metric`` names; "accuracy-CLASS" of each class, NaN without images.
     """
-    labels = np.asarray(labels)
-    right = labels == np.asarray(predicted)
-    images = np.bincount(labels, minlength=len(classes))
+    indices = np.asarray(labels)
+    right = np.equal(indices, np.asarray(predicted))
+    images = np.bincount(indices, minlength=len(classes))
     with np.errstate(invalid="ignore"):
-        per_class = 100 * np.bincount(labels, right, minlength=len(classes)) / images
+        per_class = 100 * np.bincount(indices, right, minlength=len(classes)) / images
     found = {"top1": 100 * right.mean(), "mean_per_class": np.nanmean(per_class)}
     found = {"accuracy": found[metric], **found}
     found |= {f"accuracy-{name}": value for name, value in zip(classes, per_class, strict=True)}

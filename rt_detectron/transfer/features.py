@@ -142,7 +142,7 @@ def _key(classifier: Classifier, dataset: ClassificationDataset, flip: bool, amp
         if not is_counter(name):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().cpu().numpy().tobytes())
-    rest = [classifier.arch, classifier.pixel_mean, classifier.pixel_std, dataset.fingerprint()]
+    rest: list = [classifier.arch, classifier.pixel_mean, classifier.pixel_std, dataset.fingerprint()]
     rest += [repr(dataset.transform), flip, str(amp), _VERSION]
     digest.update(json.dumps(rest).encode())
     return digest.hexdigest()
@@ -153,7 +153,7 @@ def _write(path: str, arrays: dict[str, np.ndarray]) -> None:
         raise InputError("the features are not finite: the weights are damaged, or set features.amp=null")
     try:
         with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
     except OSError as error:
         raise InputError(
             f"cannot write {path} ({error.strerror}): make room, or set RT_DETECTRON_CACHE to another folder"

@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -34,7 +34,7 @@ class Listing(NamedTuple):
         keys: the images' names; None for files, which are named by their path below the root.
     """
 
-    images: Sequence[str | os.PathLike | bytes | np.ndarray]
+    images: Sequence[str | bytes | np.ndarray]
     labels: Sequence[int]
     classes: Sequence[str]
     keys: Sequence[str] | None = None
@@ -57,6 +57,11 @@ def _caltech(part: Dataset, folder: str, name: str) -> Listing:
 def _cifar(part: Dataset) -> Listing:
     split = "train" if part.train else "test"
     return Listing(part.data, part.targets, part.classes, [f"{split}/{i}" for i in range(len(part.data))])
+
+
+def _cars(part: Dataset) -> Listing:
+    files, labels = zip(*part._samples, strict=True)
+    return Listing(files, labels, part.classes)
 
 
 def _birdsnap(root: str, split: str) -> Listing:
@@ -134,7 +139,7 @@ class TransferSet:
     metric: str
     train: tuple[dict, ...] = ({"split": "train"},)
     test: tuple[dict, ...] = ({"split": "test"},)
-    listing: Callable[[Dataset], Listing] = _listed
+    listing: Callable[[Dataset], Listing] | None = _listed
     drawn: tuple[int, int | None] | None = None
     folder: str = ""
     num_classes: int | None = None
@@ -145,8 +150,8 @@ class TransferSet:
 TOP1, PER_CLASS = "top1", "mean_per_class"
 _TRAIN_AND_VAL = ({"split": "train"}, {"split": "val"})
 _TRAINVAL = ({"split": "trainval"},)
-_CIFAR = {"train": ({"train": True},), "test": ({"train": False},), "listing": _cifar}
-_UNDIVIDED = {"train": ({},), "test": ({},)}
+_CIFAR: dict[str, Any] = {"train": ({"train": True},), "test": ({"train": False},), "listing": _cifar}
+_UNDIVIDED: dict[str, Any] = {"train": ({},), "test": ({},)}
 
 TRANSFER_SETS = {
     "aircraft": TransferSet(
@@ -196,7 +201,7 @@ TRANSFER_SETS = {
         tree="{cars_train/*.jpg, cars_test/*.jpg, cars_test_annos_withlabels.mat, devkit/*.mat}",
         reader=tv.StanfordCars,
         metric=TOP1,
-        listing=lambda part: Listing(*zip(*part._samples, strict=True), part.classes),
+        listing=_cars,
         folder="stanford_cars",
         num_classes=196,
         sizes=(8144, 8041),

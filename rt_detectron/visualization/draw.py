@@ -38,12 +38,13 @@ def draw_instances(image: Image.Image, instances: Sequence[Instance], long_side:
     Scaling comes first, so that lines and text are equally readable on small and on large images.
     """
     scale = long_side / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    size = width, height
     picture = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     ordered = sorted(instances, key=lambda instance: -instance.box[2] * instance.box[3])  # small ones on top
     for instance in ordered:
         if instance.mask is not None:
-            _paint_mask(picture, instance)
+            _paint_mask(picture, instance.mask, instance.color_index)
     draw = ImageDraw.Draw(picture)
     for instance in ordered:
         _draw_box(draw, instance, scale)
@@ -69,9 +70,9 @@ def panel(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Ima
     return row
 
 
-def _paint_mask(picture: Image.Image, instance: Instance) -> None:
-    alpha = Image.fromarray(instance.mask.astype(np.uint8) * round(255 * _MASK_OPACITY))
-    picture.paste(color_of(instance.color_index), mask=alpha.resize(picture.size, Image.Resampling.BILINEAR))
+def _paint_mask(picture: Image.Image, mask: np.ndarray, color_index: int) -> None:
+    alpha = Image.fromarray(mask.astype(np.uint8) * round(255 * _MASK_OPACITY))
+    picture.paste(color_of(color_index), mask=alpha.resize(picture.size, Image.Resampling.BILINEAR))
 
 
 def _draw_box(draw: ImageDraw.ImageDraw, instance: Instance, scale: float) -> None:
@@ -118,5 +119,5 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
     return text + "…"
 
 
-def _font() -> ImageFont.FreeTypeFont:
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(_FONT_SIZE)  # ships with Pillow: the same on every machine

@@ -40,7 +40,7 @@ class Series:
     color_index: int
 
     @property
-    def style(self) -> dict[str, str]:
+    def style(self) -> dict[str, object]:
         """Colour, marker and line: beyond the palette's end colours repeat with another marker and line."""
         again = self.color_index // len(PALETTE) % len(_MARKERS)
         return {"color": _hex(self.color_index), "marker": _MARKERS[again], "linestyle": _LINES[again]}
@@ -121,7 +121,7 @@ def group_plot(
     with _axes(height=2.7) as axes:
         width = 0.8 / len(series)
         for number, (arm, of_arm) in enumerate(zip(series, values, strict=True)):
-            name = arm.name
+            name: str | None = arm.name
             for group, numbers in enumerate(of_arm):
                 x = group + (number - (len(series) - 1) / 2) * width
                 axes.plot([x] * len(numbers), numbers, **arm.dots, label=name if numbers else None)

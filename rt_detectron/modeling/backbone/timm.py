@@ -21,7 +21,11 @@ from rt_detectron.utils.errors import InputError, one_line
 PROBE = (96, 160)
 # What lets a network take images of any size, tried in this order. always_partition is Swin's: its res5 at
 # 224 pixels is one window, so unless told it would shift none of the many that it has in a detector.
-ANY_SIZE = ({"dynamic_img_size": True, "always_partition": True}, {"dynamic_img_size": True}, {})
+ANY_SIZE: tuple[dict[str, bool], ...] = (
+    {"dynamic_img_size": True, "always_partition": True},
+    {"dynamic_img_size": True},
+    {},
+)
 
 
 class TimmTrunk(Trunk):
