@@ -8,51 +8,67 @@ from pathlib import Path
 
 import pytest
 
-from rt_detectron import cli
-
 TOOLS = Path(__file__).parents[1] / "tools"
+SCRIPT = str(TOOLS / "rt-detectron")
+CLI = runpy.run_path(SCRIPT, run_name="rt_detectron_cli")
 
 
-def rt_detectron(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["rt-detectron", *arguments])
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    cli.main()
+@pytest.fixture
+def rt_detectron(monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rt-detectron", *arguments])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        CLI["main"]()
+
+    return run
 
 
-def test_it_lists_every_tool(monkeypatch, capsys):
-    rt_detectron(monkeypatch)
-    shown = capsys.readouterr().out
-    for command, (_, what) in cli.COMMANDS.items():
-        assert f"  {command} " in shown
-        assert what in shown
+def test_it_lists_every_tool_without_importing_anything_heavy():
+    code = (
+        "import sys, runpy\nsys.argv[1:] = ['--help']\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n    assert not {'torch', 'detectron2', 'numpy'} & sys.modules.keys()"
+    )
+    code = code.replace("sys.argv[0]", repr(SCRIPT))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command, (_, what) in CLI["COMMANDS"].items():
+        assert f"  {command} " in done.stdout
+        assert what in done.stdout
     for_users = {path.stem for path in TOOLS.glob("[a-z]*.py")} - {"setup_environment", "update_zoo"}
-    assert {tool for tool, _ in cli.COMMANDS.values()} == for_users
+    assert {tool for tool, _ in CLI["COMMANDS"].values()} == for_users
 
 
-def test_it_runs_the_tool_as_a_script(monkeypatch):
+def test_it_runs_the_tool_as_a_script(monkeypatch, rt_detectron):
     calls = []
     monkeypatch.setattr(runpy, "run_path", lambda path, run_name: calls.append((path, run_name, sys.argv)))
-    rt_detectron(monkeypatch, "convert", "a.pth", "b.pkl")
+    rt_detectron("convert", "a.pth", "b.pkl")
     argv = ["rt-detectron convert", "a.pth", "b.pkl"]
     assert calls == [(str(TOOLS / "convert_checkpoint.py"), "__main__", argv)]
 
 
-def test_a_tools_own_help_and_errors_arrive(monkeypatch, capsys):
+def test_a_tools_own_help_and_errors_arrive(rt_detectron, capsys):
     with pytest.raises(SystemExit) as left:
-        rt_detectron(monkeypatch, "convert", "--help")
+        rt_detectron("convert", "--help")
     assert left.value.code == 0
     assert "--input-format" in capsys.readouterr().out
     with pytest.raises(SystemExit) as left:
-        rt_detectron(monkeypatch, "convert", "nowhere.pth", "b.pkl")
+        rt_detectron("convert", "nowhere.pth", "b.pkl")
     assert left.value.code == 2
     assert "cannot read nowhere.pth" in capsys.readouterr().err
 
 
-def test_an_unknown_command_is_one_line(monkeypatch, capsys):
+def test_an_unknown_command_is_refused(rt_detectron, capsys):
     with pytest.raises(SystemExit) as left:
-        rt_detectron(monkeypatch, "trian")
+        rt_detectron("trian")
     assert left.value.code == 2
-    assert "no command 'trian'; did you mean train" in capsys.readouterr().err
+    assert "invalid choice: 'trian' (choose from" in capsys.readouterr().err
+
+
+def test_every_tool_can_be_typed_as_the_documents_do():
+    for path in [*TOOLS.glob("[a-z]*.py"), Path(SCRIPT)]:
+        assert path.read_text().startswith("#!/usr/bin/env python"), path.name
+        assert os.access(path, os.X_OK), path.name
 
 
 # setup_environment.py is what installs Detectron2, and runs without it.

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Convert a classifier into a Detectron2 backbone, or into another of the formats that it comes in.
 
 python tools/convert_checkpoint.py resnet50_l2_eps3.ckpt resnet50_l2_eps3.pkl

@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from rt_detectron.study.grid import Arm, DownstreamTask, Resources, Selection, Study, Target
 from rt_detectron.study.tasks import DOWNSTREAM_TASKS
 from rt_detectron.utils.errors import InputError, one_line
-from rt_detectron.utils.files import file_sha256
+from rt_detectron.utils.files import file_sha256, find_config
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names of arms and targets become folders
 
@@ -79,7 +79,7 @@ def load_study(file: str | Path) -> Study:
 
 def _read_yaml(file: str | Path) -> Any:
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(find_config(str(file))).read_text(encoding="utf-8")
         for key in _repeated_keys(yaml.compose(text)):
             raise InputError(f"{file}: {key}: this key is given twice")
         # Not OmegaConf.load: it reads 1e-4 as a number, and so would change the opts of existing trials.
@@ -180,12 +180,13 @@ def _arm(key: str, name: str, entry: ArmEntry, task: DownstreamTask) -> Arm:
 
 
 def _target(key: str, name: str, entry: TargetEntry, task: DownstreamTask) -> Target:
-    _existing(f"{key}.config", entry.config)
+    path = find_config(entry.config)
+    _existing(f"{key}.config", path)
     try:
-        digest = task.digest(entry.config)
+        digest = task.digest(path)
     except Exception as error:  # whatever the file's content leads to
         _refuse(f"{key}.config", f"{entry.config} is no config file: {one_line(error)}")
-    return Target(name, entry.config, digest, _opts(f"{key}.opts", entry.opts, task.set_by_the_study))
+    return Target(name, path, digest, _opts(f"{key}.opts", entry.opts, task.set_by_the_study))
 
 
 def _evaluations(entries: Mapping[str, list] | None, task: DownstreamTask) -> dict[str, tuple[str, ...]]:

@@ -17,7 +17,7 @@ from rt_detectron.checkpoint.formats import PREFIXES, read_classifier, read_pick
 from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.utils.errors import InputError
 
-MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ def test_networks_outside_the_table(tmp_path, state_dict):
         torch.save({**normalize, **prefixed(network, prefix)}, path)
         file = read_classifier(path)
         assert_same(file.state_dict, network)
-        assert (file.pixel_mean, file.pixel_std) == ([127.5, 102.0, 76.5], [51.0, 51.0, 102.0])
+        assert (file.pixel_mean, file.pixel_std) == ((127.5, 102.0, 76.5), (51.0, 51.0, 102.0))
 
 
 @pytest.mark.parametrize(
