@@ -33,20 +33,23 @@ The {count} ImageNet classifiers published with
 MODEL.WEIGHTS "robust://resnet50_l2_eps3.pkl"
 ```
 
-After `import rt_detectron` this works wherever Detectron2 takes a path. The first use downloads the checkpoint from
-[{hub}](https://huggingface.co/{hub}), verifies it, reads it without running any code in
-it, and converts it into Detectron2's cache folder (`$FVCORE_CACHE/rt_detectron`). Later uses take it from there, offline too.
+After `import rt_detectron` this works wherever Detectron2 takes a path. The first use downloads the
+checkpoint from [{hub}](https://huggingface.co/{hub}), verifies it, reads it without running any code in
+it, and converts it into Detectron2's cache folder (`$FVCORE_CACHE/rt_detectron`). Later uses take it
+from there, offline too.
 
-- **eps** is the size of the attacks in training: for L2 of images in [0, 1], for Linf in 1/255. eps 0 is standard training
-  by the same recipe: the fair baseline.
-- **`robust://NAME-bgr.pkl`** has Detectron2's default preprocessing (BGR, std 1) built into its first convolution, for configs
-  that keep it. The others want RGB and the lines that `tools/convert_checkpoint.py` prints.
-- **A mirror**: files in the folder that `RT_DETECTRON_ZOO` names come first. `NAME.ckpt`, as published, is converted into the
-  cache; `NAME.pkl`, which may be a backbone of your own under any name, is taken as it is. Nothing is written to the folder.
-  Without network access, put downloaded files there.
-- **What is verified**: the size and SHA-256 of the {recorded} of {count} checkpoints that have them recorded. Any other download
-  is checked against the SHA-256 that the Hub announces. For any other file of a mirror, only damage that breaks reading is
-  noticed; files of torch before 1.6 have no checksums, so that is little.
+- **eps** is the size of the attacks in training: for L2 of images in [0, 1], for Linf in 1/255. eps 0 is
+  standard training by the same recipe: the fair baseline.
+- **`robust://NAME-bgr.pkl`** has Detectron2's default preprocessing (BGR, std 1) built into its first
+  convolution, for configs that keep it. The others want RGB and the lines that
+  `tools/convert_checkpoint.py` prints.
+- **A mirror**: files in the folder that `RT_DETECTRON_ZOO` names come first. `NAME.ckpt`, as published,
+  is converted into the cache; `NAME.pkl`, which may be a backbone of your own under any name, is taken
+  as it is. Nothing is written to the folder. Without network access, put downloaded files there.
+- **What is verified**: the size and SHA-256 of the {recorded} of {count} checkpoints that have them
+  recorded. Any other download is checked against the SHA-256 that the Hub announces. For any other file
+  of a mirror, only damage that breaks reading is noticed; files of torch before 1.6 have no checksums,
+  so that is little.
 
 From Python:
 

@@ -4,7 +4,7 @@ from rt_detectron.pretrain.strategies import Fast
 
 from .common.imagenet import dataloader, evaluator, lr_multiplier, model, optimizer, threat_model, train
 
-# A single attack step: about half the cost of PGD-3, and a look-out for when that breaks.
+# A single attack step: about half the cost of PGD-3, with a check for catastrophic overfitting.
 model.classifier.arch = "resnet50"
 model.strategy = L(Fast)(threat_model="${threat_model}", check_every=100)
 threat_model.norm = "linf"

@@ -114,7 +114,7 @@ def checkpoint(name: str) -> str:
 
 
 def weights(name: str) -> str:
-    """The local path of the most that there is of a network: its classifier, else its backbone.
+    """The local path of the classifier if there is one, else of the backbone.
 
     The latter is ``NAME.pkl`` of the folder ``$RT_DETECTRON_ZOO``, where that has no file of the classifier.
 

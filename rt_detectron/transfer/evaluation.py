@@ -15,7 +15,7 @@ def accuracies(
     labels: Sequence[int], predicted: Sequence[int], classes: Sequence[str], metric: str
 ) -> dict[str, float]:
     """In percent: "top1" over all images, "mean_per_class" over the classes that have any, and as "accuracy"
-    that of the two which ``metric`` names; "accuracy-CLASS" of each class, NaN without images.
+    the one that ``metric`` names; "accuracy-CLASS" of each class, NaN without images.
     """
     indices = np.asarray(labels)
     right = np.equal(indices, np.asarray(predicted))

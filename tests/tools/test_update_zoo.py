@@ -77,7 +77,7 @@ def test_the_document(tool):
     ):
         assert row in rows
     assert "The 67 ImageNet classifiers" in text
-    assert "for the 1 of 67 checkpoints" in text
+    assert "1 of 67 checkpoints" in text
     families = [line for line in text.splitlines() if line.startswith("## ")]
     assert families[:3] == ["## resnet", "## wide_resnet", "## densenet"]
     assert len(set(families)) == len(families) == 8
@@ -90,7 +90,7 @@ def test_records_a_mirror(tool, written, mirror, capsys):
     content = (mirror / "l2" / f"{NAME}.ckpt").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     assert entries(written) == {**before, NAME: {**before[NAME], "size": len(content), "sha256": digest}}
-    assert "for the 1 of 67 checkpoints" in (written / "MODEL_ZOO.md").read_text()
+    assert "1 of 67 checkpoints" in (written / "MODEL_ZOO.md").read_text()
     printed = capsys.readouterr().out
     assert f"unknown   {mirror / 'mine.ckpt'}\n" in printed
     assert f"{NAME}.ckpt: {len(content)} bytes, SHA-256 {digest}\n" in printed
