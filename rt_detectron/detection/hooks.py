@@ -9,7 +9,8 @@ from detectron2.utils import comm
 from torch import nn
 
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
-from rt_detectron.engine.train_hooks import ExponentialMovingAverage, SafeCheckpointing
+from rt_detectron.engine.checkpointing import SafeCheckpointing
+from rt_detectron.engine.train_hooks import ExponentialMovingAverage
 from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class _Untagged(RobustCheckpointer):
 
 def training_hooks(
     *,
-    checkpoints: SafeCheckpointing,
+    checkpointing: SafeCheckpointing,
     evaluated: nn.Module,
     evaluate,
     eval_period: int,
@@ -113,7 +114,7 @@ def training_hooks(
     """The hooks of a training in their order, which is Detectron2's.
 
     Args:
-        checkpoints: saves; its ``checkpointer`` also keeps the best.
+        checkpointing: saves; its checkpointer also keeps the best.
         evaluated: the model that ``evaluate`` is about.
         evaluate: gives the nested dict of metrics.
         eval_period: iterations between two evaluations; 0 evaluates at the end only.
@@ -127,9 +128,9 @@ def training_hooks(
         average,
         hooks.LRScheduler(scheduler=scheduler),
         precise_bn,
-        checkpoints,
-        hooks.EvalHook(eval_period, lambda: checkpoints.evaluate(evaluate)),
-        BestCheckpointer(eval_period, evaluated, checkpoints.checkpointer, best_metric)
+        checkpointing,
+        hooks.EvalHook(eval_period, lambda: checkpointing.evaluate(evaluate)),
+        BestCheckpointer(eval_period, evaluated, checkpointing.checkpoints.checkpointer, best_metric)
         if is_main and eval_period and best_metric
         else None,
         hooks.PeriodicWriter(build_writers(), log_period) if is_main else None,

@@ -1,10 +1,8 @@
 """What tools/lazyconfig_train_net.py wires: a detector's training from a LazyConfig."""
 
-import copy
 import logging
 import os
 
-import torch
 from detectron2.config import instantiate
 from detectron2.engine import default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -19,8 +17,10 @@ from rt_detectron.data import check_datasets
 from rt_detectron.detection.adversarial import replayed
 from rt_detectron.detection.hooks import build_average, training_hooks
 from rt_detectron.detection.steps import DIVERGED, build_trainer, fast
+from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
 from rt_detectron.engine.lazy_config import lazy_config_sha256, read_lazy_config
-from rt_detectron.engine.train_hooks import SafeCheckpointing
+from rt_detectron.engine.loop import build_optimizer
+from rt_detectron.engine.signals import StopSignals
 from rt_detectron.evaluation.results import describe_dataset
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.files import finite, write_json
@@ -29,7 +29,7 @@ from rt_detectron.utils.versions import versions
 logger = logging.getLogger(__name__)
 
 KEYS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
-WAY_OUT = "a lower optimizer.lr"
+ADVICE = "a lower optimizer.lr"
 
 
 def load_lazy_config(path: str, overrides: list[str]):
@@ -100,9 +100,7 @@ def do_train(cfg, resume: bool = False) -> dict:
         InputError: for weights that do not fit, and for a training that diverged.
     """
     model = build_lazy_model(cfg)
-    lazy_optimizer = copy.deepcopy(cfg.optimizer)  # cfg itself gets no objects
-    lazy_optimizer.params.model = model
-    optimizer: torch.optim.Optimizer = instantiate(lazy_optimizer)
+    optimizer = build_optimizer(cfg, model)
     train = cfg.train
     loader = instantiate(cfg.dataloader.train)
     if "adversarial" in train:
@@ -112,9 +110,8 @@ def do_train(cfg, resume: bool = False) -> dict:
     trainer = build_trainer(model, loader, optimizer, train.amp.enabled, **train.ddp)
     checkpointer = RobustCheckpointer(evaluated, train.output_dir, trainer=trainer)
     checkpointer.metadata = _backbone_metadata(model)
-    checkpoints = SafeCheckpointing(
-        checkpointer, [train.checkpointer.period], train.checkpointer.max_to_keep, DIVERGED, WAY_OUT
-    )
+    signals = StopSignals()
+    checkpoints = Checkpoints(checkpointer, [train.checkpointer.period], train.checkpointer.max_to_keep)
     results = {}
 
     def evaluate() -> dict:
@@ -123,7 +120,7 @@ def do_train(cfg, resume: bool = False) -> dict:
 
     trainer.register_hooks(
         training_hooks(
-            checkpoints=checkpoints,
+            checkpointing=SafeCheckpointing(checkpoints, signals, DIVERGED, ADVICE),
             evaluated=evaluated,
             evaluate=evaluate,
             eval_period=train.eval_period,
@@ -136,7 +133,7 @@ def do_train(cfg, resume: bool = False) -> dict:
     )
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    with checkpoints.heeding_signals():
+    with signals.handled():
         trainer.train(start_iter, train.max_iter)
     return results
 

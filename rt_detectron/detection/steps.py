@@ -27,7 +27,7 @@ class DetectorTrainer(SimpleTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._broken = False
+        self._diverged = False
         self._at_first: float | None = None  # the median loss of the first WINDOW iterations
         self._steps = 0
 
@@ -35,7 +35,7 @@ class DetectorTrainer(SimpleTrainer):
         try:
             super().run_step()
         except FloatingPointError as error:  # in the process that gathers the losses
-            self._break(one_line(error))
+            self._note_divergence(one_line(error))
             return
         self._steps += 1
         if comm.is_main_process() and self._steps >= WINDOW:
@@ -46,28 +46,28 @@ class DetectorTrainer(SimpleTrainer):
         if self._at_first is None:
             self._at_first = median
         elif median > EXPLOSION * self._at_first:
-            self._break(
+            self._note_divergence(
                 f"the median loss of {WINDOW} iterations is {median:.3g}, {self._at_first:.3g} at first"
             )
 
-    def _break(self, reason: str) -> None:
-        if not self._broken:
+    def _note_divergence(self, reason: str) -> None:
+        if not self._diverged:
             logger.error("Diverged: %s", reason)
-        self._broken = True
+        self._diverged = True
 
-    def has_broken(self, wait: bool = False) -> bool:
+    def has_diverged(self, wait: bool = False) -> bool:
         """Whether the training has diverged, as far as this process knows.
 
         Args:
             wait: look at the weights, too, as before they are saved: a step with finite losses can leave
                 weights that are not.
         """
-        if wait and not self._broken:
+        if wait and not self._diverged:
             for name, parameter in self.model.named_parameters():
                 if not torch.isfinite(parameter).all():
-                    self._break(f"{name} is not finite")
+                    self._note_divergence(f"{name} is not finite")
                     break
-        return self._broken
+        return self._diverged
 
 
 class DetectorAMPTrainer(DetectorTrainer, AMPTrainer):

@@ -22,14 +22,15 @@ from rt_detectron.data import check_datasets, load_training_set
 from rt_detectron.detection.adversarial import replayed
 from rt_detectron.detection.hooks import build_average, training_hooks
 from rt_detectron.detection.steps import DIVERGED, build_optimizer, build_trainer, fast
-from rt_detectron.engine.train_hooks import SafeCheckpointing
+from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
+from rt_detectron.engine.signals import StopSignals
 from rt_detectron.evaluation.build import build_evaluator, inference_folder
 from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import find_config
 
 logger = logging.getLogger(__name__)
 
-WAY_OUT = "a lower SOLVER.BASE_LR, or with SOLVER.CLIP_GRADIENTS.ENABLED True"
+ADVICE = "a lower SOLVER.BASE_LR, or with SOLVER.CLIP_GRADIENTS.ENABLED True"
 
 
 def load_detector_config(path: str, opts: list[str]) -> CfgNode:
@@ -89,9 +90,9 @@ class Trainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RobustCheckpointer(self.evaluated, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.checkpoints = SafeCheckpointing(
-            self.checkpointer, [cfg.SOLVER.CHECKPOINT_PERIOD], None, DIVERGED, WAY_OUT
-        )
+        self.signals = StopSignals()
+        checkpoints = Checkpoints(self.checkpointer, [cfg.SOLVER.CHECKPOINT_PERIOD])
+        self.checkpointing = SafeCheckpointing(checkpoints, self.signals, DIVERGED, ADVICE)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -107,7 +108,7 @@ class Trainer(DefaultTrainer):
                 cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER
             )
         return training_hooks(
-            checkpoints=self.checkpoints,
+            checkpointing=self.checkpointing,
             evaluated=self.evaluated,
             evaluate=self._evaluate,
             eval_period=cfg.TEST.EVAL_PERIOD,
@@ -124,11 +125,11 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     def train(self):
-        with self.checkpoints.heeding_signals():
+        with self.signals.handled():
             return super().train()
 
-    def has_broken(self, wait: bool = False) -> bool:
-        return self._trainer.has_broken(wait)
+    def has_diverged(self, wait: bool = False) -> bool:
+        return self._trainer.has_diverged(wait)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:

@@ -16,14 +16,16 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from rt_detectron.checkpoint.checkpointer import TO_KEEP, TrainingCheckpointer, periodic_checkpoints
-from rt_detectron.engine.train_hooks import ProgressBar, SafeCheckpointing
+from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
+from rt_detectron.engine.signals import StopSignals
+from rt_detectron.engine.train_hooks import ProgressBar
 from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 
 def refuse_other_training(folder: str, resume: bool) -> None:
-    """Raise :class:`InputError` if ``folder`` holds a training that is not to be resumed."""
+    """Raise :class:`InputError` if ``folder`` holds a training and ``resume`` is False."""
     if not resume and os.path.isdir(folder) and periodic_checkpoints(folder):
         raise InputError(
             f"{folder} holds a training: add --resume to go on with it, or choose another train.output_dir"
@@ -32,7 +34,7 @@ def refuse_other_training(folder: str, resume: bool) -> None:
 
 def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser of ``cfg.optimizer`` over the parameters of ``model``."""
-    lazy_optimizer = copy.deepcopy(cfg.optimizer)  # cfg itself gets no objects: it is written into the card
+    lazy_optimizer = copy.deepcopy(cfg.optimizer)  # cfg is written to files, so it must hold no objects
     lazy_optimizer.params.model = model
     return instantiate(lazy_optimizer)
 
@@ -47,16 +49,17 @@ def run(
     resume: bool = False,
     first_hooks: Sequence[HookBase | None] = (),
 ) -> None:
-    """Have ``trainer`` run, with schedule, checkpoints, evaluation, writers, and signals to stop heeded.
+    """Run ``trainer`` with schedule, checkpoints, evaluation and writers; it can be stopped by a signal.
 
     Args:
         cfg: a LazyConfig with ``lr_multiplier`` and ``train``.
-        trainer: has ``has_broken`` as :class:`SafeCheckpointing` wants it, and says in ``broken`` what that
-            means.
-        checkpointer: of its training.
-        epoch: its iterations for each of ``cfg.train.epochs``.
-        evaluate, finish, resume: as for :func:`train_classifier`, without the model.
-        first_hooks: those that come before the others of this function.
+        trainer: has ``has_diverged`` for :class:`SafeCheckpointing`, and its message in ``diverged``.
+        checkpointer: of the training.
+        epoch: iterations in each of ``cfg.train.epochs``.
+        evaluate: gives Detectron2's evaluation results.
+        finish: called once at the end, in the first process, with the last results.
+        resume: go on from the last checkpoint of ``cfg.train.output_dir``, where there is one.
+        first_hooks: hooks that run before those made here.
     """
     start = time.perf_counter()
     train = cfg.train
@@ -64,17 +67,18 @@ def run(
     eval_period = max(round(train.eval_epochs * epoch), 1)
     trainer.gather_metric_period = train.log_period
     is_main = comm.is_main_process()
-    checkpoints = SafeCheckpointing(
-        checkpointer,
-        [max(round(train.checkpoint_epochs * epoch), 1), eval_period],
-        max_to_keep=TO_KEEP,
-        broken=trainer.broken,
-        way_out="a smaller optimizer.lr, or without train.amp",
+    signals = StopSignals()
+    checkpoint_period = max(round(train.checkpoint_epochs * epoch), 1)
+    checkpointing = SafeCheckpointing(
+        Checkpoints(checkpointer, [checkpoint_period, eval_period], TO_KEEP),
+        signals,
+        trainer.diverged,
+        advice="a smaller optimizer.lr, or without train.amp",
     )
     results = {}
 
     def evaluate_safely() -> dict:
-        results.update(checkpoints.evaluate(evaluate))
+        results.update(checkpointing.evaluate(evaluate))
         return results
 
     trainer.register_hooks(
@@ -82,7 +86,7 @@ def run(
             hooks.IterationTimer(),
             *first_hooks,
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            checkpoints,
+            checkpointing,
             hooks.EvalHook(eval_period, evaluate_safely),
             hooks.PeriodicWriter(default_writers(train.output_dir, max_iter), train.log_period)
             if is_main
@@ -91,7 +95,7 @@ def run(
         ]
     )
     start_iter = trainer.iter + 1 if resume and checkpointer.resume() else 0
-    with checkpoints.heeding_signals():
+    with signals.handled():
         trainer.train(start_iter, max_iter)
         if is_main:
             finish(results)
@@ -100,10 +104,10 @@ def run(
 
 @contextmanager
 def sole_training(folder: str) -> Iterator[None]:
-    """Keep every other training out of ``folder``; the kernel ends this when the process dies.
+    """Keep other trainings out of ``folder``. The lock ends with the process, even if that is killed.
 
     Raises:
-        InputError: in all processes, if another training has it.
+        InputError: in all processes, if another training holds the lock.
     """
     lock = FileLock(os.path.join(folder, ".lock"))
     is_taken = False

@@ -182,7 +182,7 @@ class ClassifierTrainer(SimpleTrainer):
         sync_bn: whether the model's batch norms see the batches of all processes.
     """
 
-    broken = "the loss is not finite around iteration {}; log.txt names the images"
+    diverged = "the loss is not finite around iteration {}; log.txt names the images"
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ class ClassifierTrainer(SimpleTrainer):
         self.amp = AMP[amp] if amp else None
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self._unchecked = deque()  # (iteration, keys, loss on its way to the CPU, event of its arrival)
-        self._broken = False
+        self._diverged = False
 
     @property
     def _data_loader_iter(self) -> Iterator:
@@ -247,7 +247,7 @@ class ClassifierTrainer(SimpleTrainer):
                 losses[name] = losses.get(name, 0) + loss.detach()
         self.after_backward()
         self._note(sum(losses.values()), keys)
-        if (self.iter + 1) % self.gather_metric_period == 0 and not self.has_broken(wait=True):
+        if (self.iter + 1) % self.gather_metric_period == 0 and not self.has_diverged(wait=True):
             self._write_metrics(losses, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
@@ -263,13 +263,13 @@ class ClassifierTrainer(SimpleTrainer):
             arrival.record()
         self._unchecked.append((self.iter, keys, loss, arrival))
 
-    def has_broken(self, wait: bool = False) -> bool:
+    def has_diverged(self, wait: bool = False) -> bool:
         """Whether a loss of this process was not finite; logs the images of the first.
 
         Args:
             wait: for the losses that a GPU has not computed yet; else those are left for the next call.
         """
-        while self._unchecked and not self._broken:
+        while self._unchecked and not self._diverged:
             iteration, keys, loss, arrival = self._unchecked[0]
             if arrival is not None and not wait and not arrival.query():
                 break
@@ -277,9 +277,9 @@ class ClassifierTrainer(SimpleTrainer):
                 arrival.synchronize()
             self._unchecked.popleft()
             if not torch.isfinite(loss):
-                self._broken = True
+                self._diverged = True
                 logger.error("Loss %s at iteration %d on %s", loss.item(), iteration, ", ".join(keys))
-        return self._broken
+        return self._diverged
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}

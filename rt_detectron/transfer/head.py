@@ -36,7 +36,7 @@ class HeadTrainer(SimpleTrainer):
         seed: of the order and the views.
     """
 
-    broken = "the loss is not finite in epoch {}"
+    diverged = "the loss is not finite in epoch {}"
 
     def __init__(
         self,
@@ -74,10 +74,10 @@ class HeadTrainer(SimpleTrainer):
             self.optimizer.step()
             losses.append(loss.detach())
         self.loss = torch.stack(losses).mean()
-        if not self.has_broken():
+        if not self.has_diverged():
             self._write_metrics({"loss": self.loss}, data_time=0.0)
 
-    def has_broken(self, wait: bool = False) -> bool:
+    def has_diverged(self, wait: bool = False) -> bool:
         """Whether the last epoch's loss was not finite."""
         return not torch.isfinite(self.loss).item()
 

@@ -42,7 +42,7 @@ def trained(losses: list[float]) -> DetectorTrainer:
         for trainer.iter in range(len(losses)):
             storage.iter = trainer.iter
             trainer.run_step()
-            if trainer.has_broken():
+            if trainer.has_diverged():
                 break
     return trainer
 
@@ -57,8 +57,8 @@ def test_a_loss_that_is_not_finite_is_noted_and_changes_nothing(loss, caplog):
 
 def test_an_exploding_loss_is_noted_once_it_lasts(caplog):
     high = 1.1 * EXPLOSION
-    assert not trained([1.0] * WINDOW + [high] * (WINDOW // 2 - 1) + [1.0] * WINDOW).has_broken()
-    assert not trained([1.0] * WINDOW + [0.9 * EXPLOSION] * 2 * WINDOW).has_broken()
+    assert not trained([1.0] * WINDOW + [high] * (WINDOW // 2 - 1) + [1.0] * WINDOW).has_diverged()
+    assert not trained([1.0] * WINDOW + [0.9 * EXPLOSION] * 2 * WINDOW).has_diverged()
     with caplog.at_level(logging.ERROR):
         trainer = trained([1.0] * WINDOW + [high] * 2 * WINDOW)
     assert WINDOW * 1.5 <= trainer.iter + 1 <= WINDOW * 1.5 + 2
@@ -68,9 +68,9 @@ def test_an_exploding_loss_is_noted_once_it_lasts(caplog):
 def test_weights_that_are_not_finite_are_seen_before_they_are_saved():
     trainer = trained([1.0])
     trainer.model.weight.data.fill_(float("inf"))
-    assert not trainer.has_broken()
-    assert trainer.has_broken(wait=True)
-    assert trainer.has_broken()
+    assert not trainer.has_diverged()
+    assert trainer.has_diverged(wait=True)
+    assert trainer.has_diverged()
 
 
 def test_sync_bn_says_where_it_cannot_run(monkeypatch):

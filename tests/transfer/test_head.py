@@ -67,7 +67,7 @@ def test_a_diverged_training_says_so():
     trainer = HeadTrainer(head, features, torch.optim.SGD(head.parameters(), lr=1e30), 32, 0)
     with EventStorage():
         trainer.run_step()
-    assert trainer.has_broken()
+    assert trainer.has_diverged()
 
 
 def test_too_few_images_for_a_batch():
