@@ -101,7 +101,7 @@ def fit_logistic_regression(
     Raises:
         InputError: without scikit-learn, and for classes of fewer than two images, which cannot be divided.
     """
-    optional_import("sklearn", "scikit-learn>=1.3", "head.solver=logistic_regression")
+    optional_import("sklearn.linear_model", "scikit-learn>=1.3", "head.solver=logistic_regression")
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import get_scorer
