@@ -1,0 +1,216 @@
+"""Every command in the documents, checked by what would run it, so that none goes stale.
+
+A tool's line goes through the tool's own parser, and its overrides through the reader of its configuration.
+"""
+
+import argparse
+import ast
+import importlib
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from rt_detectron.detection import load_detector_config
+from rt_detectron.detection.lazy import KEYS as LAZY_KEYS
+from rt_detectron.engine.lazy_config import read_lazy_config
+from rt_detectron.pretrain.recipe import load_pretrain_config
+from rt_detectron.transfer.recipe import load_transfer_config
+from rt_detectron.utils.files import find_config
+
+REPOSITORY = Path(__file__).parents[2]
+DOCUMENTS = sorted(
+    path.relative_to(REPOSITORY)
+    for path in [
+        *REPOSITORY.glob("*.md"),
+        *REPOSITORY.glob("docs/**/*.md"),
+        REPOSITORY / "datasets/README.md",
+    ]
+)
+# Which reader takes a tool's overrides; the others have none.
+READERS = {
+    "train_net": load_detector_config,
+    "evaluate_robustness": load_detector_config,
+    "demo": load_detector_config,
+    "pretrain": load_pretrain_config,
+    "evaluate_classifier": load_pretrain_config,
+    "transfer": load_transfer_config,
+    "lazyconfig_train_net": lambda path, opts: read_lazy_config(path, opts, LAZY_KEYS, "configs/lazy/"),
+}
+COMMANDS = runpy.run_path(str(REPOSITORY / "tools" / "rt-detectron"), run_name="listed")["COMMANDS"]
+# Variables that a document leaves to its reader.
+VALUES = {"RANK": "0", "HOST": "localhost", "SLURM_NODEID": "0", "lr": "0.01", "eps": "0.5"}
+# Lines of shell that call nothing of ours.
+SHELL = re.compile(r"(for|done|export|cd|git|ray|rm|source|\.|python -c)\b|\. |\w+=|#|\$RT_|\$ python -c")
+STARTS = re.compile(
+    r"(\w+=\S* )*(tools/|python |torchrun|srun|make\b|pip |rt-detectron|for |export |DATA=|six=|ray )"
+)
+
+
+class Block(NamedTuple):
+    """A fenced block of a document."""
+
+    path: Path
+    line: int
+    language: str
+    text: str
+
+
+def blocks(path: Path) -> Iterator[Block]:
+    lines = (REPOSITORY / path).read_text(encoding="utf-8").splitlines()
+    start = language = None
+    for number, line in enumerate(lines, start=1):
+        fence = re.match(r"\s*```(.*)$", line)
+        if fence and start is None:
+            start, language = number, fence[1].strip()
+        elif fence:
+            yield Block(path, start, language, "\n".join(lines[start : number - 1]))
+            start = None
+    assert start is None, f"{path}:{start}: the block has no end"
+
+
+def commands() -> Iterator:
+    """(line, variables) of each command, lines that go on joined."""
+    for document in DOCUMENTS:
+        variables = dict(VALUES)
+        for block in blocks(document):
+            if block.language not in ("", "bash", "sh", "shell") or not STARTS.match(
+                block.text.lstrip("#!/bins \n")
+            ):
+                continue
+            text = re.sub(r"\\\n\s*", "", block.text)
+            text = re.sub(r'"([^"]*)"', lambda match: match[0].replace("\n", " "), text)
+            for offset, line in enumerate(text.splitlines()):
+                line = line.strip()
+                if match := re.match(r'(\w+)="(.*)"$', line):
+                    variables[match[1]] = match[2]
+                elif line and not line.startswith("#"):
+                    name = f"{document}:{block.line + offset + 1}"
+                    yield pytest.param(line, dict(variables), id=f"{name} {line[:40]}")
+
+
+def python_blocks() -> Iterator:
+    for document in DOCUMENTS:
+        yield from (
+            pytest.param(block.text, id=f"{document}:{block.line}")
+            for block in blocks(document)
+            if block.language == "python"
+        )
+
+
+def yaml_blocks() -> Iterator:
+    for document in DOCUMENTS:
+        yield from (
+            pytest.param(block.text, id=f"{document}:{block.line}")
+            for block in blocks(document)
+            if block.language == "yaml"
+        )
+
+
+class _Parsed(BaseException):
+    """A tool has got as far as its arguments."""
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """``parsed(script, arguments)``: what the script's own parser makes of them."""
+
+    def parse(script: Path, arguments: list[str]) -> argparse.Namespace:
+        original, found = argparse.ArgumentParser.parse_args, []
+
+        def stop(self, *args, **kwargs):
+            found.append(original(self, *args, **kwargs))
+            raise _Parsed
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        monkeypatch.syspath_prepend(script.parent)  # as Python does for a script
+        with pytest.raises(_Parsed):
+            runpy.run_path(str(script), run_name="__main__")
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", original)
+        return found[0]
+
+    return parse
+
+
+@pytest.mark.parametrize(("line", "variables"), list(commands()))
+def test_a_command_is_one_that_its_program_takes(line, variables, parsed, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    for name, value in variables.items():
+        line = re.sub(rf"\\?\$\{{?{name}\b\}}?", value, line)
+    words = shlex.split(line, comments=True)
+    while words and re.match(r"\w+=", words[0]):  # environment variables in front of a command
+        words = words[1:]
+    if words and words[0] == "do":
+        words = words[1:]
+    if words[:1] == ["srun"]:
+        words = shlex.split(words[words.index("-c") + 1].removeprefix("exec "))
+    if words[:1] == ["torchrun"]:
+        words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]
+    if words[:1] == ["python"] and words[1:2] != ["-c"]:
+        words = words[1:]
+    if not words or (SHELL.match(line) and not words[0].startswith(("tools/", "benchmarks/", "datasets/"))):
+        return
+    if words[0] == "make":
+        targets = re.findall(r"(?m)^([a-z-]+):", (REPOSITORY / "Makefile").read_text())
+        assert {word for word in words[1:] if "=" not in word} <= set(targets)
+    elif words[0] == "pip":
+        assert words[1] in ("install", "wheel", "cache", "show")
+        extras = re.findall(r"(?m)^(\w+) = \[", (REPOSITORY / "pyproject.toml").read_text())
+        asked = [extra for word in words for extra in re.findall(r"\[(.*)\]$", word)]
+        assert {part for extra in asked for part in extra.split(",")} <= set(extras)
+        assert not any(word.startswith("rt_detectron[") for word in words), "no index has it"
+    else:
+        check_script(words, parsed)
+
+
+def check_script(words: list[str], parsed) -> None:
+    script, arguments = words[0], [word for word in words[1:] if word != "..."]
+    if script == "rt-detectron":
+        if arguments[:1] in ([], ["--help"]):
+            return
+        script, arguments = f"tools/{COMMANDS[arguments[0]][0]}.py", arguments[1:]
+    path = REPOSITORY / script
+    assert script.split("/")[0] in ("tools", "benchmarks", "datasets"), (
+        f"tests/docs/test_commands.py does not know how to check {script}"
+    )
+    assert path.is_file(), f"there is no {script}"
+    if path.stem == "setup_environment":
+        return
+    args = parsed(path, arguments)
+    study = getattr(args, "study", None)
+    if study not in (None, "STUDY"):
+        assert Path(find_config(study)).is_file(), study
+    configs = getattr(args, "config_file", None)
+    for config in [configs] if isinstance(configs, str) else configs or []:
+        if config.startswith("output/") or not config:  # a file that a training leaves
+            continue
+        opts = list(getattr(args, "opts", []))
+        if path.stem in READERS:
+            READERS[path.stem](config, opts)
+        else:
+            assert Path(find_config(config)).is_file(), config
+
+
+@pytest.mark.parametrize("text", list(python_blocks()))
+def test_python_imports_what_is_there(text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                importlib.import_module(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
+
+
+@pytest.mark.parametrize("text", list(yaml_blocks()))
+def test_yaml_can_be_read(text):
+    assert isinstance(yaml.safe_load(text), dict)
