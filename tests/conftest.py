@@ -33,6 +33,21 @@ def photograph() -> torch.Tensor:
     return torch.as_tensor(image.transpose(2, 0, 1).copy())
 
 
+@pytest.fixture
+def rendezvous(tmp_path_factory):
+    """``rendezvous()``: a --dist-url for one launch of several processes.
+
+    It is a file, since a port that was free when it was found (--dist-url auto) may be taken when it is used.
+    """
+    return lambda: f"file://{tmp_path_factory.mktemp('rendezvous')}/store"
+
+
+@pytest.fixture
+def two_processes(rendezvous):
+    """``two_processes()``: the arguments that have a tool run in two processes."""
+    return lambda: ["--num-gpus", "2", "--dist-url", rendezvous()]
+
+
 @pytest.fixture(scope="session")
 def digit_folders(tmp_path_factory):
     """scikit-learn's handwritten 0s and 1s as a class-folder tree: 64 to train on, 40 to test on."""

@@ -230,9 +230,9 @@ def preempted_in_one_process(opts):
     train(cfg)
 
 
-def test_a_signal_to_one_process_stops_both(tiny_datasets, tiny_opts, tmp_path, monkeypatch):
+def test_a_signal_to_one_process_stops_both(tiny_datasets, tiny_opts, tmp_path, rendezvous, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tiny_datasets))
     opts = [*tiny_opts, "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", 1000]
-    launch(preempted_in_one_process, 2, dist_url="auto", args=([str(opt) for opt in opts],))
+    launch(preempted_in_one_process, 2, dist_url=rendezvous(), args=([str(opt) for opt in opts],))
     assert [path.name for path in tmp_path.glob("*.pth")] == ["model_0000001.pth"]
     assert load(tmp_path, "model_0000001")["iteration"] == 1

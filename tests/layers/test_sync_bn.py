@@ -32,8 +32,8 @@ def one_of_two(path):
     torch.save({"state": module.state_dict(), "grads": grads}, f"{path}/{rank}.pth")
 
 
-def test_two_processes_are_one_batch(tmp_path):
-    launch(one_of_two, 2, dist_url="auto", args=(str(tmp_path),))
+def test_two_processes_are_one_batch(tmp_path, rendezvous):
+    launch(one_of_two, 2, dist_url=rendezvous(), args=(str(tmp_path),))
     reference = norm().train()
     expected = []
     for step in batches():

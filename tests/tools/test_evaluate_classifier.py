@@ -14,13 +14,13 @@ TOOL = str(REPOSITORY / "tools" / "evaluate_classifier.py")
 CONFIG = str(REPOSITORY / "configs" / "pretrain" / "demo_l2.py")
 
 
-def test_two_processes_evaluate_what_one_does(tiny_datasets, random_classifier, tmp_path):
+def test_two_processes_evaluate_what_one_does(tiny_datasets, random_classifier, tmp_path, rendezvous):
     torch.save(random_classifier("resnet18", 10).state_dict(), tmp_path / "weights.pth")
     found = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         arguments = ["--config-file", CONFIG, "--weights", str(tmp_path / "weights.pth"), "--attacks", "pgd2"]
-        arguments += ["--num-gpus", str(processes), "--dist-url", "auto", "--output", str(folder)]
+        arguments += ["--num-gpus", str(processes), "--dist-url", rendezvous(), "--output", str(folder)]
         arguments += [f"dataloader.test.dataset.root={tiny_datasets}/demo/classification/val"]
         arguments += ["dataloader.test.num_workers=0", "dataloader.test.batch_size=4"]
         finished = subprocess.run(

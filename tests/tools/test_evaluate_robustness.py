@@ -10,11 +10,11 @@ TOOL = str(REPOSITORY / "tools" / "evaluate_robustness.py")
 CONFIG = str(REPOSITORY / "configs" / "demo" / "mask_rcnn_r18_fpn.yaml")
 
 
-def test_two_processes_measure_then_one_resumes(run, tiny_opts, tmp_path):
+def test_two_processes_measure_then_one_resumes(run, two_processes, tiny_opts, tmp_path):
     opts = [*tiny_opts, "OUTPUT_DIR", "out", "TEST.ATTACK.L2_EPS", "[0.5]", "TEST.ATTACK.STEPS", 1]
     opts += ["TEST.ATTACK.MAX_IMAGES", 3, "TEST.CORRUPTION.NAMES", "['fog']", "TEST.PICTURES", 3]
     opts += ["TEST.CORRUPTION.SEVERITIES", "[3]"]
-    first = run("--num-gpus", 2, "--dist-url", "auto", *opts)
+    first = run(*two_processes(), *opts)
     assert first.returncode == 0, first.stderr
     assert first.stdout.rstrip().endswith("Wrote out/robustness.json")
     assert "L2 eps 0.5, random noise" in first.stdout

@@ -18,8 +18,8 @@ def run(run, tiny_lazy_opts):
 
 
 @pytest.mark.slow  # what is distributed about it is the other tool's, too
-def test_two_processes_train_then_one_evaluates_the_same(run, tmp_path):
-    trained = run("--num-gpus", "2", "--dist-url", "auto", "train.output_dir=trained", "train.seed=1")
+def test_two_processes_train_then_one_evaluates_the_same(run, two_processes, tmp_path):
+    trained = run(*two_processes(), "train.output_dir=trained", "train.seed=1")
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.rstrip().endswith("Wrote trained/results.json")
     results = json.loads((tmp_path / "trained/results.json").read_text())

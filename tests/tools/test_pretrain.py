@@ -80,10 +80,10 @@ def command(tiny_datasets, tmp_path):
 
 
 @pytest.mark.slow  # test_accumulating_trains_as_more_processes_do has two processes, too
-def test_two_processes_train_one_classifier(command, tmp_path):
+def test_two_processes_train_one_classifier(command, two_processes, tmp_path):
     (tmp_path / "recording_config.py").write_text(RECORDING)
     (tmp_path / "recording.py").write_text(RECORDING_EVALUATOR)
-    arguments = ["--num-gpus", "2", "--dist-url", "auto", "train.epochs=1", "train.log_period=1"]
+    arguments = [*two_processes(), "train.epochs=1", "train.log_period=1"]
     finished = subprocess.run(**command("recording_config.py", *arguments), capture_output=True)
     assert finished.returncode == 0, finished.stderr
     with open(tmp_path / "out/metrics.json") as file:
@@ -134,7 +134,6 @@ BRIEFLY += [
         "test.dataset.transform.transforms.0.size": 64,
     }.items()
 ]
-TWO_PROCESSES = ["--num-gpus", "2", "--dist-url", "auto"]
 
 
 def trained(command, folder, *arguments, config=CONFIG) -> dict:
@@ -160,11 +159,11 @@ def test_two_processes_of_torchrun_with_sync_bn_train_as_one(command, tmp_path):
     assert farthest(alone, local) > 1e-2  # what it would be without synchronising
 
 
-def test_accumulating_trains_as_more_processes_do(command, tmp_path):
+def test_accumulating_trains_as_more_processes_do(command, two_processes, tmp_path):
     # Without an adversary, who would see BN statistics, which are of all parts and of one process.
     standard = {"config": CONFIG.replace("l2", "standard")}
     alone = trained(command, tmp_path / "one", *BRIEFLY, "train.accumulate=2", **standard)
-    together = trained(command, tmp_path / "two", *BRIEFLY, *TWO_PROCESSES, **standard)
+    together = trained(command, tmp_path / "two", *BRIEFLY, *two_processes(), **standard)
     learned = [name for name in alone if not name.endswith(("running_mean", "running_var", "tracked"))]
     assert farthest({name: alone[name] for name in learned}, together) < 1e-5
 
@@ -209,18 +208,16 @@ def test_an_interrupted_training_leaves_a_checkpoint_but_no_classifier(start, tm
     assert list((tmp_path / "out").glob("model_*.pth"))
 
 
-TORCHRUN = pytest.param(["torchrun"], marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("launcher", [[], TWO_PROCESSES, TORCHRUN], ids=["one", "launch", "torchrun"])
-def test_a_preempted_training_saves_and_ends_well_within_seconds(start, tmp_path, launcher):
-    process = start(*ENDLESS, "train.checkpoint_epochs=10000", *launcher, wait_for="metrics.json")
+@pytest.mark.parametrize("launcher", ["one", "launch", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_a_preempted_training_saves_and_ends_well_within_seconds(start, two_processes, tmp_path, launcher):
+    options = {"one": [], "launch": two_processes(), "torchrun": ["torchrun"]}[launcher]
+    process = start(*ENDLESS, "train.checkpoint_epochs=10000", *options, wait_for="metrics.json")
     assert not (tmp_path / "out/last_checkpoint").exists()
     process.send_signal(signal.SIGTERM)
     status = process.wait(20)
     # torchrun itself reports the signal, however well its processes ended.
-    assert status == 0 or launcher == ["torchrun"], (tmp_path / "stderr.txt").read_text()
-    assert "Traceback" not in (tmp_path / "stderr.txt").read_text() or launcher == ["torchrun"]
+    assert status == 0 or launcher == "torchrun", (tmp_path / "stderr.txt").read_text()
+    assert "Traceback" not in (tmp_path / "stderr.txt").read_text() or launcher == "torchrun"
     checkpoint = tmp_path / "out" / (tmp_path / "out/last_checkpoint").read_text()
     iteration = torch.load(checkpoint, weights_only=True)["iteration"]
     assert checkpoint.name == f"model_{iteration:07d}.pth"

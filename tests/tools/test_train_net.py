@@ -10,11 +10,10 @@ import torch
 REPOSITORY = Path(__file__).parents[2]
 TOOL = str(REPOSITORY / "tools" / "train_net.py")
 CONFIG = str(REPOSITORY / "configs" / "demo" / "mask_rcnn_r18_fpn.yaml")
-TWO_PROCESSES = ["--num-gpus", "2", "--dist-url", "auto"]
 
 
-def test_two_processes_train_then_one_evaluates_the_same(run, tiny_opts, tmp_path):
-    trained = run(*TWO_PROCESSES, *tiny_opts, "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", "trained")
+def test_two_processes_train_then_one_evaluates_the_same(run, two_processes, tiny_opts, tmp_path):
+    trained = run(*two_processes(), *tiny_opts, "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", "trained")
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.rstrip().endswith("Wrote trained/results.json")
     with open(tmp_path / "trained/metrics.json") as file:
@@ -48,8 +47,8 @@ def test_two_processes_train_then_one_evaluates_the_same(run, tiny_opts, tmp_pat
     assert [p[2] for p in first] == pytest.approx([p[2] for p in second], abs=2e-4)
 
 
-def test_a_mistake_in_two_processes_is_still_one_line(run, tiny_opts):
-    failed = run(*TWO_PROCESSES, *tiny_opts, "MODEL.ROI_HEADS.NUM_CLASSES", 80)
+def test_a_mistake_in_two_processes_is_still_one_line(run, two_processes, tiny_opts):
+    failed = run(*two_processes(), *tiny_opts, "MODEL.ROI_HEADS.NUM_CLASSES", 80)
     assert failed.returncode == 2
     assert "Traceback" not in failed.stderr
     assert [line for line in failed.stderr.splitlines() if line.startswith("error: ")] == [

@@ -39,11 +39,11 @@ def overrides(digit_folders, backbone_file, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def in_two_processes(overrides, tmp_path):
+def in_two_processes(overrides, two_processes, tmp_path):
     """``in_two_processes(METHOD)``: results and predictions of the tool, run in the folder "two"."""
 
     def run(method: str) -> tuple[dict, dict]:
-        arguments = ["--config-file", str(CONFIGS / f"{method}.py"), "--num-gpus", "2", "--dist-url", "auto"]
+        arguments = ["--config-file", str(CONFIGS / f"{method}.py"), *two_processes()]
         environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
         finished = subprocess.run(
             [sys.executable, TOOL, *arguments, *overrides("two")],
