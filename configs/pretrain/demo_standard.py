@@ -1,3 +1,5 @@
+"""The fair baseline of demo_l2.py: the same recipe without an attack. A minute on two CPU cores."""
+
 from detectron2.config import LazyCall as L
 
 from rt_detectron.pretrain.strategies import Standard

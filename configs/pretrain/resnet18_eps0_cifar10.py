@@ -1,3 +1,5 @@
+"""The fair baseline of resnet18_l2_eps0_5_cifar10.py. Six epochs on two CPU cores: docs/results/first-run.md."""
+
 from detectron2.config import LazyCall as L
 
 from rt_detectron.pretrain.strategies import Standard

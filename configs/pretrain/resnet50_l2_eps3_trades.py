@@ -1,3 +1,5 @@
+"""ResNet-50, L2 eps 3, by TRADES instead of PGD training. Not measured: no GPU was at hand."""
+
 from detectron2.config import LazyCall as L
 
 from rt_detectron.pretrain.strategies import Trades

@@ -1,3 +1,5 @@
+"""The published recipe with ResNet-50, Linf eps 4/255; published: 63.86 % clean. Not measured: no GPU was at hand."""
+
 from .common.imagenet import dataloader, evaluator, lr_multiplier, model, optimizer, threat_model, train
 
 model.classifier.arch = "resnet50"
