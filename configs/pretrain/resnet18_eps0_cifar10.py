@@ -1,4 +1,4 @@
-"""The fair baseline of resnet18_l2_eps0_5_cifar10.py. Six epochs on two CPU cores: docs/results/first-run.md."""
+"""The fair baseline of resnet18_l2_eps0_5_cifar10.py. Its cost: docs/results/first-run.md."""
 
 from detectron2.config import LazyCall as L
 

@@ -1,4 +1,4 @@
-"""ResNet-18 on CIFAR-10 shards, L2 eps 0.5, PGD-3. Six epochs on two CPU cores: docs/results/first-run.md."""
+"""ResNet-18 on CIFAR-10 shards, L2 eps 0.5, PGD-3. Its cost: docs/results/first-run.md."""
 
 from .common.small import dataloader, evaluator, lr_multiplier, model, optimizer, threat_model, train
 

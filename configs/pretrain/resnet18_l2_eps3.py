@@ -1,4 +1,4 @@
-"""The published recipe with ResNet-18, L2 eps 3; published: 53.12 % clean. Not measured: no GPU was at hand."""
+"""The published recipe with ResNet-18, L2 eps 3; published: 53.12 % clean. Not measured here."""
 
 from .common.imagenet import dataloader, evaluator, lr_multiplier, model, optimizer, threat_model, train
 

@@ -1,4 +1,4 @@
-"""ResNet-50, L2 eps 3, by TRADES instead of PGD training. Not measured: no GPU was at hand."""
+"""ResNet-50, L2 eps 3, by TRADES instead of PGD training. Not measured here."""
 
 from detectron2.config import LazyCall as L
 

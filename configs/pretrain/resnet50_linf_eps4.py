@@ -1,4 +1,4 @@
-"""The published recipe with ResNet-50, Linf eps 4/255; published: 63.86 % clean. Not measured: no GPU was at hand."""
+"""The published recipe with ResNet-50, Linf eps 4/255; published: 63.86 % clean. Not measured here."""
 
 from .common.imagenet import dataloader, evaluator, lr_multiplier, model, optimizer, threat_model, train
 

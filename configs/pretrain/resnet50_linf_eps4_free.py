@@ -1,4 +1,4 @@
-"""ResNet-50, Linf eps 4/255, by free replays, which cost no extra passes. Not measured: no GPU was at hand."""
+"""ResNet-50, Linf eps 4/255, by free replays, which cost no extra passes. Not measured here."""
 
 from detectron2.config import LazyCall as L
 
