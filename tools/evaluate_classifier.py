@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Measure a classifier's accuracy on clean and on attacked images, and whether the attacks can be trusted.
+"""Measure a classifier's accuracy on clean and on attacked images, and check for gradient masking.
 
-The recipe that trained it says which images, which network and which threat model. Writes evaluation.json,
-evaluation.md and eps_curve.png to --output.
+Images, network and threat model are those of the recipe. Writes evaluation.json, evaluation.md and
+eps_curve.png to --output.
 
 attacks, separated by commas:
   pgd20       20 steps from the image
-  pgd100x5    100 steps, the strongest of 5 random starts
+  pgd100x5    100 steps, the strongest result of 5 random starts
   autoattack  AutoAttack's standard ensemble; hours on a CPU. Needs: pip install pyautoattack
 
 examples:
@@ -41,8 +41,14 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = default_argument_parser(epilog=__doc__)
     parser.add_argument("--weights", required=True, help="the classifier: .pth, .ckpt or .safetensors")
-    parser.add_argument("--attacks", default="pgd20,pgd100x5,autoattack")
-    parser.add_argument("--images", type=int, default=1000, help="test images to use, of all classes")
+    parser.add_argument(
+        "--attacks",
+        default="pgd20,pgd100x5,autoattack",
+        help="names of attacks, separated by commas (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--images", type=int, default=1000, help="number of test images to use (default: 1000)"
+    )
     parser.add_argument("--output", help="folder of the results; default: WEIGHTS_evaluation")
     args = parser.parse_args()
     with one_line_errors():

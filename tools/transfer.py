@@ -3,8 +3,8 @@
 
 The recipe (configs/transfer) is that of Salman et al. 2020. Writes to train.output_dir: results.json, the
 accuracies; predictions.json; classifier.pth; metrics.json, log.txt and config.yaml. Features of
-fixed_feature are cached, so only the first of several learning rates or seeds waits for them.
-docs/transfer.md is the guide; datasets/README.md has the data sets' names and where they are expected.
+fixed_feature are cached, so only the first of several runs computes them. docs/transfer.md is the guide;
+datasets/README.md has the names of the data sets and the folders they are expected in.
 
 examples:
   tools/transfer.py --config-file configs/transfer/fixed_feature.py weights=resnet50_l2_eps3 \\
@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = load_transfer_config(args.config_file, args.opts)
     with sole_training(cfg.train.output_dir):
         if is_finished(cfg, args.resume):
-            print(f"{cfg.train.output_dir}/results.json is there: nothing to do")
+            print(f"{cfg.train.output_dir}/results.json exists: nothing to do")
             return
         default_setup(cfg, args)
         setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")

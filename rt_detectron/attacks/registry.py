@@ -13,15 +13,14 @@ from rt_detectron.utils.errors import InputError
 class Attack(Protocol):
     """What training, evaluation and reports need of an attack on a classifier.
 
-    Attributes:
-        name: in tables and reports, such as "pgd20".
-
-    Two more are optional. ``threat_model`` is the ball that the attack stays in; with it, a dataclass can be
-    trained against under a schedule of eps. ``gradient_based`` says that the attack follows the gradient of
-    the model's loss and nothing else, so that masked gradients mislead it.
+    Two more attributes are optional. ``threat_model`` is the ball that the attack stays in; with it, a
+    dataclass can be trained against under a schedule of eps. ``gradient_based`` says that the attack follows
+    the gradient of the model's loss and nothing else, so that masked gradients mislead it.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """In tables and reports, such as "pgd20"."""
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Adversarial images.

@@ -1,4 +1,4 @@
-"""Detectron2's DefaultTrainer and DefaultPredictor with our checkpointer, checks and options."""
+"""Training and prediction with detectors: Detectron2's trainers and predictor with checks and options."""
 
 from rt_detectron.detection.lazy import (
     build_lazy_model,

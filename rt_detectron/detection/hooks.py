@@ -1,4 +1,4 @@
-"""What happens around the training steps of a detector, whichever way its parts were configured."""
+"""Hooks of a detector's training, for yacs and lazy configs alike."""
 
 import logging
 import os
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class AveragedWeights(ExponentialMovingAverage):
-    """An average that is what the training gives: it is evaluated, and saved as the checkpoints' ``model``.
+    """The average is evaluated, and saved as ``model`` in the checkpoints.
 
-    So whoever loads a checkpoint gets what was evaluated. The weights that the optimiser moves are saved as
-    part of this hook's state, for resuming. Weights are to be loaded into ``averaged.module``.
+    So a checkpoint holds the weights that were evaluated. The weights that the optimiser updates are saved
+    in this hook's state, for resuming. Load pretrained weights into ``averaged.module``.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -36,12 +36,12 @@ class AveragedWeights(ExponentialMovingAverage):
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["weights"])
-        self.averaged.n_averaged.fill_(1)  # else its next update copied the weights
+        self.averaged.n_averaged.fill_(1)  # or its next update would copy the weights
         self.resumed = True
 
 
 def build_average(model: nn.Module, decay: float) -> AveragedWeights | None:
-    """The hook for an average of ``decay``; None for a decay of 0.
+    """The hook that averages with ``decay``; None for a decay of 0.
 
     Raises:
         InputError: for a decay outside [0, 1).
@@ -52,16 +52,16 @@ def build_average(model: nn.Module, decay: float) -> AveragedWeights | None:
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Keeps the weights with the best metric in ``model_best.pth``, over resumed trainings, too.
+    """Keeps the weights with the best metric in ``model_best.pth``, also across resumed trainings.
 
-    Detectron2's forgets what was best when a training is resumed, and makes ``model_best`` the checkpoint
-    that is resumed from. Here the file has weights alone, and ``best``: metric, value and iteration.
+    Detectron2's own forgets the best value when a training is resumed, and resumes from ``model_best``. Here
+    the file holds only the weights and ``best``: metric, value and iteration.
 
     Args:
         eval_period: of the EvalHook.
         model: whose weights are kept.
         checkpointer: of the training; its folder and metadata are used.
-        metric: such as "bbox/AP"; more is better.
+        metric: such as "bbox/AP"; higher is better.
     """
 
     def __init__(self, eval_period: int, model: nn.Module, checkpointer: RobustCheckpointer, metric: str):
@@ -87,7 +87,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
 
 class _Untagged(RobustCheckpointer):
-    """Leaves the checkpoint to resume from as it is."""
+    """Does not become the checkpoint to resume from."""
 
     best: dict
 
@@ -111,13 +111,13 @@ def training_hooks(
     build_writers,
     log_period: int = 20,
 ) -> list[HookBase | None]:
-    """The hooks of a training in their order, which is Detectron2's.
+    """The hooks of a training, in Detectron2's order.
 
     Args:
         checkpointing: saves; its checkpointer also keeps the best.
-        evaluated: the model that ``evaluate`` is about.
-        evaluate: gives the nested dict of metrics.
-        eval_period: iterations between two evaluations; 0 evaluates at the end only.
+        evaluated: the model that ``evaluate`` evaluates.
+        evaluate: returns the nested dict of metrics.
+        eval_period: iterations between two evaluations; 0 evaluates only at the end.
         best_metric: see :class:`BestCheckpointer`; "" keeps none.
         scheduler: None for the trainer's own.
         build_writers: gives the event writers of the first process.

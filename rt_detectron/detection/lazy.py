@@ -1,4 +1,4 @@
-"""What tools/lazyconfig_train_net.py wires: a detector's training from a LazyConfig."""
+"""A detector's training from a LazyConfig, for tools/lazyconfig_train_net.py."""
 
 import logging
 import os
@@ -33,14 +33,14 @@ ADVICE = "a lower optimizer.lr"
 
 
 def load_lazy_config(path: str, overrides: list[str]):
-    """The LazyConfig at ``path`` with ``key=value`` overrides, and its datasets looked for.
+    """The LazyConfig at ``path`` with ``key=value`` overrides; checks that its datasets are there.
 
-    Detectron2's own serve, too: what its ``train`` lacks of configs/lazy/common/train.py is off.
+    Detectron2's own configs work as well: keys of configs/lazy/common/train.py that they lack are off.
     Where there is no GPU, train.device becomes "cpu", with a warning.
 
     Raises:
-        InputError: as :func:`read_lazy_config`, for datasets that are not there, and for a colour order that
-            differs between loader and model.
+        InputError: as :func:`read_lazy_config`, for missing datasets, and for a colour order that differs
+            between loader and model.
     """
     cfg = read_lazy_config(path, overrides, KEYS, "configs/lazy/")
     if "max_iter" not in cfg.train:
@@ -59,7 +59,7 @@ def load_lazy_config(path: str, overrides: list[str]):
 
 
 def dataset_names(cfg, split: str) -> list[str]:
-    """Names of the "train" or "test" sets, as far as ``cfg.dataloader`` names them."""
+    """Names of the "train" or "test" sets, if ``cfg.dataloader`` has them."""
     names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names") or []
     return [names] if isinstance(names, str) else list(names)
 
@@ -68,7 +68,7 @@ def build_lazy_model(cfg) -> nn.Module:
     """The model of ``cfg.model`` on ``cfg.train.device``.
 
     Raises:
-        InputError: if a backbone that came with its weights does not fit the model's preprocessing.
+        InputError: if the weights of the backbone need another preprocessing than the model has.
     """
     model = fast(instantiate(cfg.model).to(cfg.train.device))
     metadata = _backbone_metadata(model)
@@ -78,7 +78,7 @@ def build_lazy_model(cfg) -> nn.Module:
 
 
 def _backbone_metadata(model: nn.Module) -> Metadata | None:
-    """What :func:`rt_detectron.load_backbone` says of the weights that it loaded."""
+    """That of the weights that :func:`rt_detectron.load_backbone` loaded."""
     return getattr(getattr(model, "backbone", None), "metadata", None)
 
 
@@ -94,10 +94,10 @@ def do_test(cfg, model: nn.Module) -> dict:
 
 
 def do_train(cfg, resume: bool = False) -> dict:
-    """Train as ``cfg`` says, as safely as :class:`.Trainer` does, and return the last metrics.
+    """Train as ``cfg`` says, with the checks of :class:`.Trainer`, and return the last metrics.
 
     Raises:
-        InputError: for weights that do not fit, and for a training that diverged.
+        InputError: for weights that do not fit, and if the training diverges.
     """
     model = build_lazy_model(cfg)
     optimizer = build_optimizer(cfg, model)

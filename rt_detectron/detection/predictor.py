@@ -1,4 +1,4 @@
-"""Detectron2's DefaultPredictor, its weights checked against the config as they are loaded."""
+"""Detectron2's DefaultPredictor, with weights that are checked against the config when they are loaded."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,13 @@ from rt_detectron.utils.errors import InputError
 
 
 class Predictor(DefaultPredictor):
-    """From one BGR image (H x W x 3, uint8) to its detections, by ``cfg.MODEL.WEIGHTS``.
+    """Maps one BGR image (H x W x 3, uint8) to its detections, with ``cfg.MODEL.WEIGHTS``.
 
     Attributes:
         class_names: see :func:`class_names`.
 
     Raises:
-        InputError: where no weights are given, or they do not fit; from a call, if the model detects nothing.
+        InputError: for missing or unfit weights; from a call, if the model gives no instances.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -47,13 +47,13 @@ def load_predictors(
     threshold: float,
     opts: Sequence[str] = (),
 ) -> dict[str, Predictor]:
-    """Detectors to be looked at side by side, by caption.
+    """Detectors to compare side by side, by caption.
 
     Args:
         config_files: one per detector, or one for all.
         weights: one per detector, or one for all; None for the configs' MODEL.WEIGHTS.
-        captions: one per detector; None for what differs, the weights' or else the configs' paths.
-        threshold: the lowest score that is looked at, 0 to 1: spares the masks of the others.
+        captions: one per detector; None for the paths of the weights if they differ, else of the configs.
+        threshold: the lowest score to keep, 0 to 1; masks of lower ones are not computed.
         opts: ``KEY VALUE ...``, for all.
 
     Raises:
@@ -69,28 +69,29 @@ def load_predictors(
                 f"{option} was given {len(given)} times for {count} detectors: give it 1 or {count}"
             )
     config_files = [*config_files] * (count // len(config_files))
-    weights = [*weights] * (count // len(weights)) if weights else [None] * count
-    captions = captions or (weights if len(set(weights)) == count and None not in weights else config_files)
+    files: list[str | None] = [*weights] * (count // len(weights)) if weights else [None] * count
+    if not captions:
+        captions = weights if weights and len(set(files)) == count else config_files
     if len(captions) != count or len(set(captions)) != count:
         raise InputError(f"give {count} different --caption, one for each detector")
     scores = [f"MODEL.{key}.SCORE_THRESH_TEST" for key in ("ROI_HEADS", "RETINANET")]
     first = [part for key in scores for part in (key, str(threshold))]
     predictors = {}
-    for caption, path, file in zip(captions, config_files, weights, strict=True):
+    for caption, path, file in zip(captions, config_files, files, strict=True):
         own = ["MODEL.WEIGHTS", file] if file else []
         predictors[caption] = Predictor(load_detector_config(path, [*first, *opts, *own]))
     return predictors
 
 
 def class_names(cfg: CfgNode) -> list[str]:
-    """Of the first of the config's datasets whose classes are known; empty if they are of none.
+    """The classes of the first of the config's datasets that has known ones; empty if none has.
 
-    Detectron2 knows those of COCO without a file; a set of one's own must be there.
+    COCO class names are built in; a custom set needs its annotation file.
     """
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         try:
             check_datasets([name])
-        except InputError:  # pictures can be looked at without the dataset
+        except InputError:  # predictions need no dataset
             pass
         else:
             if MetadataCatalog.get(name).get("thing_classes") is None:

@@ -1,4 +1,4 @@
-"""The training step: Detectron2's, watched for divergence."""
+"""The training step of a detector: Detectron2's, with checks for divergence, and its optimiser."""
 
 import logging
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from rt_detectron.utils.errors import InputError, one_line
 logger = logging.getLogger(__name__)
 
 DIVERGED = "the training diverged around iteration {}; log.txt says how"
-WINDOW = 20  # iterations whose median loss is looked at
-EXPLOSION = 100.0  # so many times the median loss of the first ones is no training any more
+WINDOW = 20  # iterations whose median loss is checked
+EXPLOSION = 100.0  # a median loss this many times that of the first iterations has diverged
 
 
 class DetectorTrainer(SimpleTrainer):
-    """Detectron2's SimpleTrainer, which notes a loss that is not finite or explodes, and does not raise."""
+    """Detectron2's SimpleTrainer; notes a loss that is not finite or explodes, instead of raising."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -39,9 +39,9 @@ class DetectorTrainer(SimpleTrainer):
             return
         self._steps += 1
         if comm.is_main_process() and self._steps >= WINDOW:
-            self._look_for_explosion()
+            self._check_explosion()
 
-    def _look_for_explosion(self) -> None:
+    def _check_explosion(self) -> None:
         median = get_event_storage().history("total_loss").median(WINDOW)
         if self._at_first is None:
             self._at_first = median
@@ -59,8 +59,8 @@ class DetectorTrainer(SimpleTrainer):
         """Whether the training has diverged, as far as this process knows.
 
         Args:
-            wait: look at the weights, too, as before they are saved: a step with finite losses can leave
-                weights that are not.
+            wait: also check the weights, as before saving: a step with finite losses can leave weights that
+                are not finite.
         """
         if wait and not self._diverged:
             for name, parameter in self.model.named_parameters():
@@ -75,10 +75,10 @@ class DetectorAMPTrainer(DetectorTrainer, AMPTrainer):
 
 
 def fast(model: nn.Module) -> nn.Module:
-    """Have ``model`` compute the same with fewer passes over memory, in place; benchmarks/train_net.py.
+    """Make ``model`` faster in place, without changing its function (benchmarks/train_net.py measures it).
 
-    Frozen norms are folded into their convolutions. On CPUs the backbone computes in channels_last, which
-    spares oneDNN's convolutions their conversions.
+    Frozen norms are folded into their convolutions. On CPUs the backbone runs in channels_last, which saves
+    oneDNN's convolutions a conversion.
     """
     fold_frozen_norms(model)
     backbone = getattr(model, "backbone", None)
@@ -95,7 +95,7 @@ def _in_channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Te
 def build_trainer(
     model: nn.Module, loader, optimizer: torch.optim.Optimizer, amp: bool = False, **ddp
 ) -> SimpleTrainer:
-    """The trainer of the steps of ``model``, in DistributedDataParallel where there are several processes.
+    """The trainer of ``model``, wrapped in DistributedDataParallel if there are several processes.
 
     Args:
         ddp: arguments of DistributedDataParallel.
@@ -106,7 +106,7 @@ def build_trainer(
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and comm.get_world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         raise InputError("SyncBN needs GPUs: on several CPU processes set NORM naiveSyncBN, BN or FrozenBN")
-    # On CPUs DistributedDataParallel wants no device ids.
+    # On CPUs DistributedDataParallel takes no device ids.
     wrapped = create_ddp_model(model, **ddp, **({"device_ids": None} if on_cpu else {}))
     return (DetectorAMPTrainer if amp else DetectorTrainer)(wrapped, loader, optimizer)
 
@@ -115,11 +115,11 @@ def backbone_factor(multiplier: float) -> Callable[[str], float]:
     """An ``lr_factor_func`` of Detectron2's ``get_default_optimizer_params``.
 
     Args:
-        multiplier: of the learning rate of what a backbone's file fills (also the res5 of a C4 head, but not
-            an FPN's own layers, which start at random).
+        multiplier: of the learning rate of all pretrained layers: the backbone and the res5 of a C4 head, but
+            not an FPN's own layers, which start at random.
 
     Raises:
-        InputError: for a multiplier that is not a finite number > 0; freezing is MODEL.BACKBONE.FREEZE_AT's.
+        InputError: for a multiplier that is not a finite number > 0 (to freeze: MODEL.BACKBONE.FREEZE_AT).
     """
     if not 0 < multiplier < float("inf"):
         raise InputError(
@@ -129,10 +129,10 @@ def backbone_factor(multiplier: float) -> Callable[[str], float]:
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Detectron2's SGD as SOLVER says, in one fused kernel, with SOLVER.BACKBONE_MULTIPLIER.
+    """Detectron2's SGD with the settings of SOLVER, fused, and with SOLVER.BACKBONE_MULTIPLIER.
 
     Raises:
-        InputError: for a multiplier that cannot be.
+        InputError: for an invalid multiplier.
     """
     solver = cfg.SOLVER
     if solver.BACKBONE_MULTIPLIER != 1 and solver.BIAS_LR_FACTOR not in (None, 1):
@@ -145,7 +145,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         lr_factor_func=backbone_factor(solver.BACKBONE_MULTIPLIER),
     )
-    # Under AMP the fused kernel would undo the loss scaling itself, after the clipping.
+    # Under AMP the fused kernel would unscale the gradients only after they are clipped.
     how = "foreach" if solver.AMP.ENABLED else "fused"
     return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(
         params,

@@ -1,4 +1,4 @@
-"""What tools/train_net.py wires: Detectron2's DefaultTrainer, and its configuration read with care."""
+"""Detectron2's DefaultTrainer with safe checkpoints, and its configuration, for tools/train_net.py."""
 
 import logging
 import os
@@ -63,18 +63,18 @@ def load_detector_config(path: str, opts: list[str]) -> CfgNode:
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's DefaultTrainer with the keys of :mod:`rt_detectron.config`, and safe.
+    """Detectron2's DefaultTrainer with the keys of :mod:`rt_detectron.config`.
 
-    - Weights are checked against the config as they are loaded; checkpoints are written atomically.
-    - A training that diverges ends with one line, and leaves no checkpoint of what came of it.
-    - SIGTERM and Ctrl-C save before they end it.
+    - Weights are checked against the config when they are loaded; checkpoints are written atomically.
+    - A training that diverges ends with a one-line error, and its diverged weights are not saved.
+    - SIGTERM and Ctrl-C save a checkpoint before they end it.
 
     Raises:
         InputError: for datasets, weights and options that do not fit.
     """
 
     def __init__(self, cfg: CfgNode):
-        # DefaultTrainer.__init__ with parts of ours.
+        # As DefaultTrainer.__init__, with some parts replaced.
         TrainerBase.__init__(self)
         check_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
@@ -96,7 +96,7 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
-        self._last_eval_results = {}
+        self._last_eval_results: dict = {}
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -154,7 +154,7 @@ class Trainer(DefaultTrainer):
         """:meth:`test` under the augmentations of TEST.AUG; "bbox" becomes "bbox_TTA", as in Detectron2.
 
         Raises:
-            InputError: for a detector that Detectron2 cannot do this with.
+            InputError: for a detector without test-time augmentation in Detectron2.
         """
         _check_tta(cfg, model)
         logger.info("Evaluating under test-time augmentation")

@@ -15,20 +15,20 @@ from torch import distributed
 
 
 def launch(main: Callable, args) -> None:
-    """``main(args)`` in this process, in those that Detectron2's launch starts, or as one of torchrun's.
+    """Run ``main(args)`` in this process, in processes that Detectron2's launch starts, or under torchrun.
 
-    A SIGTERM, which clusters send ahead of a preemption, is handed on to the processes started here.
+    A SIGTERM, which clusters send ahead of a preemption, is passed on to the processes started here.
 
     Args:
         main: takes ``args`` alone.
-        args: of Detectron2's ``default_argument_parser``; under torchrun its num_gpus, num_machines,
-            machine_rank and dist_url are torchrun's affair and ignored.
+        args: of Detectron2's ``default_argument_parser``. Under torchrun its num_gpus, num_machines,
+            machine_rank and dist_url are ignored, since torchrun sets them.
     """
     if distributed.is_torchelastic_launched():
         with _process_of_torchrun():
             main(args)
         return
-    with _sigterm_handed_on():
+    with _sigterm_passed_on():
         detectron2_launch(
             main,
             args.num_gpus,
@@ -41,7 +41,7 @@ def launch(main: Callable, args) -> None:
 
 @contextmanager
 def _process_of_torchrun() -> Iterator[None]:
-    """The process groups that Detectron2's launch would have made."""
+    """The process groups that Detectron2's launch would make."""
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -55,20 +55,20 @@ def _process_of_torchrun() -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_handed_on() -> Iterator[None]:
+def _sigterm_passed_on() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
         return
 
-    def hand_on(signum, frame):
+    def pass_on(signum, frame):
         children = multiprocessing.active_children()
         for child in children:
             child.terminate()
-        if not children:  # too early or too late for anything but the signal's usual end
+        if not children:  # no child to pass it on to: end as by default
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
 
-    previous = signal.signal(signal.SIGTERM, hand_on)
+    previous = signal.signal(signal.SIGTERM, pass_on)
     try:
         yield
     finally:

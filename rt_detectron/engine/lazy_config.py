@@ -27,8 +27,8 @@ def read_lazy_config(path: str, overrides: list[str], keys: tuple[str, ...], fol
     Args:
         path: of a ``.py`` or ``.yaml`` file.
         overrides: in Hydra's grammar: of keys that the file has, or ``+key=value`` for new ones.
-        keys: what it must have, "train" among them.
-        folder: where such files are shipped, for messages.
+        keys: top-level keys that it must have, "train" among them.
+        folder: of the shipped files, for messages.
 
     Raises:
         InputError: for a missing or broken file, an unknown key, or an override that cannot be parsed.
@@ -80,7 +80,7 @@ def as_yaml(cfg) -> str:
         path = os.path.join(folder, "config.yaml")
         LazyConfig.save(cfg, path)
         if not os.path.exists(path):
-            return "# This configuration is no YAML; config.yaml.pkl has it."
+            return "# This configuration cannot be written as YAML; see config.yaml.pkl."
         with open(path) as file:
             return file.read()
 

@@ -1,8 +1,8 @@
-"""A classifier as the inner attack sees it, computed with fewer passes over memory.
+"""Folding of batch norms into convolutions, for networks in eval mode.
 
-An attack differentiates a network in eval mode with respect to its input alone. There batch norm is an affine
-map, which a convolution in front of it absorbs exactly (Jacob et al. 2018, section 3.2), so that a
-convolution, its norm, a residual sum and the ReLU behind them are one operation forwards and one backwards.
+An attack differentiates a network in eval mode with respect to its input alone. Batch norm is then an affine
+map, which the convolution in front of it absorbs exactly (Jacob et al. 2018, section 3.2). So a convolution,
+its norm, a residual sum and a ReLU become one operation forwards and one backwards.
 """
 
 import copy
@@ -38,12 +38,12 @@ def absorb_norm(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 class FoldedConvolution(nn.Module):
-    """``relu(norm(convolution(x)) + residual)``, where norm, residual and ReLU may be missing.
+    """``relu(norm(convolution(x)) + residual)``; norm, residual and ReLU are optional.
 
-    Its weights are a copy, made when they are needed and kept until :meth:`forget`. Two shapes that CPUs are
-    slow at are computed as others that they are fast at:
+    Its folded weights are computed when they are needed and kept until :meth:`forget`. Two cases that are
+    slow on CPUs are computed in another way:
 
-    - few channels and stride 2, as the first convolution has them: as stride 1 on blocks of 2x2 pixels;
+    - few channels and stride 2, as in the first convolution: with stride 1 on blocks of 2x2 pixels;
     - a map of few pixels, most of whose neighbours are padding: as a :class:`SmallMap`.
     """
 
@@ -64,7 +64,7 @@ class FoldedConvolution(nn.Module):
         self.forget()
 
     def forget(self) -> None:
-        """Drop the copy; the next pass makes it of what parameters and statistics are then."""
+        """Drop the folded weights; the next pass computes them from the present parameters and statistics."""
         self._folded: tuple[Callable | None, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -82,7 +82,7 @@ class FoldedConvolution(nn.Module):
         convolve = _FusedConvolution.apply if on_cpu else _convolve
         return convolve(x, residual, weight, bias, geometry, self.relu)
 
-    @torch.inference_mode(False)  # an attack may be the next to need it
+    @torch.inference_mode(False)  # an attack may use them next
     @torch.no_grad()
     def _fold(self, transform: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
         """Weight, in the form that ``transform`` gives it, and bias."""
@@ -150,7 +150,7 @@ class _FusedConvolution(torch.autograd.Function):
         else:
             activation = "relu" if relu else None
             output = fused.binary(x, residual, weight, bias, *geometry, "add", 1.0, activation, [], "")
-        # For the ReLU's derivative the output serves as well as its input, and is kept anyway.
+        # The ReLU's derivative can be taken from its output, which is kept anyway.
         ctx.save_for_backward(x, weight, output if relu else None)
         ctx.geometry = geometry
         return output
@@ -176,9 +176,9 @@ class _Tracer(fx.Tracer):
 class FoldedNetwork(nn.Module):
     """The same function as ``network`` in eval mode, for attacks.
 
-    It is in eval mode whatever mode ``network`` is in. Convolutions with what follows them are
-    :class:`FoldedConvolution`; all else has the network's own tensors. Call :meth:`forget` after every
-    change of the network's parameters or statistics.
+    It is in eval mode, whatever the mode of ``network``. Each convolution and what follows it is a
+    :class:`FoldedConvolution`; all other modules share the network's tensors. Call :meth:`forget` after
+    every change of the network's parameters or statistics.
 
     Raises:
         Exception: of torch.fx, for a network whose forward cannot be traced.
@@ -186,7 +186,7 @@ class FoldedNetwork(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        with eval_mode(network):  # a trace keeps what ``self.training`` decides
+        with eval_mode(network):  # a trace fixes the branches on ``self.training``
             traced = fx.GraphModule(network, _Tracer().trace(network))
         for node in list(traced.graph.nodes):
             if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Conv2d):
@@ -195,7 +195,9 @@ class FoldedNetwork(nn.Module):
         traced.delete_all_unused_submodules()
         for node in traced.graph.find_nodes(op="call_module"):
             module = traced.get_submodule(node.target)
-            if not isinstance(module, FoldedConvolution):  # a shallow copy has the tensors, but its own mode
+            if not isinstance(
+                module, FoldedConvolution
+            ):  # a shallow copy shares the tensors, but has its own mode
                 traced.set_submodule(node.target, copy.copy(module))
         traced.recompile()
         self.network = traced
@@ -203,7 +205,7 @@ class FoldedNetwork(nn.Module):
         self.eval()
 
     def forget(self) -> None:
-        """Drop the copies of the network's weights; the next pass makes them anew."""
+        """Drop the folded weights; the next pass computes them again."""
         for module in self._folded:
             module.forget()
 
@@ -238,7 +240,7 @@ def _fold_convolution(traced: fx.GraphModule, node: fx.Node) -> None:
     follower = _only_user(last)
     if follower is not None and follower.target in (operator.add, operator.iadd, torch.add):
         others = [arg for arg in follower.args if arg is not last]
-        # The kernel sums before its ReLU, so a sum without one gains nothing.
+        # The kernel adds before its ReLU, so a sum without a ReLU gains nothing.
         if len(others) == 1 and isinstance(others[0], fx.Node) and _is_relu(traced, _only_user(follower)):
             last, residual = follower, others[0]
     relu = _is_relu(traced, _only_user(last))

@@ -1,12 +1,12 @@
-"""Convolutions on maps of few pixels, as a network's last stages have them on small images.
+"""Convolutions on maps of few pixels, as in the last stages of a network on small images.
 
-There most of what a direct convolution multiplies is padding, and oneDNN reaches a fraction of the speed of
-a matrix product. So such a convolution is computed as what it is, bilinear in few pixels and few taps:
+There a direct convolution mostly multiplies padding, and oneDNN reaches a fraction of the speed of a matrix
+product. So the convolution is computed as a bilinear function of few pixels and few taps:
 
     y = outputs @ ((taps @ weight) * (pixels @ x))
 
-where each of the products ``*`` is a matrix product over all images and channels. Fewest products are needed
-by the algorithms of Winograd (1980; for convolutional networks Lavin & Gray 2016).
+where each of the products ``*`` is a matrix product over all images and channels. The algorithms of Winograd
+(1980; for convolutional networks Lavin & Gray 2016) need the fewest products.
 """
 
 import functools
@@ -70,7 +70,7 @@ def _each(matrix: Tensor, batch: Tensor) -> Tensor:
 
 
 def small_map(x: Tensor, convolution: nn.Conv2d) -> SmallMap | None:
-    """How to compute the convolution of ``x``, or None where it is better computed directly."""
+    """How to compute the convolution of ``x``; None where the direct way is better."""
     if (
         x.device.type != "cpu"
         or x.dim() != 4
@@ -88,11 +88,11 @@ def small_map(x: Tensor, convolution: nn.Conv2d) -> SmallMap | None:
 
 
 @functools.cache
-@torch.inference_mode(False)  # what is kept may meet training next
+@torch.inference_mode(False)  # the cached matrices may be used in training next
 def _build(size, kernel, stride, padding, dilation, dtype: torch.dtype) -> SmallMap | None:
     axes = list(zip(size, kernel, stride, padding, dilation, strict=True))
     out = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
-    if min(out) < 1:  # torch has a message for that
+    if min(out) < 1:  # torch raises an error
         return None
     vertical, horizontal = (_line(*each) for each in zip(out, *zip(*axes, strict=True), strict=True))
     pixels, taps, outputs = (
@@ -131,7 +131,7 @@ def _toom_cook(outputs: int, taps: int):
 
 
 class _Convolution(torch.autograd.Function):
-    """Keeps for the backward pass what a convolution keeps, not what it is transformed to."""
+    """Keeps the untransformed tensors for the backward pass, as a convolution does: they need less memory."""
 
     @staticmethod
     def forward(ctx, x, weight, small):
@@ -152,7 +152,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A convolution that is a :class:`SmallMap` where it meets one."""
+    """A convolution that uses :class:`SmallMap` on small maps."""
 
     def forward(self, x: Tensor) -> Tensor:
         small = small_map(x, self)

@@ -1,4 +1,4 @@
-"""Batch norm over the batches of all processes."""
+"""Batch norm synchronised over all processes."""
 
 import torch
 from detectron2.layers import NaiveSyncBatchNorm
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class CpuSyncBatchNorm(NaiveSyncBatchNorm):
-    """Detectron2's, which runs on CPUs, with the running statistics of torch's.
+    """Detectron2's NaiveSyncBatchNorm, which runs on CPUs, with torch's running statistics.
 
-    Those hold the unbiased variance, and count the batches.
+    Those use the unbiased variance and count the batches.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same; N, H and W are the same in all processes."""
+        """Normalise (N, C, H, W); N, H and W must be the same in all processes."""
         if not self.training or comm.get_world_size() == 1:
             return super().forward(x)
         before = self.running_var.clone()
@@ -27,7 +27,7 @@ class CpuSyncBatchNorm(NaiveSyncBatchNorm):
 
 
 def use_sync_bn(network: nn.Module, device: str) -> nn.Module:
-    """``network`` with its batch norms over all processes, on GPUs torch's own; state dicts stay the same."""
+    """``network`` with synchronised batch norms, on GPUs torch's own; its state dict stays the same."""
     if torch.device(device).type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for module in network.modules():

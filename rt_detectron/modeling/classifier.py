@@ -15,7 +15,7 @@ from rt_detectron.utils.errors import InputError
 
 
 def versioned(state_dict: dict[str, Tensor], network: nn.Module) -> OrderedDict[str, Tensor]:
-    """``state_dict`` with the versions of the modules of ``network``, which MNASNet asks for."""
+    """``state_dict`` with the module versions of ``network``, which MNASNet needs."""
     found = OrderedDict(state_dict)
     found._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]  # torch hangs it on the dict
     return found

@@ -133,7 +133,9 @@ class RobustnessEvaluator(DatasetEvaluator):
             self.withstood.setdefault(name, []).extend(values.tolist())
         if self.curve is not None:
             left = self._share(self.curve_images) - len(self.labels)
-            self._follow_curve(images[: max(left, 0)], labels[: max(left, 0)], right[: max(left, 0)])
+            self._follow_curve(
+                self.curve, images[: max(left, 0)], labels[: max(left, 0)], right[: max(left, 0)]
+            )
         self.labels.extend(labels.tolist())
 
     def _with_progress(self, attacks: Sequence, images: int) -> tqdm:
@@ -151,15 +153,13 @@ class RobustnessEvaluator(DatasetEvaluator):
             withstands[right] = self.model.classifier(adversarial).argmax(1) == labels[right]
         return withstands
 
-    def _follow_curve(self, images: Tensor, labels: Tensor, right: Tensor) -> None:
+    def _follow_curve(self, attack: PGD, images: Tensor, labels: Tensor, right: Tensor) -> None:
         if not len(labels):
             return
         self.curve_withstood.setdefault(0.0, []).extend(right.tolist())
-        threat_models = eps_curve(self.curve.threat_model, images[0].numel())
+        threat_models = eps_curve(attack.threat_model, images[0].numel())
         for threat_model in self._with_progress(threat_models, len(labels)):
-            withstands = self._withstands(
-                replace(self.curve, threat_model=threat_model), images, labels, right
-            )
+            withstands = self._withstands(replace(attack, threat_model=threat_model), images, labels, right)
             self.curve_withstood.setdefault(threat_model.eps, []).extend(withstands.tolist())
 
     def evaluate(self) -> dict:
@@ -180,24 +180,23 @@ class RobustnessEvaluator(DatasetEvaluator):
         withstood = _joined([part for _, part, _ in parts])
         curve = _joined([part for _, _, part in parts])
         accuracy = {name: _accuracy(values) for name, values in withstood.items()}
-        per_class = {}
+        per_class: dict[int, dict] = {}
         for label in sorted(set(labels)):
             members = [i for i, other in enumerate(labels) if other == label]
             per_class[label] = {"images": len(members)}
             for name, values in withstood.items():
                 per_class[label][name] = 100 * sum(values[i] for i in members) / len(members)
-        results = {"accuracy": accuracy, "per_class": per_class}
-        if curve:
+        by_gradient = [attack.name for attack in self.attacks if getattr(attack, "gradient_based", False)]
+        results: dict = {"accuracy": accuracy, "per_class": per_class}
+        if self.curve is not None and curve:
             results["curve"] = {
                 "attack": self.curve.name,
                 "images": len(curve[0.0]),
                 "eps": list(curve),
                 "value": [_accuracy(values)["value"] for values in curve.values()],
             }
-        results["gradient_based"] = [
-            attack.name for attack in self.attacks if getattr(attack, "gradient_based", False)
-        ]
-        results["findings"] = findings(accuracy, results["gradient_based"], results.get("curve"))
+        results["gradient_based"] = by_gradient
+        results["findings"] = findings(accuracy, by_gradient, results.get("curve"))
         return results
 
 

@@ -35,13 +35,12 @@ def classifier_metadata(model: Pretraining, source: str = PRETRAINING) -> Metada
     """
     threat_model = model.strategy.threat_model
     classifier: Classifier = model.classifier
+    eps = 0.0 if model.strategy.attack is None else None
     if threat_model is not None:
-        norm, eps = threat_model.norm, threat_model.eps
-    else:
-        norm, eps = None, 0.0 if model.strategy.attack is None else None
+        eps = threat_model.eps
     return Metadata(
         arch=classifier.arch,
-        norm=norm,
+        norm=threat_model.norm if threat_model else None,
         eps=eps,
         input_format="RGB",
         pixel_mean=tuple(classifier.pixel_mean),

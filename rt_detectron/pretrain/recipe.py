@@ -14,7 +14,7 @@ def load_pretrain_config(path: str, overrides: list[str]):
     Where there is no GPU, train.device becomes "cpu", with a warning.
 
     Raises:
-        InputError: as :func:`read_lazy_config`, and for a value of ``train`` that makes no sense.
+        InputError: as :func:`read_lazy_config`, and for an invalid value of ``train``.
     """
     cfg = read_lazy_config(path, overrides, KEYS, "configs/pretrain/")
     check_train(cfg.train)
@@ -22,7 +22,7 @@ def load_pretrain_config(path: str, overrides: list[str]):
 
 
 def check_train(train) -> None:
-    """Raise :class:`InputError` for a value in ``train`` that makes no sense."""
+    """Raise :class:`InputError` for an invalid value in ``train``."""
     whole, number = (lambda x: type(x) is int), (lambda x: type(x) in (int, float))
     rules = {
         "seed": (lambda x: whole(x) and x >= 0, "a whole number >= 0"),
@@ -45,8 +45,8 @@ def check_values(node, name: str, rules: dict) -> None:
 
     Args:
         node: a part of a configuration.
-        name: what it is called there.
-        rules: {key: (whether a value is right, what it must be)}.
+        name: its name there.
+        rules: {key: (a check of the value, what it must be)}.
     """
     for key, (is_right, expected) in rules.items():
         if not is_right(node[key]):

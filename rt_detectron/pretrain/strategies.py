@@ -73,6 +73,8 @@ class Adversarial(Standard):
         InputError: for what is no attack, and for an attack that cannot follow the schedule.
     """
 
+    attack: Attack
+
     def __init__(self, attack: Attack, schedule: EpsSchedule = FULL_STRENGTH):
         strategy = type(self).__name__
         if not callable(attack) or not hasattr(attack, "name"):
@@ -89,6 +91,8 @@ class Adversarial(Standard):
         """The attack at its present strength."""
         if not self.schedule.changes_eps:
             return self.attack
+        assert self.threat_model is not None  # as __init__ has checked, and the next, too
+        assert is_dataclass(self.attack)
         scaled = replace(self.threat_model, scale=self.schedule(progress))
         return replace(self.attack, threat_model=scaled)
 

@@ -36,7 +36,7 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_model(cfg) -> Pretraining:
-    """The model of ``cfg.model`` on ``cfg.train.device``."""
+    """The model of ``cfg.model`` on ``cfg.train.device``, ready for training and evaluation."""
     model = instantiate(cfg.model)
     model.classifier = for_training(model.classifier, cfg.train)
     return model.to(cfg.train.device)
@@ -51,7 +51,11 @@ def for_training(classifier: Classifier, train) -> Classifier:
 
 
 def load_weights(model: Pretraining, path: str) -> None:
-    """Fill the classifier from the file at ``path``; one that does not fit is an :class:`InputError`."""
+    """Load the classifier's weights from ``path``.
+
+    Raises:
+        InputError: for a file that cannot be read or does not fit.
+    """
     classifier = model.classifier
     try:
         state_dict = versioned(read_classifier(path).state_dict, classifier.network)
@@ -72,7 +76,7 @@ def do_train(cfg, resume: bool = False) -> None:
         resume: go on from the last checkpoint of the output folder, where there is one.
 
     Raises:
-        InputError: for a folder that holds another training, and for whatever ended the training early.
+        InputError: for a folder that holds another training, and if the training diverges.
     """
     refuse_other_training(cfg.train.output_dir, resume)
     model = build_model(cfg)
@@ -104,12 +108,12 @@ def train_classifier(
         cfg: a LazyConfig with these three.
         model: what is trained.
         loader: of the images.
-        evaluate: gives Detectron2's evaluation results of a model: ``model``, or its average (``train.ema``).
+        evaluate: gives Detectron2's evaluation results for a model: ``model`` or its average (``train.ema``).
         finish: called once at the end, in the first process, with that model and its last results.
         resume: go on from the last checkpoint of ``cfg.train.output_dir``, where there is one.
 
     Raises:
-        InputError: for whatever ended the training early.
+        InputError: if the training diverges.
     """
     train = cfg.train
     trainer = ClassifierTrainer(
@@ -148,7 +152,7 @@ def do_eval(cfg, model: Pretraining) -> dict:
 
 
 def evaluate(model: Pretraining, loader: DataLoader, evaluator: DatasetEvaluator) -> dict:
-    """What ``evaluator`` makes of ``model`` on the images of ``loader``, printed and returned."""
+    """The results of ``evaluator`` for ``model`` on the images of ``loader``, printed and returned."""
     _share_buffers(model)
     results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
@@ -157,9 +161,9 @@ def evaluate(model: Pretraining, loader: DataLoader, evaluator: DatasetEvaluator
 
 
 def _share_buffers(model: Pretraining) -> None:
-    """Give every process the first one's BN statistics, which are those that are saved.
+    """Give every process the BN statistics of the first one, which are the ones that are saved.
 
-    Each process has gathered its own since its last step; evaluation shares the images among them.
+    Since the last step the processes' statistics differ, and evaluation divides the images among them.
     """
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
@@ -167,21 +171,22 @@ def _share_buffers(model: Pretraining) -> None:
 
 
 class ClassifierTrainer(SimpleTrainer):
-    """Detectron2's trainer with gradient accumulation, mixed precision and losses looked at without waiting.
+    """Detectron2's trainer with gradient accumulation, mixed precision and asynchronous checks of the loss.
 
-    With several processes, each step starts from the first one's BN statistics, so that those alone are the
-    training's state.
+    With several processes, each step starts from the BN statistics of the first process, so only those are
+    part of the training's state.
 
     Args:
         model: what is trained.
-        loader: of this process's batches, each trained on ``model.strategy.replays`` times in a row.
+        loader: of this process's batches. Each is used for ``model.strategy.replays`` steps in a row.
         optimizer: over the parameters of ``model``.
-        accumulate: sum the gradients of so many equal parts of a batch for one step of the optimiser, as if
-            each part had a process of its own. BN sees one part at a time.
+        accumulate: number of equal parts of a batch whose gradients are summed for one optimiser step, as if
+            each part had its own process. BN sees one part at a time.
         amp: "bf16", "fp16" (with gradient scaling) or None.
-        sync_bn: whether the model's batch norms see the batches of all processes.
+        sync_bn: whether batch norm is synchronised over all processes.
     """
 
+    _data_loader_iter_obj: Iterator | None
     diverged = "the loss is not finite around iteration {}; log.txt names the images"
 
     def __init__(
@@ -209,7 +214,9 @@ class ClassifierTrainer(SimpleTrainer):
         self.device = model.device
         self.amp = AMP[amp] if amp else None
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
-        self._unchecked = deque()  # (iteration, keys, loss on its way to the CPU, event of its arrival)
+        self._unchecked: deque = (
+            deque()
+        )  # (iteration, keys, loss on its way to the CPU, event of its arrival)
         self._diverged = False
 
     @property
@@ -264,10 +271,10 @@ class ClassifierTrainer(SimpleTrainer):
         self._unchecked.append((self.iter, keys, loss, arrival))
 
     def has_diverged(self, wait: bool = False) -> bool:
-        """Whether a loss of this process was not finite; logs the images of the first.
+        """Whether a loss of this process was not finite; logs the images of the first such batch.
 
         Args:
-            wait: for the losses that a GPU has not computed yet; else those are left for the next call.
+            wait: wait for losses that a GPU has not computed yet; without it they are left to the next call.
         """
         while self._unchecked and not self._diverged:
             iteration, keys, loss, arrival = self._unchecked[0]
@@ -290,10 +297,10 @@ class ClassifierTrainer(SimpleTrainer):
 
 
 class StepState(HookBase):
-    """Everything that a step depends on beside weights and batch: the share of training done, and the seed.
+    """Sets what a step depends on besides weights and batch: the progress and the random seed.
 
-    The random numbers of a step follow from the training's seed, the iteration and the process, so a resumed
-    training draws those that an uninterrupted one does.
+    The random numbers of a step depend on the training's seed, the iteration and the process only, so a
+    resumed training draws the same ones as an uninterrupted one.
     """
 
     def __init__(self, model: Pretraining, seed: int):

@@ -1,4 +1,4 @@
-"""Accuracy as the transfer literature reports it, and the predictions behind it."""
+"""Accuracy as the transfer literature reports it, and the predictions it comes from."""
 
 import os
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def accuracies(
 
 
 class TransferEvaluator(DatasetEvaluator):
-    """:func:`accuracies` of a data set's test images, whose predictions go to ``predictions.json``.
+    """:func:`accuracies` on the test images of a data set; predictions are written to ``predictions.json``.
 
     Args:
         dataset: the test images, with ``classes`` and ``metric``.
@@ -63,5 +63,5 @@ class TransferEvaluator(DatasetEvaluator):
 
 
 def predictions_file(folder: str) -> str:
-    """Where the predictions of the transfer into ``folder`` are."""
+    """The path of the predictions of the transfer in ``folder``."""
     return os.path.join(folder, "predictions.json")

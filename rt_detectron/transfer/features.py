@@ -1,4 +1,4 @@
-"""What a frozen network makes of a data set, computed once and kept."""
+"""Features of a data set from a frozen network, computed once and cached."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from rt_detectron.utils.files import cache_folder, locked, replaced_atomically
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of what is computed and how it is stored: part of the cache's key
+_VERSION = 1  # of the features and their file format: part of the cache key
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Features:
     """Inputs of a last linear layer.
 
     Attributes:
-        views: (V, N, D), float32: of the N images and, where V is 2, of their mirror images.
+        views: (V, N, D), float32: features of the N images and, if V is 2, of the mirrored images.
         labels: (N,).
         keys: names of the images.
     """
@@ -61,7 +61,7 @@ class FeatureExtractor(nn.Module):
         self.eval()
 
     def forward(self, batch) -> Tensor:
-        """A batch (images (N, 3, H, W), labels, keys) to (N, V, D), V the number of views."""
+        """Features (N, V, D), with V views, of a batch (images (N, 3, H, W), labels, keys)."""
         images, _ = to_device(batch, self.device)
         views = [images, images.flip(3)] if self.flip else [images]
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
@@ -69,7 +69,7 @@ class FeatureExtractor(nn.Module):
 
 
 class _Collector(DatasetEvaluator):
-    """All features, in all processes."""
+    """Collects all features in all processes."""
 
     def reset(self):
         self.parts = []
@@ -94,15 +94,15 @@ def compute_features(
     batch_size: int = 256,
     num_workers: int = 4,
 ) -> Features:
-    """What enters the classifier's last linear layer, from the cache if it was computed before.
+    """The inputs of the classifier's last linear layer, from the cache if they were computed before.
 
-    The cache is ``$RT_DETECTRON_CACHE/features``, by default ``~/.cache/rt_detectron/features``. Its key are
-    the network's tensors and normalisation, the data set's fingerprint and transform, and the precision. Of
-    several processes that want the same, one computes and the others wait; those of one launch share the
-    images.
+    The cache is ``$RT_DETECTRON_CACHE/features``, by default ``~/.cache/rt_detectron/features``. Its key
+    depends on the network's tensors and normalisation, the data set's fingerprint and transform, and the
+    precision. If several runs need the same features, one computes them and the others wait; the processes
+    of one run share the work.
 
     Args:
-        classifier: its last linear layer does not matter.
+        classifier: its last linear layer has no effect.
         dataset: of the images.
         flip, amp: as for :class:`FeatureExtractor`.
         batch_size: images of a forward pass, in each process.
@@ -166,7 +166,7 @@ def _read(path: str) -> Features:
             features, labels, keys = (arrays[name] for name in ("features", "labels", "keys"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"{path} is damaged ({type(error).__name__}): delete it, it will be made again"
+            f"{path} is damaged ({type(error).__name__}): delete it and it will be computed again"
         ) from None
     views = torch.from_numpy(features).float().transpose(0, 1).contiguous()
     return Features(views, torch.from_numpy(labels), keys.tolist())

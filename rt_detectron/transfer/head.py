@@ -1,4 +1,4 @@
-"""The last linear layer on given features: by SGD, or the exact solution."""
+"""Training of the last linear layer on cached features: by SGD, or by logistic regression."""
 
 import warnings
 
@@ -11,29 +11,29 @@ from rt_detectron.transfer.features import Features
 from rt_detectron.utils.errors import InputError, one_line, optional_import
 from rt_detectron.utils.seeds import seeded, seeded_generator
 
-HELD_OUT = 0.2  # of the training images, to choose the penalty by
+HELD_OUT = 0.2  # of the training images, for choosing the penalty
 
 
 def fresh_linear(layer: nn.Linear, seed: int) -> nn.Linear:
-    """``layer`` with torch's own initialisation of a linear layer, drawn from ``seed``."""
+    """``layer``, initialised anew as torch initialises linear layers, from ``seed``."""
     with seeded(seed):
         layer.reset_parameters()
     return layer
 
 
 class HeadTrainer(SimpleTrainer):
-    """Trains a linear layer by SGD on features in memory, whose order and views follow from the seed.
+    """Trains a linear layer by SGD on features in memory.
 
-    An iteration is a whole epoch, since a step is less work than what an engine does around it. So the
-    learning rate changes between epochs only. The order of the images, and which of them an incomplete
+    An iteration is a whole epoch, since a single step is less work than the engine's overhead around it. So
+    the learning rate changes only between epochs. The order of the images, and which of them an incomplete
     last batch leaves out, is that of :class:`rt_detectron.data.loader.TrainLoader`.
 
     Args:
         head: what is trained.
-        features: to train on, on the device of ``head``; each time one of the views, at random.
+        features: on the device of ``head``; each image gets one of its views, at random.
         optimizer: over its parameters.
         batch_size: images of a step.
-        seed: of the order and the views.
+        seed: for the order and the views.
     """
 
     diverged = "the loss is not finite in epoch {}"
@@ -91,15 +91,16 @@ def fit_logistic_regression(
         head: (D, classes).
         features: (N, D).
         labels: (N,).
-        penalties: inverse penalties C, of which the best on a stratified fifth of the images is taken.
-        scoring: what that is judged by: "accuracy" or "balanced_accuracy".
-        seed: of the division.
+        penalties: inverse penalties C; the one that scores best on a held-out, stratified fifth of the images
+            is used.
+        scoring: "accuracy" or "balanced_accuracy".
+        seed: for the split.
 
     Returns:
         C and the number of lbfgs's iterations.
 
     Raises:
-        InputError: without scikit-learn, and for classes of fewer than two images, which cannot be divided.
+        InputError: without scikit-learn, and for classes of fewer than two images, which cannot be split.
     """
     optional_import("sklearn.linear_model", "scikit-learn>=1.3", "head.solver=logistic_regression")
     from sklearn.exceptions import ConvergenceWarning
@@ -111,7 +112,9 @@ def fit_logistic_regression(
 
     def fitted(c: float, images, targets) -> LogisticRegression:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a weak penalty's; others are tried as well
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # of a weak penalty; stronger ones are tried as well
             return LogisticRegression(C=c, max_iter=1000).fit(images, targets)
 
     best = penalties[0]
@@ -133,7 +136,7 @@ def fit_logistic_regression(
 
 @torch.no_grad()
 def _fill(head: nn.Linear, model) -> None:
-    """scikit-learn gives two classes one row, of the logit by which the second exceeds the first."""
+    """For two classes scikit-learn has a single row: the logit of the second minus that of the first."""
     weight, bias = (torch.as_tensor(x, dtype=torch.float32) for x in (model.coef_, model.intercept_))
     if len(weight) == 1:
         weight, bias = (torch.cat([-x, x]) / 2 for x in (weight, bias))

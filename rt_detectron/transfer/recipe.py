@@ -16,7 +16,7 @@ def load_transfer_config(path: str, overrides: list[str]):
     Where there is no GPU, train.device becomes "cpu", with a warning.
 
     Raises:
-        InputError: as :func:`read_lazy_config`, and for a value that makes no sense.
+        InputError: as :func:`read_lazy_config`, and for an invalid value.
     """
     overrides = [
         f"transfer.{override}" if override.partition("=")[0] in SHORT else override for override in overrides

@@ -33,16 +33,16 @@ from rt_detectron.utils.versions import versions
 
 logger = logging.getLogger(__name__)
 
-# Called once, in the first process, with the whole network, the evaluation's results, the iterations behind
-# them, and what else results.json is to say.
+# Called once, in the first process, with the whole network, the evaluation's results, the number of
+# iterations, and further entries for results.json.
 Finish = Callable[..., None]
 
 
 def is_finished(cfg, resume: bool) -> bool:
-    """Whether the output folder holds the results of this very transfer, so that nothing is left to do.
+    """Whether the output folder already holds the results of this transfer.
 
     Raises:
-        InputError: if it holds those of another one, or if ``resume`` does not say that they are welcome.
+        InputError: if it holds those of another configuration, or any and ``resume`` is False.
     """
     folder = cfg.train.output_dir
     refuse_other_training(folder, resume)
@@ -65,15 +65,15 @@ def is_finished(cfg, resume: bool) -> bool:
 
 
 def do_transfer(cfg, resume: bool = False) -> None:
-    """Transfer as ``cfg`` says; the outcome is ``results.json`` in ``cfg.train.output_dir``.
+    """Transfer as ``cfg`` says and write ``results.json`` to ``cfg.train.output_dir``.
 
     Args:
         cfg: a LazyConfig; configs/transfer/common/transfer.py explains its keys.
-        resume: go on from the last checkpoint of the output folder, where there is one. Whose folder it is,
-            :func:`is_finished` tells.
+        resume: go on from the last checkpoint of the output folder, if there is one. Call
+            :func:`is_finished` first: it refuses the folder of another training.
 
     Raises:
-        InputError: for weights and data sets that cannot be used, and for whatever ended the training early.
+        InputError: for weights and data sets that cannot be used, and if the training diverges.
     """
     start = time.perf_counter()
     train, test = build_datasets(cfg)
@@ -93,7 +93,7 @@ def do_transfer(cfg, resume: bool = False) -> None:
 
 
 def build_datasets(cfg) -> tuple[ClassificationDataset, ClassificationDataset]:
-    """The images to train on, under the test's transform unless there is one for training, and to test on."""
+    """The training and test sets; both have the test transform, unless there is one for training."""
     spec = cfg.dataset
     transforms = spec.get("train_transform", spec.test_transform), spec.test_transform
     splits = ("fit", "held_out") if spec.held_out else ("train", "test")
@@ -135,10 +135,10 @@ def full_network(cfg, classifier: Classifier, train, test, finish: Finish, resum
 
 
 def fixed_feature(cfg, classifier: Classifier, train, test, finish: Finish, resume: bool = False) -> None:
-    """Fit the last layer of ``classifier`` alone, on cached features.
+    """Fit only the last layer of ``classifier``, on cached features.
 
-    Several processes share the forward passes; then each fits the same layer, which is less work than to
-    exchange gradients.
+    Several processes share the forward passes. Then each fits the same layer, which is less work than
+    exchanging gradients.
     """
     amp = AMP[cfg.features.amp] if cfg.features.amp and classifier.mean.is_cuda else None
     options = {"amp": amp, "batch_size": cfg.features.batch_size, "num_workers": cfg.dataloader.num_workers}
@@ -182,9 +182,9 @@ def fixed_feature(cfg, classifier: Classifier, train, test, finish: Finish, resu
 
 @torch.no_grad()
 def evaluate_head(head: nn.Linear, features: Features, evaluator: TransferEvaluator) -> dict:
-    """What ``evaluator`` makes of a layer on features, printed and returned."""
+    """The results of ``evaluator`` for a linear layer on features, printed and returned."""
     evaluator.reset()
-    if comm.is_main_process():  # all have the same layer and the same features
+    if comm.is_main_process():  # all processes have the same layer and features
         evaluator.process((None, features.labels, features.keys), head(features.views[0]))
     results = evaluator.evaluate()
     if comm.is_main_process():
