@@ -1,5 +1,9 @@
+import runpy
+import sys
+
 import pytest
 
+from rt_detectron import attacks
 from rt_detectron.attacks import PGD, AutoAttack, ThreatModel, attack_named, register_attack
 from rt_detectron.attacks.registry import _ATTACKS
 from rt_detectron.utils.errors import InputError
@@ -34,3 +38,16 @@ def test_an_attack_joins_by_its_decorator(monkeypatch):
     assert attack_named("noise12", LINF) == (LINF, 0, "12")
     with pytest.raises(InputError, match=r"'noises' is unknown; use e.g. .*, noise3"):
         attack_named("noises", LINF)
+
+
+def test_a_new_file_among_the_attacks_is_all_it_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr("rt_detectron.attacks.registry._ATTACKS", dict(_ATTACKS))
+    (tmp_path / "sticker.py").write_text(
+        "from rt_detectron.attacks.registry import register_attack\n\n"
+        '@register_attack("sticker", "sticker")\n'
+        "def sticker(threat_model, seed):\n    return threat_model\n"
+    )
+    monkeypatch.setattr(attacks, "__path__", [*attacks.__path__, str(tmp_path)])
+    runpy.run_path(attacks.__file__, {"__path__": attacks.__path__}, attacks.__name__)
+    sys.modules.pop("rt_detectron.attacks.sticker")
+    assert attack_named("sticker", LINF) is LINF
