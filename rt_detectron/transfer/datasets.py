@@ -1,4 +1,4 @@
-"""The classification sets of the transfer study by name, in the splits that the literature uses."""
+"""The classification data sets of the transfer study by name, with the splits of the literature."""
 
 import functools
 import hashlib
@@ -36,7 +36,7 @@ class _Sample(NamedTuple):
 class ClassificationDataset(Dataset):
     """Images and labels of one split of a data set; made by :func:`classification_dataset`.
 
-    ``dataset[i]`` is (transformed image, label, key); the key names the image below the data set's root.
+    ``dataset[i]`` is (transformed image, label, key); the key is the image's name below the data set's root.
 
     Attributes:
         name: of the data set.
@@ -78,9 +78,9 @@ class ClassificationDataset(Dataset):
         return image, self.labels[index], self.keys[index]
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that the images and labels follow from, but for the transform.
+        """SHA-256 of what determines images and labels, except the transform.
 
-        Images in memory count by their content, files by their size and time of change.
+        Images in memory enter with their content, files with their size and modification time.
         """
         digest = hashlib.sha256(json.dumps([self.name, self.classes, self.downscale]).encode())
         for image, label, key in zip(self._images, self.labels, self.keys, strict=True):
@@ -118,25 +118,25 @@ def classification_dataset(
     classes: Sequence[str | int] | None = None,
     per_class: int | None = None,
 ) -> ClassificationDataset:
-    """A data set of :data:`rt_detectron.transfer.sets.TRANSFER_SETS`, or an own one, map-style.
+    """A map-style data set of :data:`rt_detectron.transfer.sets.TRANSFER_SETS`, or a custom one.
 
     Args:
         name: "aircraft", "birdsnap", "caltech101", "caltech256", "cars", "cifar10", "cifar100", "dtd",
             "flowers", "food101", "pets", "sun397"; "folder" for class folders below ``root/train`` and
             ``root/test`` (or ``val``), "shards" for WebDataset shards ``root/*train-*.tar`` and
             ``root/*test-*.tar`` (or ``val``), which are read into memory undecoded.
-        split: "train" or "test", those of the literature; "fit" or "held_out", a fixed 80 % and 20 % of
-            each class of "train", to choose hyperparameters by.
-        root: the folder that holds the sets' own folders, or the own set.
-        download: fetch the set from its authors if it is not there. Its licence is yours to heed.
+        split: "train" or "test", as in the literature; "fit" or "held_out", a fixed 80 % and 20 % of each
+            class of "train", for choosing hyperparameters.
+        root: the folder that holds the folders of the data sets, or the custom data set itself.
+        download: download the set from its authors if it is missing. You must comply with its licence.
         transform: of a uint8 RGB tensor (3, H, W); None leaves it as it is.
-        downscale: the short side in pixels to which larger images are reduced before the transform.
-        classes: names or indices of the classes to keep, which are numbered anew from 0 in this order.
-        per_class: keep only that many images of each class of "train", always the same ones; None keeps all.
+        downscale: short side in pixels to which larger images are resized before the transform.
+        classes: names or indices of the classes to keep, renumbered from 0 in this order.
+        per_class: number of images to keep of each class of "train", always the same ones; None keeps all.
 
     Raises:
         InputError: for an unknown name, split or class, and for a set that is missing, damaged or cannot be
-            downloaded. An image that cannot be read is one when it is asked for.
+            downloaded; from ``dataset[i]``, for an image that cannot be read.
     """
     if name not in TRANSFER_SETS:
         hint = did_you_mean(name, TRANSFER_SETS)
@@ -170,10 +170,10 @@ def _read(name: str, split: str, root: str, download: bool) -> tuple[list[_Sampl
         raise InputError(f"{name} is not in {root}: {expected} ({way_out}; see datasets/README.md)")
     arguments = {"root": root, **({} if entry.by_hand else {"download": download})}
     lock: AbstractContextManager = nullcontext()
-    if download:  # one process, or several trials of a study would write the same files
+    if download:  # by one process at a time: trials of a study write the same files
         lock = locked(folder, "set dataset.download=false, or choose another dataset.root")
-    # Broad, since torchvision, scipy and the network fail in every way there is, and a set that is damaged or
-    # cannot be had is always the user's matter.
+    # Broad, since torchvision, scipy and the network raise all kinds of errors, and only the user can replace
+    # a damaged or missing set.
     try:
         with lock:
             parts = [entry.reader(**arguments, **part) for part in getattr(entry, split)]
@@ -194,7 +194,7 @@ def _read(name: str, split: str, root: str, download: bool) -> tuple[list[_Sampl
     published = entry.sizes and entry.sizes[split == "test"]
     if published not in (None, len(samples)):
         logger.warning(
-            "%s in %s has %d images for %s, where the literature has %d: the accuracies do not compare",
+            "%s in %s has %d images for %s, where the literature has %d: the accuracies are not comparable",
             name, root, len(samples), split, published,
         )  # fmt: skip
     return samples, list(listings[0].classes)
@@ -207,10 +207,10 @@ def _samples(listing: Listing, root: str) -> list[_Sample]:
 
 
 def _divided(samples: list[_Sample], chosen: Callable[[list[int]], list[int]]) -> list[_Sample]:
-    """What ``chosen`` takes of each class, in the order of ``samples``.
+    """The samples that ``chosen`` selects from each class, in the order of ``samples``.
 
-    It gets the class's positions in an order that is fixed and means nothing: that of the hashes of the
-    keys. Unlike with a random generator, the same images are chosen by every version of every library.
+    ``chosen`` gets the positions of a class in a fixed but arbitrary order, by the hashes of their keys.
+    Unlike a random generator, this selects the same images with every version of every library.
     """
 
     def rank(position: int) -> bytes:
@@ -229,7 +229,7 @@ def _drawn(num_train: int, num_test: int | None, split: str, positions: list[int
 
 
 def _held_out(positions: list[int]) -> list[int]:
-    """A fifth, but at least one, unless it is the only one."""
+    """A fifth, but at least one image, unless there is only one."""
     return positions[: max(round(HELD_OUT * len(positions)), min(1, len(positions) - 1))]
 
 
@@ -240,7 +240,7 @@ def _fit(positions: list[int]) -> list[int]:
 def _only(
     classes: Sequence[str | int], samples: list[_Sample], names: list[str], dataset: str
 ) -> tuple[list[_Sample], list[str]]:
-    """The samples of these classes, numbered anew, and the classes' names."""
+    """The samples of these classes, renumbered, and the names of the classes."""
     labels = []
     for choice in [classes] if isinstance(classes, str | int) else classes:
         if isinstance(choice, str) and choice in names:

@@ -1,4 +1,4 @@
-"""The classification sets of the transfer study: where their files lie, how they are divided and scored.
+"""The classification data sets of the transfer study: their files, splits and metrics.
 
 The twelve are those of Salman et al., "Do Adversarially Robust ImageNet Models Transfer Better?" (2020): the
 ones of Kornblith et al., "Do Better ImageNet Models Transfer Better?" (2019), table 1, with Caltech-256 in
@@ -25,13 +25,13 @@ _MOST_CLASSES = 100_000  # a class index of shards beyond it is a mistake
 
 
 class Listing(NamedTuple):
-    """What a split holds, images not yet decoded.
+    """The contents of a split, with images not yet decoded.
 
     Attributes:
-        images: of each image its file, its file's content, or its pixels, uint8 RGB (H, W, 3).
+        images: for each image its path, its encoded bytes, or its pixels, uint8 RGB (H, W, 3).
         labels: class indices.
         classes: their names.
-        keys: the images' names; None for files, which are named by their path below the root.
+        keys: names of the images; None for files, whose names are their paths below the root.
     """
 
     images: Sequence[str | bytes | np.ndarray]
@@ -41,12 +41,12 @@ class Listing(NamedTuple):
 
 
 def _listed(part: Dataset) -> Listing:
-    """What most of torchvision's sets know of their images."""
+    """From the attributes that most of torchvision's data sets have."""
     return Listing(part._image_files, part._labels, part.classes)
 
 
 def _caltech(part: Dataset, folder: str, name: str) -> Listing:
-    """torchvision's Caltech sets number the images of each class from 1 on."""
+    """torchvision's Caltech data sets number the images of each class from 1."""
     files = [
         os.path.join(part.root, folder, part.categories[label], name.format(label=label + 1, index=index))
         for label, index in zip(part.y, part.index, strict=True)
@@ -65,7 +65,7 @@ def _cars(part: Dataset) -> Listing:
 
 
 def _birdsnap(root: str, split: str) -> Listing:
-    """Birdsnap 1.1 as its own script downloads it: of its images those that were still to be had."""
+    """Birdsnap 1.1 as its own script downloads it: only the images that are still available."""
     folder = os.path.join(root, "birdsnap")
     with open(os.path.join(folder, "test_images.txt")) as file:
         test = set(file.read().split()[1:])  # below a heading: SPECIES/NUMBER.jpg
@@ -88,7 +88,7 @@ def _folder(root: str, split: str) -> Listing:
 
 
 def _shards(root: str, split: str) -> Listing:
-    """WebDataset shards, read into memory. Both splits are, since only together they tell the classes."""
+    """WebDataset shards, read into memory. Both splits are read, since the classes follow from both."""
     shards = defaultdict(list)
     for name in sorted(os.listdir(root)):
         if found := re.fullmatch(r"(?:.*[-_])?(train|test|val)[-_.](?:.*\.)?tar(?:\.\w+)?", name):
@@ -105,7 +105,7 @@ def _shards(root: str, split: str) -> Listing:
     return Listing(images, labels, [str(label) for label in range(most + 1)], keys)
 
 
-@functools.lru_cache(maxsize=2)  # a transfer asks for both splits of a set, and each time both are needed
+@functools.lru_cache(maxsize=2)  # a transfer needs both splits, and each of them reads both
 def _read_shards(shards: tuple[tuple[str, int], ...]) -> list[tuple[bytes, int, str]]:
     """Image file, class and key ("SHARD: KEY") of all samples in these shards: (path, time of change)."""
     paths = [path for path, _ in shards]
