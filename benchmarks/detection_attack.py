@@ -22,8 +22,8 @@ from tabulate import tabulate
 from torch import nn
 
 import rt_detectron  # noqa: F401  (registers the backbones)
-from rt_detectron.attacks import PGD, DetectorAttack, ThreatModel
-from rt_detectron.attacks.detection import LOSSES
+from rt_detectron.attacks import PGD, DetectorAttack, ThreatModel, build_detector_attack
+from rt_detectron.attacks.detection import DETECTOR_ATTACKS
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.detection import load_detector_config
 from rt_detectron.utils.errors import one_line_errors
@@ -106,8 +106,8 @@ def table(cfg: CfgNode, args: argparse.Namespace) -> str:
     rows = []
     for width in args.sizes:
         given = annotated_photograph(width, model.device)
-        for loss in LOSSES:
-            attack = DetectorAttack(PGD(ThreatModel("linf", 4.0), args.steps), loss)
+        for loss in DETECTOR_ATTACKS:
+            attack = build_detector_attack(loss, PGD(ThreatModel("linf", 4.0), args.steps))
             unit, attacked = measure(model, given, attack, args.rounds)
             rows.append(
                 [width, loss, 1000 * unit, 1000 * attacked / args.steps, attacked / args.steps / unit]

@@ -1,19 +1,42 @@
 """Each extension of docs/architecture.md, made in as many files as it says."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.config import LazyCall as L
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import nn
 from torchvision import models
 
 from rt_detectron import load_backbone, load_classifier
-from rt_detectron.attacks import PGD, ThreatModel, register_attack, registry
+from rt_detectron.attacks import (
+    PGD,
+    DetectorAttack,
+    LossAttack,
+    ThreatModel,
+    build_detector_attack,
+    detection,
+    register_attack,
+    register_detector_attack,
+    registry,
+)
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, TORCHVISION, Architecture, Family
 from rt_detectron.checkpoint.convert import convert_checkpoint
+from rt_detectron.data import check_datasets
+from rt_detectron.evaluation.robustness import (
+    evaluate_robustness,
+    evaluation,
+    keys_help,
+    robustness_evaluations,
+    robustness_table,
+)
+from rt_detectron.evaluation.robustness.evaluation import Evaluation, Row, register_evaluation
+from rt_detectron.evaluation.robustness.test_set import annotated_test_mapper
 from rt_detectron.modeling.backbone.fpn import register_pyramids
 from rt_detectron.modeling.backbone.torchvision import build_robust_torchvision_backbone
 from rt_detectron.pretrain.evaluation import evaluate_classifier
@@ -196,3 +219,140 @@ class TestStrategy:
         assert "(strategy Mixed)" in (tmp_path / "out" / "model_card.md").read_text()
         digits_cfg.train.epochs = 1
         do_train(digits_cfg, resume=True)
+
+
+@pytest.fixture
+def quick_cfg(learned, tmp_path):
+    """The config of the tiny detector that learned its test set, with an output folder of its own."""
+    cfg = learned[0].clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    cfg.TEST.ATTACK.MAX_IMAGES = 2
+    return cfg
+
+
+class TestDetectorAttack:
+    """A class with a name: the config takes it, and results and the table call it by that name."""
+
+    @pytest.fixture
+    def brightest(self, monkeypatch):
+        monkeypatch.setitem(detection.DETECTOR_ATTACKS, "brightest", None)  # so that it is removed again
+
+        @register_detector_attack
+        class Brightest(DetectorAttack):
+            """Makes every pixel as bright as the threat model allows."""
+
+            name = "brightest"
+
+            def __call__(self, model, inputs):
+                change = 255 * self.pgd.threat_model.radius
+                return [{**each, "image": (each["image"] + change).clamp(0, 255)} for each in inputs]
+
+        return Brightest
+
+    def test_it_is_evaluated_by_its_name(self, learned, quick_cfg, brightest):
+        quick_cfg.TEST.ATTACK.LINF_EPS = (8,)
+        quick_cfg.TEST.ATTACK.LOSSES = ("brightest", "all")
+        quick_cfg.TEST.ATTACK.STEPS = 1
+        quick_cfg.TEST.PICTURES = 1
+        content = evaluate_robustness(quick_cfg, learned[1])
+        assert [entry["loss"] for entry in content["attack"]] == ["brightest", "all"]
+        assert content["pictures"][0]["file"] == "robustness/attack-linf-8-brightest-image1.jpg"
+        (line,) = [line for line in robustness_table(content).splitlines() if "brightest" in line]
+        ap = content["attack"][0]["metrics"]["bbox"]["AP"]
+        assert line.split()[:5] == ["Linf", "eps", "8,", "brightest", "2"]
+        assert f"{ap:.2f}" in line
+
+    def test_another_objective_is_a_class_with_its_terms(self, learned, monkeypatch):
+        monkeypatch.setitem(detection.DETECTOR_ATTACKS, "proposals", None)
+
+        @register_detector_attack
+        class Proposals(LossAttack):
+            name, terms = "proposals", ("rpn",)
+
+        cfg, model = learned
+        mapper = annotated_test_mapper(cfg)
+        images = [mapper(image) for image in DatasetCatalog.get(cfg.DATASETS.TEST[0])[:1]]
+        attack = build_detector_attack("proposals", PGD(ThreatModel("linf", 4), steps=1))
+        (attacked,) = attack(model, images)
+        assert (attacked["image"] - images[0]["image"]).abs().max() == pytest.approx(4, abs=1e-3)
+        other = build_detector_attack("all", attack.pgd)(model, images)[0]
+        assert not torch.equal(attacked["image"], other["image"])
+
+
+class TestEvaluation:
+    """A registered class: results, table and --help have it, and the config asks for it by its keys."""
+
+    @pytest.fixture
+    def rotation(self, monkeypatch):
+        monkeypatch.setitem(evaluation.EVALUATIONS, "rotation", None)
+
+        @register_evaluation
+        class Rotation(Evaluation):
+            name = "rotation"
+            keys: ClassVar[dict[str, str]] = {"TEST.ROTATION True": "AP on images turned upside down"}
+
+            def __init__(self, requested):
+                self.requested = requested
+
+            @classmethod
+            def from_config(cls, cfg):
+                return cls(cfg.TEST.ROTATION)
+
+            @property
+            def is_requested(self):
+                return self.requested
+
+            def measure(self, session):
+                if not self.requested:
+                    return None
+                images = session.images()
+                clean = session.clean(images)
+                metrics = session.measure("rotation", images, clean=clean, perturb=turn, change="turned")
+                return {"images": len(images.dicts), "metrics": metrics}
+
+            @staticmethod
+            def rows(results):
+                if results:
+                    yield Row("turned", results["images"], results["metrics"])
+
+        def turn(model, inputs):
+            return [{**each, "image": each["image"].flip((1, 2))} for each in inputs]
+
+    def test_it_is_in_results_table_and_help(self, learned, quick_cfg, rotation):
+        quick_cfg.TEST.ROTATION = True
+        content = evaluate_robustness(quick_cfg, learned[1])
+        found = content["rotation"]["metrics"]["bbox"]["AP"]
+        assert found < content["clean"]["metrics"]["bbox"]["AP"]
+        assert list(content)[:5] == ["clean", "attack", "corruption", "rotation", "pictures"]
+        lines = robustness_table(content).splitlines()
+        assert lines[-1].split()[:3] == ["turned", "6", f"{found:.2f}"]
+        assert "TEST.ROTATION True" in keys_help()
+
+    def test_it_is_named_where_nothing_is_requested(self, quick_cfg, rotation):
+        quick_cfg.TEST.ROTATION = False
+        with pytest.raises(InputError, match=r"nothing to evaluate: set .* or TEST\.ROTATION True"):
+            robustness_evaluations(quick_cfg)
+
+
+class TestDataset:
+    """A detection set of one's own is registered as with Detectron2 alone, and derived sets come with it."""
+
+    @pytest.fixture
+    def own(self, tiny_datasets):
+        folder = tiny_datasets / "demo" / "detection"
+        name = "my_own_set"
+        annotations = folder / "annotations" / "instances_val.json"
+        register_coco_instances(name, {}, str(annotations), str(folder / "val"))
+        yield name
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+    def test_it_is_evaluated(self, learned, quick_cfg, own):
+        check_datasets([own])
+        quick_cfg.DATASETS.TEST = (own,)
+        quick_cfg.TEST.CORRUPTION.NAMES = ("contrast",)
+        quick_cfg.TEST.CORRUPTION.SEVERITIES = (1,)
+        content = evaluate_robustness(quick_cfg, learned[1])
+        assert content["datasets"][0]["name"] == own
+        assert content["clean"]["images"] == content["corruption"]["images"] == 4

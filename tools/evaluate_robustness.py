@@ -1,20 +1,13 @@
 #!/usr/bin/env python
-"""Measure a detector's AP on clean, on attacked and on corrupted images of DATASETS.TEST.
+"""Evaluate a detector on clean, attacked and corrupted images of DATASETS.TEST.
 
-What is measured is asked for by keys, of the config file or behind the options:
+Config keys, in the config file or after the options, say what to measure:
 
-  TEST.ATTACK.LINF_EPS "[1,2,4]"     PGD on the detector's input, Linf, eps in units of 1/255
-  TEST.ATTACK.L2_EPS "[0.5,1]"       the same with L2, for images in [0, 1] after resizing
-  TEST.ATTACK.STEPS 10, TEST.ATTACK.RESTARTS 1
-  TEST.ATTACK.LOSSES "['all']"       what it raises: classification, localization, mask, all, vanishing
-  TEST.CORRUPTION.NAMES "['common']" the 15 common corruptions; or 'all' (15 + 4), or names as 'fog'
-  TEST.CORRUPTION.SEVERITIES "[1,2,3,4,5]"
-  TEST.ATTACK.MAX_IMAGES 100, TEST.CORRUPTION.MAX_IMAGES 100     a quick look at that many images
-  TEST.PICTURES 4                    before/after pictures of so many images, for each of these
+{keys}
+  TEST.PICTURES 4                            pictures of this many images, before and after each change
 
-Writes OUTPUT_DIR/robustness.json, which is there only when all is measured, prints a table, and puts the rest
-into OUTPUT_DIR/robustness. With --resume, what an interrupted run of the same config and weights has measured
-is not measured again.
+Writes OUTPUT_DIR/robustness.json once everything is measured, prints a table, and puts all other files into
+OUTPUT_DIR/robustness. With --resume, an interrupted run with the same config and weights is continued.
 
 examples:
   tools/evaluate_robustness.py --config-file configs/robust_r50_eps3.yaml --num-gpus 8 \\
@@ -35,18 +28,19 @@ from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
 from rt_detectron.detection import Trainer, load_detector_config
 from rt_detectron.engine.launch import launch
-from rt_detectron.evaluation.robustness.evaluate import (
+from rt_detectron.evaluation.robustness import (
     evaluate_robustness,
+    keys_help,
     robustness_config,
+    robustness_evaluations,
     robustness_table,
 )
-from rt_detectron.evaluation.robustness.plan import robustness_plan
 from rt_detectron.utils.errors import one_line_errors
 
 
 def main(args: argparse.Namespace) -> None:
     cfg = load_detector_config(args.config_file, args.opts)
-    robustness_plan(cfg)  # a mistake is better told before anything is loaded
+    robustness_evaluations(cfg)  # reports mistakes before anything is loaded
     check_datasets(cfg.DATASETS.TEST)
     own = robustness_config(cfg)
     default_setup(own, args)
@@ -60,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = default_argument_parser(epilog=__doc__)
+    parser = default_argument_parser(epilog=__doc__.format(keys=keys_help()))
     args = parser.parse_args()
     with one_line_errors():
         launch(main, args)

@@ -4,7 +4,13 @@ import importlib
 import pkgutil
 
 from rt_detectron.attacks.autoattack import AutoAttack
-from rt_detectron.attacks.detection import DetectorAttack, RandomNoise
+from rt_detectron.attacks.detection import (
+    DetectorAttack,
+    LossAttack,
+    RandomNoise,
+    build_detector_attack,
+    register_detector_attack,
+)
 from rt_detectron.attacks.pgd import PGD
 from rt_detectron.attacks.registry import attack_named, register_attack
 from rt_detectron.attacks.threat_model import ThreatModel
@@ -13,10 +19,13 @@ __all__ = [
     "PGD",
     "AutoAttack",
     "DetectorAttack",
+    "LossAttack",
     "RandomNoise",
     "ThreatModel",
     "attack_named",
+    "build_detector_attack",
     "register_attack",
+    "register_detector_attack",
 ]
 
 for _module in pkgutil.iter_modules(__path__):  # so that each attack registers its names

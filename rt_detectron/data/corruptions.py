@@ -1,4 +1,4 @@
-"""Common corruptions of images, as a mapper for Detectron2's test loader.
+"""Common corruptions of images, for Detectron2's test loader.
 
 The 15 + 4 corruptions in 5 severities of Hendrycks & Dietterich (2019), "Benchmarking Neural Network
 Robustness to Common Corruptions and Perturbations", in the version for images of any size of Michaelis et al.
@@ -6,14 +6,16 @@ Robustness to Common Corruptions and Perturbations", in the version for images o
 """
 
 import contextlib
+import copy
 import hashlib
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
+from detectron2.data import DatasetMapper
+from detectron2.data.transforms import Augmentation, AugmentationList
+from detectron2.data.transforms.transform import ColorTransform
 from PIL import Image
 
 from rt_detectron.utils.errors import InputError, did_you_mean, optional_import
@@ -58,16 +60,16 @@ def corruption_names(names: Iterable[str]) -> tuple[str, ...]:
 def corrupt(
     image: np.ndarray, name: str, severity: int, seed: int = 0, image_id: int | str = ""
 ) -> np.ndarray:
-    """A corrupted copy of ``image``, which depends on nothing but the arguments.
+    """A corrupted copy of ``image``. It depends on the arguments alone.
 
     Args:
         image: H x W x 3, uint8, RGB; no side shorter than 32 pixels.
         name: a corruption's name, see :func:`corruption_names`.
         severity: 1 (slight) to 5.
-        seed, image_id: together with name and severity they choose the random numbers.
+        seed, image_id: the random numbers depend on these, the name and the severity.
 
     Raises:
-        InputError: for a smaller image, an unknown name or severity, and where imagecorruptions is missing.
+        InputError: for a smaller image, an unknown name or severity, or if imagecorruptions is missing.
     """
     function = _function(name)
     if severity not in SEVERITIES:
@@ -76,53 +78,80 @@ def corrupt(
         height, width = image.shape[:2]
         raise InputError(
             f"an image of {width} x {height} pixels is too small to be corrupted: leave out images with a "
-            f"side below {_SMALLEST_SIDE} pixels"
+            f"side shorter than {_SMALLEST_SIDE} pixels"
         )
-    # imagecorruptions draws from numpy's global generator, and prints where it crops by a pixel.
+    # imagecorruptions uses numpy's global generator, and prints a line if it crops by a pixel.
     with _numpy_seeded(seed, image_id, name, severity), contextlib.redirect_stdout(None):
         corrupted = np.asarray(function(Image.fromarray(image), severity))
     return corrupted.astype(np.uint8)
 
 
-class CorruptionMapper:
-    """Any mapper, on corrupted images; for ``build_detection_test_loader(dataset, mapper=...)``.
-
-    The image is corrupted as it is stored, before it is resized, as Michaelis et al. do, in whatever worker
-    process the mapper runs in. ``mapper`` finds the result in a temporary file, so it runs unchanged, its
-    colour order and annotations included.
+class CorruptionAugmentation(Augmentation):
+    """A corruption as one of Detectron2's augmentations; for the image as it was read, so put it first.
 
     Args:
-        mapper: takes a dataset dict, reads its "file_name"; usually Detectron2's DatasetMapper.
-        name, severity, seed: as for :func:`corrupt`; its image id is the dict's, else the file's name.
+        name, severity, seed, image_id: as for :func:`corrupt`.
+        image_format: the images' channel order, "RGB" or "BGR".
 
     Raises:
-        InputError: where imagecorruptions is missing, or the name or severity is unknown; from a call, naming
-            the file, for an image that is too small.
+        InputError: for another format, and see :func:`corrupt`.
     """
 
-    def __init__(self, mapper: Callable[[dict], dict], name: str, severity: int, seed: int = 0):
-        corrupt(np.zeros((_SMALLEST_SIDE, _SMALLEST_SIDE, 3), np.uint8), name, severity)  # say it now if not
+    def __init__(
+        self, name: str, severity: int, seed: int = 0, image_id: int | str = "", image_format: str = "RGB"
+    ):
+        if image_format not in ("RGB", "BGR"):
+            raise InputError(f"corruptions: INPUT.FORMAT is {image_format!r}; it must be RGB or BGR")
+        self.name, self.severity, self.seed, self.image_id = name, severity, seed, image_id
+        self.image_format = image_format
+
+    def get_transform(self, image: np.ndarray) -> ColorTransform:
+        return ColorTransform(self._corrupt)
+
+    def _corrupt(self, image: np.ndarray) -> np.ndarray:
+        """H x W x 3, uint8."""
+        channels = slice(None, None, -1 if self.image_format == "BGR" else 1)  # imagecorruptions takes RGB
+        rgb = np.ascontiguousarray(image[:, :, channels])
+        return corrupt(rgb, self.name, self.severity, self.seed, self.image_id)[:, :, channels]
+
+
+class CorruptionMapper:
+    """A DatasetMapper on corrupted images, for ``build_detection_test_loader(dataset, mapper=...)``.
+
+    The image is corrupted as it is stored, before it is resized, as Michaelis et al. do. Annotations are
+    unchanged.
+
+    Args:
+        mapper: Detectron2's DatasetMapper, or another with its ``augmentations`` and ``image_format``.
+        name, severity, seed: as for :func:`corrupt`. Its image id is the dict's, else the file's name.
+
+    Raises:
+        InputError: if imagecorruptions is missing, or for an unknown name or severity. When called, for an
+            image that is too small, with its file.
+    """
+
+    def __init__(self, mapper: DatasetMapper, name: str, severity: int, seed: int = 0):
+        corrupt(np.zeros((_SMALLEST_SIDE, _SMALLEST_SIDE, 3), np.uint8), name, severity)  # fails early
         self.mapper, self.name, self.severity, self.seed = mapper, name, severity, seed
 
     def __call__(self, dataset_dict: dict) -> dict:
         path = dataset_dict["file_name"]
         image_id = dataset_dict.get("image_id", os.path.basename(path))
+        corruption = CorruptionAugmentation(
+            self.name, self.severity, self.seed, image_id, self.mapper.image_format
+        )
+        # An augmentation is not told which image it gets, so each image has its own.
+        mapper = copy.copy(self.mapper)
+        mapper.augmentations = AugmentationList([corruption, self.mapper.augmentations])
         try:
-            image = corrupt(read_image(path, "RGB"), self.name, self.severity, self.seed, image_id)
+            return mapper(dataset_dict)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        with tempfile.NamedTemporaryFile(
-            suffix=".bmp"
-        ) as file:  # lossless, and the fastest to write and read
-            Image.fromarray(image).save(file, "BMP")
-            file.flush()
-            mapped = self.mapper({**dataset_dict, "file_name": file.name})
-        return {**mapped, "file_name": path}
 
 
 @contextlib.contextmanager
 def _numpy_seeded(*key: int | str) -> Iterator[None]:
-    """Numpy's global generator seeded by ``key`` within the block, and as it was after it."""
+    """Seed numpy's global generator with ``key`` in the block and restore its state afterwards."""
     digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
     state = np.random.get_state()
     np.random.seed(np.frombuffer(digest, "<u4"))
@@ -134,7 +163,7 @@ def _numpy_seeded(*key: int | str) -> Iterator[None]:
 
 def _function(name: str) -> Callable[[Image.Image, int], np.ndarray | Image.Image]:
     (name,) = corruption_names([name])
-    with warnings.catch_warnings():  # of its imports from deprecated places
+    with warnings.catch_warnings():  # about its deprecated imports
         warnings.simplefilter("ignore")
         corruptions = optional_import(
             "imagecorruptions.corruptions",
@@ -144,9 +173,9 @@ def _function(name: str) -> Callable[[Image.Image, int], np.ndarray | Image.Imag
     return _REPLACEMENTS.get(name) or getattr(corruptions, name)
 
 
-# What follows replaces functions of imagecorruptions 1.1.2: three that use arguments and names which
-# scikit-image and numpy no longer have, one that draws from a generator which cannot be seeded from outside
-# any more, and one that gives NaN where there is nothing to draw. Constants and formulas are the originals'.
+# These replace functions of imagecorruptions 1.1.2: three use arguments and names that scikit-image and numpy
+# no longer have, one uses a generator that can no longer be seeded from outside, and one returns NaN if there
+# is nothing to draw. Constants and formulas are the same.
 
 
 def _gaussian_blur(image: Image.Image, severity: int) -> np.ndarray:
@@ -157,15 +186,15 @@ def _gaussian_blur(image: Image.Image, severity: int) -> np.ndarray:
 def _glass_blur(image: Image.Image, severity: int) -> np.ndarray:
     """The original's loop over pixels, each of which takes the value of a near one, as array operations.
 
-    Its "swap" through numpy's views copies only: x[p] = x[q]. So the result is where each pixel's value comes
-    from in the end: from q itself, if the loop reached q later or never, else from where q's came from.
+    The original means to swap pixels, but through numpy's views it only copies: x[p] = x[q]. So p ends up
+    with q's original value if the loop reaches q later or never, else with the value that q has received.
     """
     sigma, delta, iterations = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))[severity - 1]
     blurred = (_blurred(np.array(image) / 255.0, sigma) * 255).astype(np.uint8)
     height, width = blurred.shape[:2]
     ys, xs = np.arange(height - delta, delta, -1), np.arange(width - delta, delta, -1)
     visited = (ys[:, None] * width + xs).ravel()  # in the loop's order: backwards
-    order = np.full(height * width, visited.size)  # of each pixel's turn; after all others' if it has none
+    order = np.full(height * width, visited.size)  # each pixel's turn; last if the loop skips it
     order[visited] = np.arange(visited.size)
     pixels = blurred.reshape(height * width, -1)
     for _ in range(iterations):
@@ -174,7 +203,7 @@ def _glass_blur(image: Image.Image, severity: int) -> np.ndarray:
         source[visited] += dy * width + dx
         final = np.ones(source.size, bool)
         final[visited] = order[source[visited]] >= order[visited]
-        while not final.all():  # doubles the length of the chains that are followed
+        while not final.all():  # each pass doubles the length of the chains followed
             source, final = np.where(final, source, source[source]), final | final[source]
         pixels = pixels[source]
     return np.clip(_blurred(pixels.reshape(blurred.shape) / 255.0, sigma), 0, 1) * 255
@@ -215,12 +244,12 @@ def _impulse_noise(image: Image.Image, severity: int) -> np.ndarray:
     from skimage.util import random_noise
 
     amount = (0.03, 0.06, 0.09, 0.17, 0.27)[severity - 1]
-    rng = np.random.randint(2**31)  # so that numpy's global seed decides, as in scikit-image of old
+    rng = np.random.randint(2**31)  # numpy's global seed decides, as in old scikit-image
     return np.clip(random_noise(np.array(image) / 255.0, mode="s&p", amount=amount, rng=rng), 0, 1) * 255
 
 
 def _spatter(image: Image.Image, severity: int) -> np.ndarray:
-    """A small image may happen to get no drop: then the original divides zero by zero."""
+    """The original, except where a small image gets no drop: there it divides zero by zero."""
     from imagecorruptions import corruptions
 
     with np.errstate(invalid="ignore"):

@@ -23,7 +23,8 @@ from rt_detectron.engine.loop import build_optimizer
 from rt_detectron.engine.signals import StopSignals
 from rt_detectron.evaluation.results import describe_dataset
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import finite, write_json
+from rt_detectron.utils.files import write_json
+from rt_detectron.utils.numbers import finite
 from rt_detectron.utils.versions import versions
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from rt_detectron.evaluation.build import inference_folder
-from rt_detectron.utils.files import finite, text_sha256, write_json
+from rt_detectron.utils.files import text_sha256, write_json
+from rt_detectron.utils.numbers import finite
 from rt_detectron.utils.versions import versions
 
 

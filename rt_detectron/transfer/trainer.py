@@ -28,7 +28,8 @@ from rt_detectron.transfer.evaluation import TransferEvaluator, predictions_file
 from rt_detectron.transfer.features import Features, compute_features
 from rt_detectron.transfer.head import HeadTrainer, fit_logistic_regression, fresh_linear
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import finite, write_json
+from rt_detectron.utils.files import write_json
+from rt_detectron.utils.numbers import finite
 from rt_detectron.utils.versions import versions
 
 logger = logging.getLogger(__name__)

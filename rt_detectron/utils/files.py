@@ -3,11 +3,9 @@
 import hashlib
 import json
 import logging
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Integral, Real
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock
@@ -39,17 +37,6 @@ def write_json(path: str | os.PathLike, content: dict) -> None:
     """Write ``content``, without NaN in it, atomically."""
     with replaced_atomically(path) as temporary, open(temporary, "w") as file:
         json.dump(content, file, indent=2, allow_nan=False)
-
-
-def finite(value):
-    """``value`` for JSON, which has null and no NaN: Detectron2's AP of a class without ground truth, say."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, Real) and not isinstance(value, Integral):  # numpy's too, which json does not know
-        return float(value) if math.isfinite(value) else None
-    return value
 
 
 def cache_folder(kind: str) -> str:

@@ -10,9 +10,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from rt_detectron.attacks import PGD, DetectorAttack, RandomNoise, ThreatModel
-from rt_detectron.attacks.detection import LOSSES
-from rt_detectron.evaluation.robustness.images import annotated_test_mapper
+from rt_detectron.attacks import PGD, RandomNoise, ThreatModel, build_detector_attack
+from rt_detectron.attacks.detection import DETECTOR_ATTACKS
+from rt_detectron.evaluation.robustness.test_set import annotated_test_mapper
 from rt_detectron.utils.errors import InputError
 
 BALLS = [ThreatModel("l2", 1.0), ThreatModel("linf", 4.0)]
@@ -123,7 +123,7 @@ def test_equals_the_plain_loop(make_detector, picture, kind, loss, chosen):
     model = make_detector(kind)
     ball = BALLS[0]
     expected = plain_loop(model, picture, ball, 2, chosen)
-    (found,) = DetectorAttack(PGD(ball, steps=2), loss)(model, [picture])
+    (found,) = build_detector_attack(loss, PGD(ball, steps=2))(model, [picture])
     assert (expected - picture["image"]).norm() == pytest.approx(255, rel=0.01)
     # A ReLU or a maximum that is a tie but for rounding sends its gradient elsewhere.
     assert (found["image"] - expected).norm() < 0.03 * 255
@@ -132,7 +132,7 @@ def test_equals_the_plain_loop(make_detector, picture, kind, loss, chosen):
 def test_the_mask_loss_and_linf_equal_the_plain_loop(make_detector, picture):
     model = make_detector("fpn")
     expected = plain_loop(model, picture, BALLS[1], 2, lambda name: name == "loss_mask")
-    (found,) = DetectorAttack(PGD(BALLS[1], steps=2), "mask")(model, [picture])
+    (found,) = build_detector_attack("mask", PGD(BALLS[1], steps=2))(model, [picture])
     # The sign of a gradient that is zero but for rounding is anyone's.
     assert ((found["image"] - expected).abs() < 1e-2).float().mean() > 0.99
     assert (found["image"] - picture["image"]).abs().max() == pytest.approx(4, abs=1e-3)
@@ -151,7 +151,7 @@ def test_vanishing_is_training_towards_no_object_on_all_proposals(make_detector,
     expected = (x - 0.5 * 255 * g / g.norm()).clamp(0, 255).detach()
     if kind == "fpn":
         model.roi_heads.batch_size_per_image = 8
-    attack = DetectorAttack(PGD(ball, steps=1, relative_step_size=1.0), "vanishing")
+    attack = build_detector_attack("vanishing", PGD(ball, steps=1, relative_step_size=1.0))
     (found,) = attack(model, [picture])
     assert (found["image"] - expected).norm() < 1e-2 * 128
     if kind == "fpn":
@@ -163,7 +163,7 @@ def test_vanishing_is_training_towards_no_object_on_all_proposals(make_detector,
 def test_a_batch_is_as_one_by_one(make_detector, photograph, kind):
     model = make_detector(kind)
     inputs = [annotated(photograph[:, :64, :96], 1), annotated(photograph[:, 32:, 32:], 2, objects=1)]
-    attack = DetectorAttack(PGD(BALLS[0], steps=2))
+    attack = build_detector_attack("all", PGD(BALLS[0], steps=2))
     together = attack(model, inputs)
     for given, found in zip(inputs, together, strict=True):
         (alone,) = attack(model, [given])
@@ -177,7 +177,7 @@ def test_each_image_has_its_own_ball_and_padding_stays_zero(make_detector, photo
     inputs = [annotated(photograph, 1), annotated(photograph[:, :60, :70].flip(2), 2)]
     seen = []
     model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
-    attack = DetectorAttack(PGD(ball, steps=2, random_start=True, restarts=2))
+    attack = build_detector_attack("all", PGD(ball, steps=2, random_start=True, restarts=2))
     found = attack(model, inputs)
     assert len(seen) == 2 * (2 + 1)  # no pass more than the steps, and one to compare the restarts
     assert all(torch.equal(batch[1, :, 60:], torch.zeros_like(batch[1, :, 60:])) for batch in seen)
@@ -196,7 +196,7 @@ def test_each_image_has_its_own_ball_and_padding_stays_zero(make_detector, photo
 def test_restarts_keep_the_largest_loss(make_detector, picture):
     model = make_detector("fpn")
     once, thrice = (
-        DetectorAttack(PGD(ThreatModel("l2", 0.3), steps=1, random_start=True, restarts=restarts))
+        build_detector_attack("all", PGD(ThreatModel("l2", 0.3), 1, random_start=True, restarts=restarts))
         for restarts in (1, 3)
     )
     better = []
@@ -230,7 +230,7 @@ def test_leaves_no_trace(make_detector, picture, monkeypatch, kind, fails):
     model.backbone.bottom_up.stem.conv1.weight.requires_grad_(False)
     model.loss_normalizer = 42.0
     before = state_of(model)
-    attack = DetectorAttack(PGD(BALLS[0], steps=2, random_start=True))
+    attack = build_detector_attack("all", PGD(BALLS[0], steps=2, random_start=True))
     if fails:
         monkeypatch.setattr(ThreatModel, "step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -246,7 +246,7 @@ def test_leaves_no_trace(make_detector, picture, monkeypatch, kind, fails):
 
 def test_it_is_the_detector_of_eval_mode_that_is_attacked(make_detector, picture):
     model = make_detector("fpn", NORM="BN")
-    attack = DetectorAttack(PGD(BALLS[0], steps=1))
+    attack = build_detector_attack("all", PGD(BALLS[0], steps=1))
     (expected,) = attack(model, [picture])
     (found,) = attack(model.train(), [picture])
     assert torch.equal(found["image"], expected["image"])
@@ -254,23 +254,23 @@ def test_it_is_the_detector_of_eval_mode_that_is_attacked(make_detector, picture
 
 def test_works_where_gradients_are_switched_off_and_again(make_detector, picture):
     model = make_detector("fpn")
-    attack = DetectorAttack(PGD(BALLS[0], steps=1, random_start=True), seed=3)
+    attack = build_detector_attack("all", PGD(BALLS[0], steps=1, random_start=True), seed=3)
     (first,) = attack(model, [picture])
     with torch.no_grad():
         (again,) = attack(model, [{**picture, "image": picture["image"].float()}])
     assert torch.equal(first["image"], again["image"])
-    (other,) = DetectorAttack(attack.pgd, seed=4)(model, [picture])
+    (other,) = build_detector_attack("all", attack.pgd, seed=4)(model, [picture])
     assert not torch.equal(first["image"], other["image"])
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", DETECTOR_ATTACKS)
 @pytest.mark.parametrize("kind", ["fpn", "cascade", "retinanet"])
 def test_an_image_without_objects(make_detector, photograph, kind, loss):
     if (kind, loss) == ("retinanet", "mask"):
         pytest.skip("no masks")
     model = make_detector(kind)
     given = annotated(photograph[:, :64, :64], 1, objects=0)
-    (found,) = DetectorAttack(PGD(BALLS[0], steps=1, relative_step_size=1.0), loss)(model, [given])
+    (found,) = build_detector_attack(loss, PGD(BALLS[0], steps=1, relative_step_size=1.0))(model, [given])
     moved = (found["image"] - given["image"]).norm()
     assert torch.isfinite(found["image"]).all()
     if loss in ("mask", "localization"):  # which such an image does not have
@@ -305,8 +305,8 @@ def test_vanishing_leaves_fewest_detections(learned, tiny_pictures):
     vanished, misled, noisy = (
         detections(model, change(model, tiny_pictures))
         for change in (
-            DetectorAttack(PGD(ball, steps=10), "vanishing"),
-            DetectorAttack(PGD(ball, steps=10), "all"),
+            build_detector_attack("vanishing", PGD(ball, steps=10)),
+            build_detector_attack("all", PGD(ball, steps=10)),
             RandomNoise(ball),
         )
     )
@@ -323,17 +323,17 @@ def tiny_pictures(learned):
 class TestMistakes:
     def test_an_unknown_loss(self):
         with pytest.raises(InputError, match="loss 'boxes' is unknown; use one of classification, "):
-            DetectorAttack(PGD(BALLS[0], steps=1), "boxes")
+            build_detector_attack("boxes", PGD(BALLS[0], steps=1))
 
     def test_a_loss_that_the_detector_has_not(self, make_detector, picture):
         with pytest.raises(InputError, match="no mask loss; it has loss_cls, loss_box_reg"):
-            DetectorAttack(PGD(BALLS[0], steps=1), "mask")(make_detector("retinanet"), [picture])
+            build_detector_attack("mask", PGD(BALLS[0], steps=1))(make_detector("retinanet"), [picture])
 
     def test_no_ground_truth(self, make_detector, picture):
         del picture["instances"]
         with pytest.raises(InputError, match="has no annotations"):
-            DetectorAttack(PGD(BALLS[0], steps=1))(make_detector("fpn"), [picture])
+            build_detector_attack("all", PGD(BALLS[0], steps=1))(make_detector("fpn"), [picture])
 
     def test_a_network_of_another_kind(self, picture):
         with pytest.raises(InputError, match="Identity is no GeneralizedRCNN"):
-            DetectorAttack(PGD(BALLS[0], steps=1))(torch.nn.Identity(), [picture])
+            build_detector_attack("all", PGD(BALLS[0], steps=1))(torch.nn.Identity(), [picture])

@@ -10,6 +10,8 @@ import skimage.filters
 import torch
 from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.data import transforms as T
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import BoxMode
 from PIL import Image
 
 from rt_detectron.data import CorruptionMapper, corruption_names
@@ -165,6 +167,34 @@ class TestMapper:
         mapped = CorruptionMapper(mapper, "brightness", 5, seed=2)(dataset[0])
         assert torch.equal(mapped.pop("image"), expected.pop("image"))
         assert mapped == {**expected, "file_name": dataset[0]["file_name"]}
+
+    @pytest.mark.parametrize("image_format", ["BGR", "RGB"])
+    @pytest.mark.parametrize("name", ["contrast", "gaussian_noise", "jpeg_compression", "glass_blur"])
+    def test_it_equals_the_mapper_on_a_corrupted_file(self, dataset, tmp_path, name, image_format):
+        """The reference writes every corrupted image to a lossless file, which the mapper then reads."""
+        mapper = self.mapper(image_format)
+        in_memory = CorruptionMapper(mapper, name, 3, seed=5)
+        for given in dataset:
+            image = corrupt(read_image(given["file_name"], "RGB"), name, 3, 5, given["image_id"])
+            path = tmp_path / "corrupted.bmp"
+            Image.fromarray(image).save(path)
+            expected = mapper({**given, "file_name": str(path)})
+            mapped = in_memory(given)
+            assert torch.equal(mapped.pop("image"), expected.pop("image"))
+            assert mapped == {**expected, "file_name": given["file_name"]}
+
+    def test_annotations_are_transformed_as_without_corruption(self, dataset):
+        mapper = DatasetMapper(True, augmentations=[T.ResizeShortestEdge(80)], image_format="RGB")
+        annotation = {"bbox": [4, 8, 20, 10], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}
+        given = {**dataset[0], "annotations": [annotation]}
+        plain, corrupted = mapper(given), CorruptionMapper(mapper, "fog", 3)(given)
+        assert torch.equal(plain["instances"].gt_boxes.tensor, corrupted["instances"].gt_boxes.tensor)
+        assert not torch.equal(plain["image"], corrupted["image"])
+        assert len(mapper.augmentations.augs) == 1  # the mapper itself is left alone
+
+    def test_another_channel_order_is_refused(self, dataset):
+        with pytest.raises(InputError, match=r"INPUT\.FORMAT is 'L'; it must be RGB or BGR"):
+            CorruptionMapper(self.mapper("L"), "fog", 1)(dataset[0])
 
     def test_workers_and_order_change_nothing(self, dataset):
         mapper = CorruptionMapper(self.mapper(), "gaussian_noise", 3, seed=1)

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from rt_detectron.evaluation.results import config_sha256
-from rt_detectron.evaluation.robustness import evaluate as robustness
-from rt_detectron.evaluation.robustness.evaluate import evaluate_robustness, robustness_table
+from rt_detectron.evaluation.robustness import evaluate_robustness, robustness_table
+from rt_detectron.evaluation.robustness.test_set import DetectionTestSet
 
 
 @pytest.fixture(scope="module")
@@ -124,22 +124,22 @@ def test_the_attack_depends_on_the_seed_alone(learned, make_cfg, finished, tmp_p
 class TestResume:
     @pytest.fixture
     def ran(self, monkeypatch):
-        """Names of what was measured, in order; the measurement named ``ran.fails`` is interrupted."""
+        """What was measured on changed images, in order; the measurement ``ran.fails`` is interrupted."""
 
         class Names(list):
             fails = None
 
         names = Names()
-        for function in ("evaluate_under_attack", "evaluate_under_corruption"):
-            original = getattr(robustness, function)
+        original = DetectionTestSet.evaluate
 
-            def recorded(model, images, change, clean, name, original=original, **kwargs):
+        def recorded(images, model, name, **kwargs):
+            if kwargs["perturb"] or kwargs["mapper"]:
                 names.append(name)
-                if name == names.fails:
-                    raise KeyboardInterrupt
-                return original(model, images, change, clean, name, **kwargs)
+            if name == names.fails:
+                raise KeyboardInterrupt
+            return original(images, model, name, **kwargs)
 
-            monkeypatch.setattr(robustness, function, recorded)
+        monkeypatch.setattr(DetectionTestSet, "evaluate", recorded)
         return names
 
     def test_an_interrupted_evaluation_goes_on(self, learned, make_cfg, finished, ran, tmp_path):
@@ -177,4 +177,4 @@ class TestResume:
         finally:
             weights.write_bytes(before)
         assert ran == 4 * ["contrast-2", "brightness-2"]
-        assert sum("all is measured anew" in message for message in caplog.messages) == 2
+        assert sum("everything is measured again" in message for message in caplog.messages) == 2

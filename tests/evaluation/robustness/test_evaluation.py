@@ -3,21 +3,21 @@ from detectron2.config import get_cfg
 
 from rt_detectron.attacks import ThreatModel
 from rt_detectron.config import add_robust_config
-from rt_detectron.evaluation.robustness.plan import robustness_plan
+from rt_detectron.evaluation.robustness import robustness_evaluations
 from rt_detectron.utils.errors import InputError
 
 
-def plan(**keys):
+def evaluations(**keys):
     cfg = get_cfg()
     add_robust_config(cfg)
     cfg.DATASETS.TEST = ("coco_2017_val",)
     for key, value in keys.items():
         cfg.merge_from_list([f"TEST.{key.replace('__', '.')}", value])
-    return robustness_plan(cfg)
+    return {evaluation.name: evaluation for evaluation in robustness_evaluations(cfg)}
 
 
 def test_all_combinations_each_once():
-    found = plan(
+    found = evaluations(
         ATTACK__L2_EPS=(0.5, 0.5),
         ATTACK__LINF_EPS=[1, 4.0],
         ATTACK__LOSSES=("all", "vanishing"),
@@ -26,16 +26,16 @@ def test_all_combinations_each_once():
         CORRUPTION__SEVERITIES=(1, 3),
     )
     balls = [ThreatModel("l2", 0.5), ThreatModel("linf", 1), ThreatModel("linf", 4.0)]
-    assert [(attack.pgd.threat_model, attack.loss) for attack in found.attacks] == [
+    assert [(attack.pgd.threat_model, attack.name) for attack in found["attack"].attacks] == [
         (ball, loss) for ball in balls for loss in ("all", "vanishing")
     ]
-    assert {(attack.pgd.steps, attack.pgd.random_start) for attack in found.attacks} == {(5, False)}
-    assert found.corruptions == (("fog", 1), ("fog", 3), ("snow", 1), ("snow", 3))
-    assert len(plan(CORRUPTION__NAMES=("common",)).corruptions) == 15 * 5
+    assert {(attack.pgd.steps, attack.pgd.random_start) for attack in found["attack"].attacks} == {(5, False)}
+    assert found["corruption"].corruptions == (("fog", 1), ("fog", 3), ("snow", 1), ("snow", 3))
+    assert len(evaluations(CORRUPTION__NAMES=("common",))["corruption"].corruptions) == 15 * 5
 
 
 def test_restarts_begin_at_random_points():
-    (attack,) = plan(ATTACK__LINF_EPS=(2,), ATTACK__RESTARTS=3).attacks
+    (attack,) = evaluations(ATTACK__LINF_EPS=(2,), ATTACK__RESTARTS=3)["attack"].attacks
     assert attack.pgd.random_start
     assert attack.pgd.restarts == 3
 
@@ -61,7 +61,7 @@ def test_restarts_begin_at_random_points():
 )
 def test_mistakes_are_one_line(keys, words):
     with pytest.raises(InputError, match=words) as error:
-        plan(**keys)
+        evaluations(**keys)
     assert "\n" not in str(error.value)
 
 
@@ -70,4 +70,4 @@ def test_one_test_set_at_a_time():
     add_robust_config(cfg)
     cfg.DATASETS.TEST = ("coco_2017_val", "coco_2017_val_100")
     with pytest.raises(InputError, match=r"DATASETS\.TEST has 2 sets"):
-        robustness_plan(cfg)
+        robustness_evaluations(cfg)

@@ -11,15 +11,12 @@ from detectron2.evaluation import DatasetEvaluator
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rt_detectron.attacks import PGD, DetectorAttack, RandomNoise, ThreatModel
+from rt_detectron.attacks import PGD, RandomNoise, ThreatModel, build_detector_attack
 from rt_detectron.data.corruptions import CorruptionMapper
 from rt_detectron.detection import Trainer
-from rt_detectron.evaluation.robustness.images import (
-    TestImages,
+from rt_detectron.evaluation.robustness.test_set import (
+    DetectionTestSet,
     annotated_test_mapper,
-    evaluate_under_attack,
-    evaluate_under_corruption,
-    performance_under_corruption,
     spread,
     zero_where_nothing_is_found,
 )
@@ -37,7 +34,7 @@ def evaluator(learned, tmp_path_factory):
 @pytest.fixture(scope="module")
 def images(learned, evaluator):
     cfg, _ = learned
-    return TestImages(DatasetCatalog.get(cfg.DATASETS.TEST[0]), evaluator, annotated_test_mapper(cfg))
+    return DetectionTestSet(DatasetCatalog.get(cfg.DATASETS.TEST[0]), evaluator, annotated_test_mapper(cfg))
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +46,14 @@ def clean(learned, images):
 
 class TestUnderAttack:
     def ap(self, learned, images, clean, change):
-        metrics = evaluate_under_attack(learned[1], images, change, clean)
+        metrics = images.evaluate(learned[1], perturb=change, clean=clean)
         return metrics["bbox"]["AP"], metrics["segm"]["AP"]
 
     @pytest.mark.parametrize(("norm", "all_eps"), [("linf", (8, 16, 32)), ("l2", (2.0, 8.0))])
     def test_ap_falls_as_eps_grows_and_more_than_under_noise(self, learned, images, clean, norm, all_eps):
         found = [(clean["bbox"]["AP"], clean["segm"]["AP"])]  # at eps 0
         for eps in all_eps:
-            attack = DetectorAttack(PGD(ThreatModel(norm, eps), steps=5))
+            attack = build_detector_attack("all", PGD(ThreatModel(norm, eps), steps=5))
             found.append(self.ap(learned, images, clean, attack))
         boxes = [box for box, _ in found]
         assert boxes == sorted(boxes, reverse=True)
@@ -67,7 +64,7 @@ class TestUnderAttack:
     def test_without_any_detection_ap_is_0(self, learned, images, clean, monkeypatch):
         monkeypatch.setattr(learned[1].roi_heads.box_predictor, "test_score_thresh", 1.1)
         assert math.isnan(images.evaluate(learned[1])["bbox"]["AP"])  # Detectron2's way
-        metrics = evaluate_under_attack(learned[1], images, RandomNoise(ThreatModel("l2", 1.0)), clean)
+        metrics = images.evaluate(learned[1], perturb=RandomNoise(ThreatModel("l2", 1.0)), clean=clean)
         assert metrics["bbox"]["AP"] == metrics["segm"]["AP"] == 0
         assert {task: set(values) for task, values in metrics.items()} == {
             task: set(values) for task, values in clean.items()
@@ -80,7 +77,7 @@ class TestUnderAttack:
         _, model = learned
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         model.roi_heads.train()
-        evaluate_under_attack(model, images, DetectorAttack(PGD(ThreatModel("l2", 1.0), steps=1)), clean)
+        images.evaluate(model, perturb=build_detector_attack("all", PGD(ThreatModel("l2", 1.0), steps=1)))
         assert model.roi_heads.training
         assert not model.backbone.training
         model.eval()
@@ -115,7 +112,7 @@ class TestSubset:
         assert not images.spread(5).whole
 
     def test_an_evaluator_that_only_scores_whole_sets(self, images):
-        whole = TestImages(images.dicts, DatasetEvaluator(), images.mapper)
+        whole = DetectionTestSet(images.dicts, DatasetEvaluator(), images.mapper)
         assert whole.spread(0) is whole
         with pytest.raises(InputError, match="DatasetEvaluator only scores whole test sets"):
             whole.spread(2)
@@ -144,25 +141,12 @@ def test_the_mapper_resizes_the_ground_truth_with_the_image(learned):
 class TestUnderCorruption:
     def test_ap_falls(self, learned, images, clean):
         mild, strong = (
-            evaluate_under_corruption(
-                learned[1], images, CorruptionMapper(images.mapper, "gaussian_noise", severity, 0), clean
+            images.evaluate(
+                learned[1], mapper=CorruptionMapper(images.mapper, "gaussian_noise", severity), clean=clean
             )
             for severity in (1, 5)
         )
         assert strong["bbox"]["AP"] < min(mild["bbox"]["AP"], clean["bbox"]["AP"])
-
-    def test_mpc_and_rpc_by_hand(self):
-        clean = {"bbox": {"AP": 40.0, "AP50": 60.0}, "segm": {"AP": 20.0}}
-        results = [{"bbox": {"AP": ap}, "segm": {"AP": ap / 4}} for ap in (30.0, 20.0, 10.0, 0.0)]
-        mean, relative = performance_under_corruption(clean, results)
-        assert mean == {"bbox": 15.0, "segm": 3.75}
-        assert relative == {"bbox": 37.5, "segm": 18.75}
-
-    @pytest.mark.parametrize("ap", [0.0, math.nan, None])
-    def test_rpc_is_undefined_where_the_clean_ap_is_nothing(self, ap):
-        mean, relative = performance_under_corruption({"bbox": {"AP": ap}}, [{"bbox": {"AP": 0.0}}])
-        assert relative == {"bbox": None}
-        assert mean == {"bbox": 0.0 if ap == 0 else None}
 
 
 def test_zero_is_told_from_undefined():

@@ -1,0 +1,123 @@
+"""AP under common corruptions."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from detectron2.config import CfgNode
+
+from rt_detectron.data.corruptions import SEVERITIES, CorruptionMapper, corruption_names
+from rt_detectron.evaluation.robustness.evaluation import (
+    Evaluation,
+    Row,
+    image_count,
+    random_seed,
+    register_evaluation,
+    unique,
+)
+from rt_detectron.evaluation.robustness.session import Session
+from rt_detectron.evaluation.robustness.test_set import Metrics
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.numbers import is_number
+
+
+@register_evaluation
+@dataclass(frozen=True)
+class CorruptionEvaluation(Evaluation):
+    """AP under each corruption at each severity, their mean mPC, and rPC, which is relative to the clean AP.
+
+    Attributes:
+        corruptions: pairs of name and severity, in the order of the results.
+        max_images: the number of images, evenly spread over the test set; 0 is all.
+        seed: of the corruptions' random numbers.
+    """
+
+    name = "corruption"
+    keys: ClassVar[dict[str, str]] = {
+        "TEST.CORRUPTION.NAMES \"['common']\"": "the 15 common corruptions; 'all' is 4 more; or names: 'fog'",
+        'TEST.CORRUPTION.SEVERITIES "[1,2,3,4,5]"': "from 1, hardly visible, to 5",
+        "TEST.CORRUPTION.MAX_IMAGES 100": "corrupt this many images only, for a quick look",
+    }
+
+    corruptions: tuple[tuple[str, int], ...]
+    max_images: int = 0
+    seed: int = 0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "CorruptionEvaluation":
+        max_images = image_count(cfg, "TEST.CORRUPTION.MAX_IMAGES")
+        return cls(tuple(_corruptions(cfg.TEST.CORRUPTION)), max_images, random_seed(cfg))
+
+    @property
+    def is_requested(self) -> bool:
+        return bool(self.corruptions)
+
+    def measure(self, session: Session) -> dict | None:
+        if not self.corruptions:
+            return None
+        images = session.images(self.max_images)
+        clean = session.clean(images)
+        results: list[dict[str, Any]] = []
+        for corruption, severity in self.corruptions:
+            metrics = session.measure(
+                f"{corruption}-{severity}",
+                images,
+                clean=clean,
+                mapper=CorruptionMapper(images.mapper, corruption, severity, self.seed),
+                change=f"{corruption} {severity}".replace("_", " "),
+            )
+            results.append({"corruption": corruption, "severity": severity, "metrics": metrics})
+        mean, relative = performance_under_corruption(clean, [result["metrics"] for result in results])
+        return {
+            "images": len(images.dicts),
+            "names": list(unique(result["corruption"] for result in results)),
+            "severities": list(unique(result["severity"] for result in results)),
+            "clean": clean,
+            "results": results,
+            "mPC": mean,
+            "rPC": relative,
+        }
+
+    @staticmethod
+    def rows(results: dict | None) -> Iterator[Row]:
+        if results is None:
+            return
+        images = results["images"]
+        yield Row("clean", images, results["clean"])
+        for result in results["results"]:
+            yield Row(f"{result['corruption']} {result['severity']}", images, result["metrics"])
+        for key, label in (("mPC", "mPC"), ("rPC", "rPC (%)")):
+            yield Row(label, images, {task: {"AP": value} for task, value in results[key].items()})
+
+
+def performance_under_corruption(
+    clean: Metrics, results: Sequence[Metrics]
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """mPC, the mean AP over corruptions and severities, and rPC, mPC in percent of the clean AP, by task.
+
+    From Michaelis et al. (2019), https://arxiv.org/abs/1907.07484, equations 1 and 2. None where undefined.
+    """
+    mean: dict[str, Any] = {}
+    relative: dict[str, Any] = {}
+    for task, metrics in clean.items():
+        clean_ap: Any = metrics.get("AP")
+        aps: list[Any] = [result.get(task, {}).get("AP") for result in results]
+        mean[task] = relative[task] = None
+        if aps and all(map(is_number, [clean_ap, *aps])):
+            mean[task] = sum(aps) / len(aps)
+            relative[task] = 100 * mean[task] / clean_ap if clean_ap > 0 else None
+    return mean, relative
+
+
+def _corruptions(keys: CfgNode) -> Iterator[tuple[str, int]]:
+    if not set(keys.SEVERITIES) <= set(SEVERITIES) or not keys.SEVERITIES:
+        raise InputError(
+            f"TEST.CORRUPTION.SEVERITIES is {list(keys.SEVERITIES)}; it takes some of {list(SEVERITIES)}"
+        )
+    try:
+        names = corruption_names(keys.NAMES)
+    except InputError as error:
+        raise InputError(f"TEST.CORRUPTION.NAMES: {error}") from None
+    for name in names:
+        for severity in unique(keys.SEVERITIES):
+            yield name, severity

@@ -1,0 +1,152 @@
+"""The images that a detector is evaluated on again and again, by Detectron2's own evaluation loop."""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from detectron2.utils import comm
+from torch import nn
+from tqdm import tqdm
+
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.modes import eval_mode
+from rt_detectron.utils.numbers import is_number
+
+# {"bbox": {"AP": 38.6, ...}, "segm": {...}}, in percent; NaN or None where undefined
+Metrics = dict[str, dict[str, Any]]
+# Called after each batch with the detector's inputs and outputs.
+Watcher = Callable[[list[dict], list[dict]], None]
+
+
+def annotated_test_mapper(cfg: CfgNode) -> DatasetMapper:
+    """Detectron2's test mapper, but the ground truth is kept as "instances", resized with the image."""
+    return DatasetMapper(**{**DatasetMapper.from_config(cfg, is_train=False), "is_train": True})
+
+
+def spread(items: Sequence, count: int) -> list:
+    """``count`` items, evenly spread; all if there are fewer."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+@dataclass(frozen=True)
+class DetectionTestSet:
+    """A test set or a part of it.
+
+    With several processes each one evaluates its share, and the first one has the results of all.
+
+    Attributes:
+        dicts: of a dataset in Detectron2's format.
+        evaluator: of that dataset. If it has more images, only the objects in these count.
+        mapper: from such a dict to a detector's input.
+        whole: whether ``dicts`` are all images of the evaluator.
+        num_workers: of the data loader.
+    """
+
+    dicts: Sequence[dict]
+    evaluator: DatasetEvaluator
+    mapper: Callable[[dict], dict]
+    whole: bool = True
+    num_workers: int = 0
+
+    def spread(self, count: int) -> "DetectionTestSet":
+        """``count`` of its images, evenly spread; the set itself if ``count`` is 0 or at least its size.
+
+        Raises:
+            InputError: if the evaluator cannot score only some images.
+        """
+        if count == 0 or count >= len(self.dicts):
+            return self
+        if not _takes_image_ids(self.evaluator):
+            raise InputError(
+                f"{type(self.evaluator).__name__} only scores whole test sets: set TEST.ATTACK.MAX_IMAGES "
+                "and TEST.CORRUPTION.MAX_IMAGES to 0"
+            )
+        return replace(self, dicts=spread(self.dicts, count), whole=False)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        label: str = "",
+        *,
+        perturb: Callable[[nn.Module, list[dict]], list[dict]] | None = None,
+        mapper: Callable[[dict], dict] | None = None,
+        clean: Metrics | None = None,
+        watch: Watcher | None = None,
+    ) -> Metrics:
+        """The evaluator's metrics of a detector in eval mode. Its modes are restored afterwards.
+
+        Args:
+            model: a detector of Detectron2.
+            label: of the progress bar.
+            perturb: changes a batch of inputs before the detector sees them, as an attack does. An attack
+                with the detector's losses needs :func:`annotated_test_mapper`.
+            mapper: replaces this set's own, to change images as they are loaded.
+            clean: metrics on the same images without a change, see :func:`zero_where_nothing_is_found`.
+            watch: called after each batch.
+
+        Returns:
+            In the first process the metrics, in the others {}.
+        """
+        loader = build_detection_test_loader(
+            self.dicts, mapper=mapper or self.mapper, num_workers=self.num_workers
+        )
+        bar = tqdm(loader, label, unit="batch", leave=False, disable=None if comm.is_main_process() else True)
+
+        def detect(inputs: list[dict]) -> list[dict]:
+            if perturb is not None:
+                inputs = perturb(model, inputs)
+            outputs = model(inputs)
+            if watch is not None:
+                watch(inputs, outputs)
+            return outputs
+
+        with eval_mode(model):
+            metrics = inference_on_dataset(detect, bar, self._restricted_evaluator())
+        if clean is None or not comm.is_main_process():
+            return metrics
+        return zero_where_nothing_is_found(metrics, clean)
+
+    def _restricted_evaluator(self) -> DatasetEvaluator:
+        if self.whole:
+            return self.evaluator
+        return _OfImages(self.evaluator, [image["image_id"] for image in self.dicts])
+
+
+class _OfImages(DatasetEvaluator):
+    """An evaluator that scores some images only. Otherwise objects in the others would count as missed."""
+
+    def __init__(self, evaluator: DatasetEvaluator, image_ids: list):
+        self.evaluator = evaluator
+        self.image_ids = image_ids
+        self.reset, self.process = evaluator.reset, evaluator.process
+
+    def evaluate(self):
+        return self.evaluator.evaluate(img_ids=self.image_ids)
+
+
+def _takes_image_ids(evaluator: DatasetEvaluator) -> bool:
+    return "img_ids" in inspect.signature(evaluator.evaluate).parameters
+
+
+def zero_where_nothing_is_found(metrics: Metrics, clean: Metrics) -> Metrics:
+    """``metrics`` with 0 where they are undefined or missing but ``clean`` is defined.
+
+    Whether AP is defined depends on the ground truth alone, which is the same for both. But evaluators leave
+    all metrics undefined if there is no detection at all. That is AP 0, which the vanishing attack aims for.
+    """
+    tasks = {**clean, **metrics}
+    return {task: _filled(metrics.get(task, {}), clean.get(task, {})) for task in tasks}
+
+
+def _filled(values: dict[str, Any], clean: dict[str, Any]) -> dict[str, Any]:
+    def filled(key: str) -> float | None:
+        nothing_found = is_number(clean.get(key)) and not is_number(values.get(key))
+        return 0.0 if nothing_found else values.get(key, math.nan)
+
+    return {key: filled(key) for key in {**clean, **values}}
