@@ -130,7 +130,7 @@ def test_every_pin_is_one_release_per_python():
 
 CLONED = [
     *["setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt", "tools/setup_environment.py"],
-    "rt_detectron/utils/versions.py",
+    *["rt_detectron/utils/versions.py", "tools/rt-detectron"],
 ]
 
 
