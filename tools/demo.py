@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Draw what detectors find in pictures and videos: boxes and masks, several detectors side by side.
 
-Give --weights, and --config-file where it differs, once for each detector. Pictures become JPEG or PNG,
-videos MP4 without sound. Exit status: 0 all written, 1 some inputs were not (a line each), 2 wrong arguments.
+Repeat --weights for each detector, and --config-file if the configs differ. Pictures are written as JPEG or
+PNG, videos as MP4 without sound. Exit status: 0 if all were written, 1 if some were not (one line each), 2
+for wrong arguments.
 
 examples:
   tools/demo.py --config-file configs/robust_r50_eps3.yaml --weights output/robust/model_final.pth \\
@@ -53,12 +54,17 @@ if __name__ == "__main__":
     )
     add = parser.add_argument
     add("--config-file", required=True, action="append", metavar="FILE", help="one, or one per --weights")
-    add("--weights", action="append", metavar="FILE", help="a trained detector (else by the config)")
+    add("--weights", action="append", metavar="FILE", help="a trained detector (default: the config's)")
     add("--caption", action="append", metavar="TEXT", help="a detector's name above its pictures")
     add("--input", required=True, nargs="+", metavar="PATH", help="pictures, videos, folders, patterns")
     add("--output", required=True, metavar="DIR", help="folder to write to; the inputs' names are kept")
     add("--threshold", type=float, default=0.5, metavar="SCORE", help="lowest score drawn (%(default)s)")
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="of all detectors' configs; come last")
+    add(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="config keys of all detectors; must come last",
+    )
     args = parser.parse_args()
     with one_line_errors():
         sys.exit(main(args))

@@ -1,4 +1,4 @@
-"""Datasets by name. Importing this registers them, as importing detectron2.data registers Detectron2's."""
+"""Data of classification and detection. Importing this registers the demo dataset with Detectron2."""
 
 from rt_detectron.data.corruptions import CorruptionMapper, corruption_names
 from rt_detectron.data.datasets import check_datasets, load_training_set

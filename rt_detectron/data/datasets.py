@@ -1,4 +1,4 @@
-"""The demo set under its name, and checks of what a config asks for before anything long begins."""
+"""The demo dataset, and checks of the datasets that a config names before anything slow begins."""
 
 import math
 import os
@@ -7,8 +7,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 
+from rt_detectron.data.annotations import annotations_of
 from rt_detectron.data.derived import register_derived
-from rt_detectron.utils.errors import InputError, did_you_mean, one_line
+from rt_detectron.utils.errors import InputError, did_you_mean
 
 
 def _register_demo(root: str) -> None:
@@ -23,12 +24,15 @@ _register_demo(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
 
 
 def check_datasets(names) -> None:
-    """Stop with an :class:`InputError` unless every dataset is known and its files are there.
+    """Check that every dataset is registered and that its files exist.
 
-    A derived dataset (:func:`rt_detectron.data.derived.register_derived`) is made and registered.
+    Derived datasets (:func:`rt_detectron.data.derived.register_derived`) are made and registered.
 
     Args:
         names: names in Detectron2's DatasetCatalog, or such names followed by ``@MODIFIER``.
+
+    Raises:
+        InputError: for an unknown dataset or a missing file.
     """
     for name in names:
         base = name if name in DatasetCatalog else name.partition("@")[0]
@@ -51,25 +55,20 @@ def _check_dataset(name: str) -> None:
 
 
 def load_training_set(cfg: CfgNode) -> list[dict]:
-    """The dataset dicts of ``cfg.DATASETS.TRAIN``, filtered as Detectron2 does, checked.
+    """The dataset dicts of ``cfg.DATASETS.TRAIN``, filtered as in Detectron2, and checked.
 
     Raises:
         InputError: for an annotation file that cannot be parsed, annotations without boxes, no annotated
             image, or a class count that differs from the model's.
     """
-    try:
+    files = [str(MetadataCatalog.get(name).get("json_file", name)) for name in cfg.DATASETS.TRAIN]
+    with annotations_of(", ".join(files)):
         dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
-    except (ValueError, TypeError, LookupError, AssertionError) as error:  # Detectron2, of a broken file
-        files = [str(MetadataCatalog.get(name).get("json_file", name)) for name in cfg.DATASETS.TRAIN]
-        reason = one_line(error)[:200]
-        raise InputError(
-            f"{', '.join(files)}: not usable COCO annotations ({reason}); datasets/README.md names the format"
-        ) from None
     for image in dicts:
         for number, annotation in enumerate(image.get("annotations", [])):
             if not _is_box(annotation.get("bbox")):
@@ -84,7 +83,7 @@ def load_training_set(cfg: CfgNode) -> list[dict]:
 def _is_box(value) -> bool:
     try:
         return len(value) == 4 and all(map(math.isfinite, value))
-    except TypeError:  # no sequence, or not of numbers
+    except TypeError:  # not a sequence of numbers
         return False
 
 

@@ -1,4 +1,4 @@
-"""Datasets derived from registered ones by name alone: ``coco_2017_train@person@fit``."""
+"""Datasets derived from registered ones by name, such as ``coco_2017_train@person@fit``."""
 
 import hashlib
 import json
@@ -9,12 +9,13 @@ from functools import partial
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from rt_detectron.utils.errors import InputError, did_you_mean, one_line
+from rt_detectron.data.annotations import annotations_of
+from rt_detectron.utils.errors import InputError, did_you_mean
 from rt_detectron.utils.files import cache_folder, locked, replaced_atomically
 
-_VERSION = 1  # of the derivations below: part of the cache's key
+_VERSION = 1  # of the code below; part of the cache's key
 _HELD_OUT = 0.2
-# What the derived set says for itself; the rest of the base's metadata (keypoint names, say) it shares.
+# The derived set's own metadata. The rest, such as keypoint names, is copied from the base.
 _OWN_METADATA = (
     "name",
     "json_file",
@@ -31,33 +32,32 @@ def register_derived(name: str) -> None:
 
     The modifiers apply from left to right:
 
-    - ``@CATEGORY``: only the objects of a category (spaces as ``_``: ``@traffic_light``); all images stay,
-      those without it as negatives (from training, Detectron2 filters them out unless told otherwise).
-    - ``@any``: all categories merged into one, "object". A crowd of anything is a crowd of objects.
+    - ``@CATEGORY``: only the objects of a category (spaces as ``_``: ``@traffic_light``). All images
+      are kept, those without it as negatives; in training, Detectron2 filters them out by default.
+    - ``@any``: all categories merged into one, "object". Crowds stay crowds.
     - ``@held_out``, ``@fit``: a fixed fifth of the images, chosen by a hash of the image id, and the rest.
 
     The annotations are written once, to ``$RT_DETECTRON_CACHE/datasets`` (by default
-    ``~/.cache/rt_detectron/datasets``), under a key of the base's file: its path, size and time of change.
+    ``~/.cache/rt_detectron/datasets``). The folder's name depends on the base file's path, size and time of
+    change.
 
     Raises:
-        InputError: for a base that is not in COCO's format, an unknown modifier, a split without an image.
+        InputError: for a base that is not in COCO's format, an unknown modifier, or a split without images.
     """
     base, *modifiers = name.split("@")
     source = MetadataCatalog.get(base)
     if source.get("evaluator_type") != "coco" or source.get("json_file") is None:
-        raise InputError(
-            f"{name}: {base} is not in COCO's format; derive from a set of register_coco_instances"
-        )
+        raise InputError(f"{name}: {base} is not in COCO's format; use a dataset of register_coco_instances")
     path = os.path.join(_cache_folder(name, source.json_file), "annotations.json")
     categories_path = os.path.join(os.path.dirname(path), "categories.json")
     if not os.path.isfile(path):
         with locked(path, "set RT_DETECTRON_CACHE to a folder that can be written"):
-            if not os.path.isfile(path):  # else another process wrote it meanwhile
+            if not os.path.isfile(path):  # or else another process has written it meanwhile
                 content = _derived(source.json_file, name, modifiers)
                 _write(categories_path, sorted(content["categories"], key=lambda category: category["id"]))
-                _write(path, content)  # last: where it is, the categories are
+                _write(path, content)  # last, so that the categories are there if it is
     with open(categories_path) as file:
-        categories = json.load(file)  # here, so that nobody must read all annotations to know the classes
+        categories = json.load(file)  # a small file: the classes are known without reading all annotations
     shared = {key: value for key, value in source.as_dict().items() if key not in _OWN_METADATA}
     classes = {
         "thing_classes": [category["name"] for category in categories],
@@ -79,21 +79,14 @@ def _write(path: str, content) -> None:
 
 
 def _derived(json_file: str, name: str, modifiers: list[str]) -> dict:
-    try:
+    with annotations_of(json_file):
         with open(json_file, "rb") as file:
             content = json.load(file)
         for modifier in modifiers:
             content = _SPLITS_AND_MERGES.get(modifier, partial(_only, modifier, name))(content)
         if not content["images"]:
             raise InputError(f"{name} has no image: {json_file} has too few to be split")
-        return content
-    except InputError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = one_line(error)[:200]
-        raise InputError(
-            f"{json_file}: not usable COCO annotations ({reason}); datasets/README.md names the format"
-        ) from None
+    return content
 
 
 def _only(modifier: str, name: str, content: dict) -> dict:
@@ -115,7 +108,7 @@ def _merged(content: dict) -> dict:
 
 
 def _split(content: dict, held_out: bool) -> dict:
-    """By rank of the hash, not by a bound on it, so that small sets have a held-out part, too."""
+    """By rank of the hash, not by a threshold on it, so that small sets have a held-out part, too."""
 
     def rank(image_id) -> bytes:
         return hashlib.sha256(str(image_id).encode()).digest()

@@ -1,4 +1,4 @@
-"""Labelled images: decoding, class folders, what happens to broken files, colour noise."""
+"""Labelled images in class folders, their decoding, and colour noise."""
 
 import io
 import logging
@@ -19,8 +19,8 @@ from rt_detectron.utils.errors import InputError, one_line
 logger = logging.getLogger(__name__)
 
 
-class CorruptImages:
-    """What happens to an image that cannot be decoded: ``"stop"`` the run, or ``"skip"`` and count it.
+class UnreadableImages:
+    """What to do with an image that cannot be decoded: ``"stop"`` the run, or ``"skip"`` and count it.
 
     The count is shared with the loader's worker processes.
     """
@@ -48,14 +48,14 @@ class CorruptImages:
 def decode(encoded: bytes) -> torch.Tensor:
     """An image file's bytes to uint8 RGB (3, H, W).
 
-    By torchvision, and by PIL what torchvision does not know (BMP, TIFF); the pixels are the same.
+    Decoded by torchvision, or by PIL if torchvision does not know the format (BMP, TIFF).
 
     Raises:
-        OSError, SyntaxError: for what is no image, or a truncated one.
+        OSError, SyntaxError: if it is not an image, or truncated.
     """
     try:
         image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
-        image = image[0] if image.dim() == 4 else image  # the first picture of an animated GIF, as by PIL
+        image = image[0] if image.dim() == 4 else image  # the first picture of an animated GIF, as with PIL
         return image if image.dtype == torch.uint8 else to_dtype(image, torch.uint8, scale=True)
     except (RuntimeError, ValueError):
         with Image.open(io.BytesIO(encoded)) as image:
@@ -72,7 +72,7 @@ class FolderDataset(Dataset):
 
     Args:
         root: the folder of class folders.
-        num_classes: how many class folders there must be; None takes what there is.
+        num_classes: the expected number of class folders; None takes any.
         transform: of a uint8 RGB tensor (3, H, W) to a uint8 one or a float one in [0, 1]; None is none.
         on_corrupt: "stop" or "skip"; skipped images are replaced by the next readable one.
     """
@@ -85,7 +85,7 @@ class FolderDataset(Dataset):
         try:
             folder = ImageFolder(root)
         except FileNotFoundError as error:
-            # torchvision names the class folders without images; with none at all it says so.
+            # torchvision's message names the class folders without images.
             empty = re.search(r"for the classes? (.*?)\. ", str(error))
             problem = f"no images of {empty[1]}" if empty else "expected class folders, each with images"
             raise InputError(f"{root}: {problem}; datasets/README.md shows the tree") from None
@@ -97,7 +97,7 @@ class FolderDataset(Dataset):
         self.classes = folder.classes
         self.images = folder.samples
         self.transform = transform or unchanged
-        self.corrupt = CorruptImages(on_corrupt)
+        self.unreadable = UnreadableImages(on_corrupt)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -112,22 +112,25 @@ class FolderDataset(Dataset):
                 with open(path, "rb") as file:
                     image = decode(file.read())
             except (OSError, SyntaxError) as error:
-                self.corrupt.report(path, error)
+                self.unreadable.report(path, error)
                 continue
             return self.transform(image), label, os.path.relpath(path, self.root)
         raise InputError(f"none of the {len(self)} images can be read")
 
 
 def check_same_classes(train: Dataset, test: Dataset) -> None:
-    """Raise :class:`InputError` if two folder trees disagree about which classes there are.
+    """Check that two folder trees have the same classes, since they are numbered by name.
 
-    They would be numbered differently. Shards hold numbers and cannot be compared.
+    Shards hold class numbers only and cannot be compared.
+
+    Raises:
+        InputError: naming a class that only one of them has.
     """
     if isinstance(train, FolderDataset) and isinstance(test, FolderDataset) and train.classes != test.classes:
         name = min(set(train.classes) ^ set(test.classes))
         has, lacks = (train, test) if name in train.classes else (test, train)
         raise InputError(
-            f"{has.root} has the class {name!r} and {lacks.root} has not: make the folders agree"
+            f"{has.root} has the class {name!r}, but {lacks.root} does not: make the folders agree"
         )
 
 

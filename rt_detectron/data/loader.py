@@ -1,4 +1,4 @@
-"""Batches of labelled images, the same whether or not a training was interrupted."""
+"""Batches of labelled images, reproducible across interruptions."""
 
 import functools
 import itertools
@@ -23,29 +23,29 @@ from rt_detectron.utils.seeds import seeded, seeded_generator
 
 logger = logging.getLogger(__name__)
 
-GRACE_SECONDS = 30  # for which a loader's worker survives a SIGTERM
+GRACE_SECONDS = 30  # a loader's worker outlives a SIGTERM by this time
 
 
 class TrainLoader:
-    """Endless batches (images, labels, keys), the same whether or not the training was interrupted.
+    """Endless batches (images, labels, keys), the same whether or not training was interrupted.
 
-    Order and augmentation of an iteration follow from files, seed, batch size and the number of processes,
-    for shards also from the number of workers; torch's global random numbers are neither used nor disturbed.
+    An iteration's images and augmentation depend on the files, the seed, the batch size and the number of
+    processes, and for shards also on the number of workers. Torch's global random state is left alone.
 
-    - Folders: an epoch is a permutation of all images, less an incomplete last batch. Process r of w has
-      the images [r::w] of each batch, so several processes see together what a single one sees.
-    - Shards: an epoch deals the permuted shards to all workers of all processes. Each shuffles its own within
-      a buffer and gives its share of the epoch's batches; if its shards hold less than that, it begins them
-      anew, and what they hold beyond it waits for another epoch.
+    - Folders: an epoch is a permutation of all images without an incomplete last batch. Process r of w takes
+      the images [r::w] of each batch, so that together they see the same batch as a single process.
+    - Shards: an epoch deals the permuted shards to all workers of all processes. Each one shuffles its
+      samples within a buffer and gives its share of the epoch's batches. A worker repeats its shards if they
+      hold too few samples; surplus samples wait for another epoch.
 
     Args:
         dataset: :class:`FolderDataset` or :class:`ShardDataset`.
-        total_batch_size: images of an iteration, over all processes.
+        total_batch_size: images in an iteration, over all processes.
         num_workers: loader processes for each training process.
         seed: of order and augmentation.
 
     Attributes:
-        batch_size: images of this process in an iteration.
+        batch_size: images in an iteration of this process.
         iterations_per_epoch: ``len(dataset) // total_batch_size``.
     """
 
@@ -76,7 +76,7 @@ class TrainLoader:
         return self.batches()
 
     def batches(self, start: int = 0) -> Iterator[list]:
-        """Batches from iteration ``start`` on; what lies before is not decoded."""
+        """Batches from iteration ``start`` on. Earlier images are not decoded."""
         if isinstance(self.dataset, ShardDataset):
             source = {"dataset": _ShardStream(self, start), "batch_size": self.batch_size}
         else:
@@ -88,17 +88,17 @@ class TrainLoader:
                 num_workers=self.num_workers,
                 pin_memory=torch.cuda.is_available(),
                 worker_init_fn=functools.partial(_leave_signals_to_the_trainer, closing),
-                generator=torch.Generator(),  # else it draws from the global one
+                generator=torch.Generator(),  # or else it uses the global one
             )
         finally:
             closing.set()
 
 
 def _leave_signals_to_the_trainer(closing: Event, worker_id: int) -> None:
-    """A signal to the process group must not take the loaders from a trainer that finishes its step.
+    """Ignore signals to the process group, so that the trainer can finish its step and save.
 
-    SIGTERM is also how multiprocessing ends workers, so it is heeded once the loader is ``closing``, and
-    otherwise after a while.
+    Multiprocessing also ends workers by SIGTERM. So it works at once while the loader is ``closing``, and
+    otherwise after GRACE_SECONDS.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else signal.alarm(GRACE_SECONDS))
@@ -106,7 +106,7 @@ def _leave_signals_to_the_trainer(closing: Event, worker_id: int) -> None:
 
 
 class _Order:
-    """Which images of a folder come when: lists of (index, seed of the augmentation), one list a batch."""
+    """The order of a folder's images: for each batch a list of (index, seed of the augmentation)."""
 
     def __init__(self, loader: TrainLoader, start: int):
         self.loader = loader
@@ -127,7 +127,7 @@ class _Order:
 
 
 class _Augmented(Dataset):
-    """Takes (index, seed) for an index."""
+    """A dataset whose index is (index, seed)."""
 
     def __init__(self, dataset: FolderDataset):
         self.dataset = dataset
@@ -149,7 +149,7 @@ class _ShardStream(IterableDataset):
         loader = self.loader
         worker = get_worker_info()
         workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
-        # The DataLoader begins with worker 0, whose turn it need not be in an uninterrupted run.
+        # The DataLoader begins with worker 0; in an uninterrupted run it may be another one's turn.
         worker_id = (self.start + worker_id) % workers
         slot = comm.get_rank() * workers + worker_id
         slots = comm.get_world_size() * workers
@@ -162,19 +162,19 @@ class _ShardStream(IterableDataset):
             )
 
     def _epoch(self, epoch: int, slot: int, slots: int, start: int, stop: int) -> Iterator:
-        """The samples ``start`` to ``stop`` of this worker's epoch."""
+        """Samples ``start`` to ``stop`` of this worker's share of an epoch."""
         dataset, seed = self.loader.dataset, self.loader.seed
         order = torch.randperm(len(dataset.urls), generator=seeded_generator(seed, epoch))[slot::slots]
         samples = self._shuffled([dataset.urls[i] for i in order], seeded_generator(seed, epoch, slot))
         seeds = torch.randint(2**62, (stop,), generator=seeded_generator(seed, epoch, slot, 1)).tolist()
-        ahead: deque[dict] = deque()  # read, but not yet at their turn
+        ahead: deque[dict] = deque()  # read ahead of their turn
         for position in range(stop):
             sample = ahead.popleft() if ahead else next(samples)
             if position < start:
                 continue
             decoded = self._decode(sample, seeds[position])
             tried = 0
-            while decoded is None:  # corrupt: the next readable one stands in, and keeps its own turn
+            while decoded is None:  # unreadable: the next readable one takes its place, too
                 tried += 1
                 if tried > len(dataset):
                     raise InputError(f"{dataset.urls[order[0]]}: none of the images can be read")
@@ -188,7 +188,7 @@ class _ShardStream(IterableDataset):
             return self.loader.dataset.decode(sample)
 
     def _shuffled(self, urls: list[str], generator: torch.Generator) -> Iterator[dict]:
-        """The shards' samples again and again, each drawn from a buffer of those that are next."""
+        """The shards' samples, repeated endlessly, each drawn from a buffer of the next ones."""
         dataset = self.loader.dataset
         expected = len(dataset) * len(urls) / len(dataset.urls)
         while True:
@@ -208,13 +208,13 @@ class _ShardStream(IterableDataset):
                 raise InputError(f"{', '.join(urls)}: no readable sample (KEY.jpg with KEY.cls) inside")
             if abs(count - expected) > 0.1 * expected:
                 logger.warning(
-                    "%d of %d shards hold %d samples, where num_samples=%d lets expect %.0f: is it right?",
+                    "%d of %d shards hold %d samples, but num_samples=%d means about %.0f: is it right?",
                     len(urls), len(dataset.urls), count, len(dataset), expected,
                 )  # fmt: skip
 
 
 def build_test_loader(dataset: Dataset, batch_size: int, num_workers: int = 4) -> DataLoader:
-    """Every image once, in order, in batches (images, labels, keys); processes share the work."""
+    """Every image once, in order, in batches (images, labels, keys). Processes divide the images."""
     sampler = None
     if isinstance(dataset, ShardDataset):
         num_workers = min(num_workers, math.ceil(len(dataset.urls) / comm.get_world_size()))

@@ -10,26 +10,26 @@ import torch
 from detectron2.utils import comm
 from torch.utils.data import IterableDataset, get_worker_info
 
-from rt_detectron.data.images import CorruptImages, decode, unchanged
+from rt_detectron.data.images import UnreadableImages, decode, unchanged
 from rt_detectron.utils.errors import InputError, optional_import
 
 
 class ShardDataset(IterableDataset):
     """WebDataset shards: tar files with ``KEY.jpg`` (or .jpeg, .png) and ``KEY.cls``, the class index.
 
-    Iterating it gives every sample once, in order; shards are divided among processes and their loader
-    workers. :class:`TrainLoader` has an order of its own for training.
+    Iterating over it gives every sample once, in order. Shards are divided among processes and their loader
+    workers. For training, :class:`TrainLoader` shuffles.
 
     Args:
         urls: one pattern or several: a local glob (``train-*.tar``), a brace range
             (``train-{000000..000146}.tar``), or anything else that webdataset opens.
-        num_samples: how many samples the shards hold; tells an epoch's length.
+        num_samples: the number of samples in the shards, which is an epoch's length.
         num_classes: labels must lie in 0..num_classes-1.
         transform: of a uint8 RGB tensor (3, H, W) to a uint8 one or a float one in [0, 1]; None is none.
         on_corrupt: "stop" or "skip".
-        shuffle_buffer: training draws from so many samples at a time.
+        shuffle_buffer: the number of samples from which training draws the next one.
         classes: keep only samples of these class indices, and number them from 0 in this order; None keeps
-            all. ``num_samples`` and ``num_classes`` count what is kept.
+            all. ``num_samples`` and ``num_classes`` count those that are kept.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ShardDataset(IterableDataset):
         self.classes = None if classes is None else list(classes)
         self.transform = transform or unchanged
         self.shuffle_buffer = shuffle_buffer
-        self.corrupt = CorruptImages(on_corrupt)
+        self.unreadable = UnreadableImages(on_corrupt)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -80,20 +80,24 @@ class ShardDataset(IterableDataset):
                 if not count:
                     raise EOFError("no samples, KEY.jpg with KEY.cls, inside")
             except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError) as error:
-                self.corrupt.report(url, error)
+                self.unreadable.report(url, error)
 
     def decode(self, sample: dict) -> tuple[torch.Tensor, int, str] | None:
-        """Image, class and key ("SHARD: KEY") of a sample; None if it is corrupt and to be skipped."""
+        """Image, class and key ("SHARD: KEY") of a sample; None if it cannot be decoded and is skipped."""
         encoded, label, name = self.encoded(sample)
         try:
             image = decode(encoded)
         except (OSError, SyntaxError) as error:
-            self.corrupt.report(name, error)
+            self.unreadable.report(name, error)
             return None
         return self.transform(image), label, name
 
     def encoded(self, sample: dict) -> tuple[bytes, int, str]:
-        """Image file, class and key of a sample; one that lacks something is an :class:`InputError`."""
+        """Image file, class and key of a sample.
+
+        Raises:
+            InputError: if one of them is missing or the class is out of range.
+        """
         name = f"{sample['__url__']}: {sample['__key__']}"
         encoded = next((sample[ending] for ending in ("jpg", "jpeg", "png") if ending in sample), None)
         if encoded is None or "cls" not in sample:
@@ -110,13 +114,17 @@ class ShardDataset(IterableDataset):
 
 
 def _class(sample: dict) -> int | str:
-    """What a sample's .cls says: a class index, or whatever else stands there."""
+    """The class index in a sample's .cls, or its text if that is not a number."""
     text = sample.get("cls", b"").decode(errors="replace").strip()
     return int(text) if text.isdecimal() else text
 
 
 def _expand(patterns: list[str]) -> list[str]:
-    """Brace ranges and local globs to the list of shards, sorted; missing local files are an error."""
+    """The shards that brace ranges and local globs name, sorted.
+
+    Raises:
+        InputError: for a pattern without local files.
+    """
     shardlists = optional_import("webdataset.shardlists", "webdataset>=1.0", "WebDataset shards")
     urls = []
     for url in itertools.chain.from_iterable(shardlists.expand_urls(pattern) for pattern in patterns):

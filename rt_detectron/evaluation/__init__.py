@@ -1,4 +1,4 @@
-"""AP of detectors."""
+"""Evaluators of detectors, and their robustness."""
 
 from rt_detectron.evaluation.coco import COCOEvaluator, evaluate_detections
 from rt_detectron.evaluation.lvis import LVISEvaluator

@@ -1,4 +1,4 @@
-"""The evaluator that a data set asks for."""
+"""The evaluator that fits a dataset."""
 
 import os
 
@@ -17,7 +17,7 @@ from rt_detectron.evaluation.coco import COCOEvaluator
 from rt_detectron.evaluation.lvis import LVISEvaluator
 from rt_detectron.utils.errors import InputError
 
-# By the metadata's evaluator_type: how each evaluator is made from (dataset name, output folder).
+# By the metadata's evaluator_type: functions from (dataset name, output folder) to an evaluator.
 _EVALUATORS = {
     "coco": [lambda name, folder: COCOEvaluator(name, output_dir=folder)],
     "coco_panoptic_seg": [
@@ -33,16 +33,16 @@ _EVALUATORS = {
 
 
 def inference_folder(cfg: CfgNode, dataset_name: str) -> str:
-    """Where a test set's predictions go: OUTPUT_DIR/inference, one folder each if there are several sets."""
+    """The folder for a test set's predictions: OUTPUT_DIR/inference, or below it for several sets."""
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     return folder if len(cfg.DATASETS.TEST) == 1 else os.path.join(folder, dataset_name)
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, folder: str | None = None) -> DatasetEvaluator:
-    """The evaluator for the dataset's ``evaluator_type``; it writes to ``folder``, or OUTPUT_DIR/inference.
+    """The evaluator for the dataset's ``evaluator_type``. It writes to ``folder``, or OUTPUT_DIR/inference.
 
     Raises:
-        InputError: for a dataset whose type has no evaluator here.
+        InputError: for a dataset of another type.
     """
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type not in _EVALUATORS:

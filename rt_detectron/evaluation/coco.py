@@ -1,11 +1,10 @@
-"""COCO's AP at the speed of faster-coco-eval, equal to pycocotools'."""
+"""COCO's AP as pycocotools computes it, at the speed of faster-coco-eval."""
 
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from pycocotools import mask as rle_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from rt_detectron.data.annotations import annotations_of
 from rt_detectron.evaluation.matching import (
     Objects,
     Overlap,
@@ -33,9 +33,9 @@ SHAPES = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # t
 
 
 class COCOEvaluator(Detectron2COCOEvaluator):
-    """Detectron2's COCOEvaluator, whose AP is computed by :func:`evaluate_detections`.
+    """Detectron2's COCOEvaluator with a faster AP, by :func:`evaluate_detections`.
 
-    Same arguments, files and results. ``use_fast_impl=False`` computes with pycocotools.
+    Arguments, files and results are the same. ``use_fast_impl=False`` uses pycocotools instead.
 
     Raises:
         InputError: for an annotation file that cannot be evaluated.
@@ -52,8 +52,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         **options,
     ):
         path = MetadataCatalog.get(dataset_name).get("json_file", dataset_name)
-        with readable(path):
-            # False, since what it means by fast is a part of Detectron2 that needs a compiler.
+        with annotations_of(path):
+            # Detectron2's own fast implementation needs a compiler.
             super().__init__(dataset_name, tasks, distributed, output_dir, use_fast_impl=False, **options)
             if self._do_evaluation:
                 check_annotations(self._coco_api.dataset, path)
@@ -69,7 +69,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         if mapping is not None:
             restore_category_ids(results, {contiguous: original for original, contiguous in mapping.items()})
         if self._output_dir:
-            write_results(results, os.path.join(self._output_dir, "coco_instances_results.json"))
+            write_detections(results, os.path.join(self._output_dir, "coco_instances_results.json"))
         if not self._do_evaluation:
             self._logger.info("Annotations are not available for evaluation.")
             return
@@ -100,26 +100,26 @@ def evaluate_detections(
 ) -> COCOeval:
     """AP and AR of detections, as pycocotools' loadRes(), evaluate(), accumulate() and summarize() give them.
 
-    Overlaps are pycocotools' own, matching and precision are faster-coco-eval's. Masks are measured by their
-    own area, as Detectron2 does, not by that of a box given beside them.
+    Overlaps are computed by pycocotools, matching and precision by faster-coco-eval. A mask's area is
+    its own, as in Detectron2, not that of a box given with it.
 
     Args:
-        coco: the annotations. Its segmentations are replaced by run-length encodings, as by pycocotools.
+        coco: the annotations. Segmentations are replaced by run-length encodings, as pycocotools does.
         results: detections in COCO's results format; not changed.
         task: "bbox", "segm" or "keypoints".
-        max_dets: three limits on the detections of a category in an image; not used for keypoints.
-        kpt_oks_sigmas: of each keypoint, COCO's if empty.
-        img_ids: the images to evaluate on, all if None.
+        max_dets: three limits on the number of detections of a category in an image; not for keypoints.
+        kpt_oks_sigmas: one for each keypoint; COCO's if empty.
+        img_ids: the images to evaluate on; None is all.
 
     Returns:
-        An evaluation that holds ``params``, ``eval`` ("precision", "recall", "scores") and ``stats``.
+        A COCOeval with ``params``, ``eval`` ("precision", "recall", "scores") and ``stats``.
 
     Raises:
-        InputError: for detections or annotations that lack what the task needs.
+        InputError: for detections or annotations without what the task needs.
     """
     if task not in SHAPES:
-        raise InputError(f"evaluation task {task!r} is unknown; known are {', '.join(SHAPES)}")
-    evaluation = COCOevalMaxDets(coco, iouType=task)  # summarises what pycocotools does, for any max_dets
+        raise InputError(f"evaluation task {task!r} is unknown; use one of {', '.join(SHAPES)}")
+    evaluation = COCOevalMaxDets(coco, iouType=task)  # as pycocotools, but for any max_dets
     params = evaluation.params
     params.imgIds = sorted(set(params.imgIds if img_ids is None else img_ids))
     overlap: Overlap
@@ -149,10 +149,10 @@ def evaluate_detections(
 
 
 def restore_category_ids(results: list[dict], originals: dict[int, int]) -> None:
-    """Turn the model's class numbers into the annotation file's category ids, in place.
+    """Replace the model's class indices by the annotation file's category ids, in place.
 
     Raises:
-        InputError: for a class that the dataset does not have.
+        InputError: for a class that is not in the dataset.
     """
     for result in results:
         if result["category_id"] not in originals:
@@ -163,7 +163,7 @@ def restore_category_ids(results: list[dict], originals: dict[int, int]) -> None
         result["category_id"] = originals[result["category_id"]]
 
 
-def write_results(results: list[dict], path: str) -> None:
+def write_detections(results: list[dict], path: str) -> None:
     """Detections in COCO's results format, as JSON."""
     with replaced_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(json.dumps(results))  # several times as fast as json.dump()
@@ -177,7 +177,7 @@ def _annotations(coco: COCO, params) -> Objects:
         crowd = bool(annotation.get("iscrowd", 0))
         records.append(
             {
-                # pycocotools notes a match by this id, so that a match with id 0 passes for none.
+                # As in pycocotools, which stores a match as this id: 0 looks like no match.
                 "id": int(annotation["id"] != 0),
                 "area": annotation["area"],
                 "iscrowd": crowd,
@@ -200,8 +200,8 @@ def _annotated_shape(coco: COCO, annotation: dict[str, Any], params) -> Any:
     found, wanted = len(annotation.get("keypoints", ())) / 3, len(params.kpt_oks_sigmas)
     if found != wanted or "num_keypoints" not in annotation:
         raise InputError(
-            f"annotation {annotation['id']} needs {wanted} keypoints (x, y, visibility) and 'num_keypoints', "
-            f"as there are {wanted} OKS sigmas (TEST.KEYPOINT_OKS_SIGMAS); it has {found:g} keypoints"
+            f"annotation {annotation['id']} needs {wanted} keypoints (x, y, visibility), one for each OKS "
+            f"sigma (TEST.KEYPOINT_OKS_SIGMAS), and 'num_keypoints'; it has {found:g} keypoints"
         )
     return [*annotation["keypoints"], *annotation["bbox"], annotation["area"]]
 
@@ -215,13 +215,13 @@ def _detections(coco: COCO, results: list[dict[str, Any]], params) -> Objects:
     unknown = {result["image_id"] for result in results} - coco.imgs.keys()
     if unknown:
         raise InputError(
-            f"there are detections on {len(unknown)} images that the annotations do not have, as on "
-            f"{next(iter(unknown))}; evaluate them with the dataset they were made on"
+            f"{len(unknown)} images with detections are not in the annotations, such as "
+            f"{next(iter(unknown))}; evaluate on the dataset that the detections were made on"
         )
     if params.iouType == "keypoints" and {len(shape) for shape in shapes} - {3 * len(params.kpt_oks_sigmas)}:
         raise InputError(
-            f"detections need {len(params.kpt_oks_sigmas)} keypoints (x, y, score), as there are so many "
-            "OKS sigmas (TEST.KEYPOINT_OKS_SIGMAS)"
+            f"detections need {len(params.kpt_oks_sigmas)} keypoints (x, y, score), one for each OKS sigma "
+            "(TEST.KEYPOINT_OKS_SIGMAS)"
         )
     areas = _areas(results, shapes, params.iouType)
     records = [
@@ -231,11 +231,13 @@ def _detections(coco: COCO, results: list[dict[str, Any]], params) -> Objects:
 
 
 def _areas(results: list[dict[str, Any]], shapes: list, task: str) -> list[float]:
-    """In pixels, as pycocotools' loadRes() finds them."""
+    """In pixels, as pycocotools' loadRes() computes them."""
     if not results:
         return []
     if task == "segm":
-        return [int(rle_masks.area(shape)) for shape in shapes]  # lists beyond 255 fail in pycocotools 2.0.11
+        return [
+            int(rle_masks.area(shape)) for shape in shapes
+        ]  # one by one: pycocotools 2.0.11 fails on lists longer than 255
     if task == "keypoints" and not results[0].get("bbox"):
         points = np.array(shapes, float).reshape(len(shapes), -1, 3)[..., :2]
         return np.ptp(points, axis=1).prod(axis=1).tolist()
@@ -253,25 +255,12 @@ def _objects(dicts: list[dict[str, Any]], shapes: list, records: list[dict], par
     )
 
 
-@contextmanager
-def readable(path: str) -> Iterator[None]:
-    """What goes wrong while a library reads ``path`` becomes an :class:`InputError`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-        raise InputError(
-            f"{path}: not usable annotations ({one_line(error)[:200]}); datasets/README.md names the format"
-        ) from None
-
-
 def check_annotations(dataset: dict[str, Any], path: str) -> None:
-    """Stop unless every annotation can be evaluated; "iscrowd" becomes 0 where it is not given.
+    """Check that every annotation can be evaluated, and set "iscrowd" to 0 where it is missing.
 
     Args:
         dataset: the content of a COCO or LVIS file.
-        path: its name in messages.
+        path: the file's name in messages.
 
     Raises:
         InputError: for missing images or categories, or an annotation without a box or an area.

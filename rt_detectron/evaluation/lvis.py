@@ -1,4 +1,4 @@
-"""LVIS's AP at the speed of faster-coco-eval, equal to that of the lvis package."""
+"""LVIS's AP as the lvis package computes it, at the speed of faster-coco-eval."""
 
 import copy
 import itertools
@@ -13,12 +13,12 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import LVISEvaluator as Detectron2LVISEvaluator
 from detectron2.utils.logger import create_small_table
 
+from rt_detectron.data.annotations import annotations_of
 from rt_detectron.evaluation.coco import (
     SHAPES,
     check_annotations,
-    readable,
     restore_category_ids,
-    write_results,
+    write_detections,
 )
 from rt_detectron.evaluation.matching import Objects, box_iou, column, mask_iou, precision_and_recall
 from rt_detectron.utils.errors import InputError, optional_import
@@ -30,18 +30,18 @@ logger = logging.getLogger(__name__)
 
 
 class LVISEvaluator(Detectron2LVISEvaluator):
-    """Detectron2's LVISEvaluator, whose AP is computed by :func:`evaluate_lvis_detections`.
+    """Detectron2's LVISEvaluator with a faster AP, by :func:`evaluate_lvis_detections`.
 
-    Same arguments, files and results. (The lvis package's own code fails with NumPy from 1.24 on.)
+    Arguments, files and results are the same. (The lvis package's own code fails with NumPy 1.24 and later.)
 
     Raises:
-        InputError: for an annotation file that cannot be evaluated, or without the lvis package.
+        InputError: for an annotation file that cannot be evaluated, or if the lvis package is missing.
     """
 
     def __init__(self, dataset_name: str, *args, **options):
         optional_import("lvis", "lvis", "evaluation on LVIS")
         path = MetadataCatalog.get(dataset_name).get("json_file", dataset_name)
-        with readable(path):
+        with annotations_of(path):
             super().__init__(dataset_name, *args, **options)
             if self._do_evaluation:
                 check_annotations(self._lvis_api.dataset, path)
@@ -55,7 +55,7 @@ class LVISEvaluator(Detectron2LVISEvaluator):
             mapping = {number: number - 1 for number in self._lvis_api.cats}
         restore_category_ids(results, {contiguous: original for original, contiguous in mapping.items()})
         if self._output_dir:
-            write_results(results, os.path.join(self._output_dir, "lvis_instances_results.json"))
+            write_detections(results, os.path.join(self._output_dir, "lvis_instances_results.json"))
         if not self._do_evaluation:
             self._logger.info("Annotations are not available for evaluation.")
             return
@@ -70,35 +70,35 @@ def evaluate_lvis_detections(
 ) -> dict[str, float]:
     """AP of detections on a federated dataset, in percent, as the lvis package's LVISEval gives it.
 
-    The package filters detections of categories that an image was not searched for and summarises;
-    overlaps are pycocotools', matching and precision faster-coco-eval's.
+    The package removes detections of categories that an image was not searched for, and summarises. Overlaps
+    are computed by pycocotools, matching and precision by faster-coco-eval.
 
     Args:
         lvis: the annotations, an lvis.LVIS.
         results: detections in COCO's results format; not changed.
         task: "bbox" or "segm".
-        max_dets: of an image; LVIS's 300 if None, no limit if negative.
+        max_dets: limit for each image; None is LVIS's 300, a negative number is no limit.
 
     Returns:
-        The values of METRICS; NaN without detections, -100 where a category group or size has no object.
+        The values of METRICS: NaN without detections, -100 if a category group or a size has no object.
 
     Raises:
-        InputError: for another task, or detections without what it needs.
+        InputError: for another task, or for detections without what it needs.
     """
     from lvis import LVISEval, LVISResults
 
     if task not in ("bbox", "segm"):
-        raise InputError(f"LVIS has no task {task!r}; known are bbox, segm")
+        raise InputError(f"LVIS has no task {task!r}; use bbox or segm")
     if not results:
         logger.warning("No predictions from the model!")
         return dict.fromkeys(METRICS, float("nan"))
     needed = ("image_id", "category_id", "score", SHAPES[task])
     try:
-        # Only the fields of the task: beside a box, a mask would be measured by the box.
+        # Only the task's own fields: with a box beside it, a mask would get the box's area.
         results = [{field: result[field] for field in needed} for result in results]
     except KeyError as error:
         raise InputError(f"a detection has no {error}, which {task} AP needs") from None
-    bare = copy.copy(lvis)  # LVISResults copies all of it, and then replaces the annotations
+    bare = copy.copy(lvis)  # LVISResults makes a deep copy, and then replaces the annotations
     bare.dataset = {**lvis.dataset, "annotations": []}
     evaluation = LVISEval(
         lvis, LVISResults(bare, results, MAX_DETS if max_dets is None else max_dets), iou_type=task
@@ -113,7 +113,7 @@ def evaluate_lvis_detections(
 
 
 def _curves(evaluation, field: str) -> dict[str, Any]:
-    """What LVISEval.evaluate() and accumulate() compute of its groups."""
+    """What LVISEval.evaluate() and accumulate() compute."""
     params = evaluation.params
 
     def objects(groups: dict[tuple, list[dict]], record: Callable[[dict], dict]) -> Objects:
@@ -136,7 +136,7 @@ def _curves(evaluation, field: str) -> dict[str, Any]:
         iou_thrs=params.iou_thrs,
         rec_thrs=params.rec_thrs,
         area_rng=params.area_rng,
-        # LVISResults has limited them already, by image.
+        # LVISResults has already applied the limit for each image.
         max_dets=[max(map(len, evaluation._dts.values()), default=1)],
     )
     return {"params": params, "precision": curves["precision"][..., 0], "recall": curves["recall"][..., 0]}

@@ -1,4 +1,8 @@
-"""What COCO's and LVIS's AP have in common: overlaps, and faster-coco-eval's C++ matching on them."""
+"""Matching of detections with annotations, for COCO's and LVIS's AP.
+
+The matching itself is faster-coco-eval's C++ code. Its Python loop is replaced: that one holds the matches of
+all images times all categories in memory, this one those of a single category, with the same result.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,16 +20,15 @@ Overlap = Callable[[np.ndarray, np.ndarray, list[bool]], np.ndarray]
 
 @dataclass(frozen=True)
 class Objects:
-    """n annotations or n detections as columns.
+    """n annotations or n detections, by column.
 
     Attributes:
-        image: (n,) position among the images that are evaluated, -1 for another image. Equal scores are
-            ranked by it.
-        category: (n,) position among the categories, -1 for another one.
-        shape: (n, ...) what the overlap function asks for.
-        record: n dicts for the C++ code. An annotation's: "id" (0 is never matched, any other number is as
-            good as 1), "area" in pixels, "iscrowd", "ignore". A detection's: "id" (1), "score", "area" and,
-            for LVIS, "lvis_mark" (ignored unless it matches).
+        image: (n,) index of the image among those evaluated, -1 for others. Equal scores are ranked by it.
+        category: (n,) index of the category, -1 for others.
+        shape: (n, ...) what the overlap function takes: boxes, masks or keypoints.
+        record: n dicts for the C++ code. For an annotation: "id" (0: never matched, else 1), "area" in
+            pixels, "iscrowd", "ignore". For a detection: "id" (1), "score", "area" and, for LVIS, "lvis_mark"
+            (ignored unless it matches).
     """
 
     image: np.ndarray
@@ -41,7 +44,7 @@ class Objects:
         return np.array([record.get("score", 0) for record in self.record], float)
 
     def grouped(self, limit: int | None = None) -> "Objects":
-        """By category, then image, the best first; without those beyond the first ``limit`` of a group."""
+        """Sorted by category, image and falling score; at most ``limit`` for each image and category."""
         known = self[(self.image >= 0) & (self.category >= 0)]
         known = known[np.lexsort((-known.score, known.image, known.category))]  # stable
         if limit is None:
@@ -72,8 +75,8 @@ def mask_iou(found: np.ndarray, wanted: np.ndarray, crowd: list[bool]) -> np.nda
 def keypoint_similarity(found: np.ndarray, wanted: np.ndarray, crowd: list[bool], *, sigmas) -> np.ndarray:
     """OKS as pycocotools computes it, all detections at once; (detections, annotations).
 
-    Where no keypoint of an annotation is visible, a detection is measured by how far its keypoints leave
-    the annotation's box, grown to three times its sides.
+    If no keypoint of an annotation is visible, what counts is how far a detection's keypoints lie outside the
+    annotation's box, enlarged to three times its sides.
 
     Args:
         found: (D, 3 k): x, y and a score of each keypoint.
@@ -108,22 +111,20 @@ def precision_and_recall(
     area_rng: Sequence[Sequence[float]],
     max_dets: Sequence[int],
 ) -> dict[str, np.ndarray]:
-    """The arrays of pycocotools' COCOeval.accumulate(); -1 where a category has nothing to find.
+    """The arrays of pycocotools' COCOeval.accumulate(); -1 where a category has no annotation.
 
-    Each of the K categories is matched alone, on the images where it was annotated or detected. So memory
-    holds one category's matches, where faster-coco-eval's own loop holds those of all images times all
-    categories.
+    Each of the K categories is matched by itself, on the images where it was annotated or detected.
 
     Args:
         annotations: in any order.
-        detections: in any order; equal scores within an image keep it.
-        overlap: from shapes of detections, shapes of annotations, and which annotations are crowds, to
-            (detections, annotations).
+        detections: in any order; equal scores in an image keep theirs.
+        overlap: function from the shapes of detections, the shapes of annotations, and which annotations are
+            crowds, to an array (detections, annotations).
         num_categories: K.
-        iou_thrs: T overlaps from which a detection matches.
-        rec_thrs: R recalls at which precision is read off.
-        area_rng: A pairs of the least and the largest area in pixels.
-        max_dets: M limits on the detections of a category in an image, ascending.
+        iou_thrs: T thresholds of the overlap.
+        rec_thrs: R recall levels at which precision is sampled.
+        area_rng: A ranges (smallest, largest) of the area in pixels.
+        max_dets: M limits on the number of detections of a category in an image, ascending.
 
     Returns:
         "precision" and "scores" of shape (T, R, K, A, M), "recall" of shape (T, K, A, M).
@@ -149,7 +150,7 @@ def precision_and_recall(
 
 
 def _match(annotations: Objects, detections: Objects, overlap: Callable, settings: dict) -> dict[str, Any]:
-    """The curves of one category."""
+    """Precision, recall and scores of one category."""
     images = np.union1d(annotations.image, detections.image)
     datasets, bounds = [], []
     for objects in (annotations, detections):

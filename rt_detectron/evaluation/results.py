@@ -1,4 +1,4 @@
-"""The one JSON that a training or evaluation leaves: what came out, and of what."""
+"""results.json, which every training and evaluation writes: its metrics and what they were computed from."""
 
 import os
 
@@ -15,10 +15,10 @@ def write_results(cfg: CfgNode, results: dict, wall_time_s: float, iterations: i
     """Write ``OUTPUT_DIR/results.json`` atomically and return its path.
 
     Args:
-        cfg: what ran.
+        cfg: the config of the run.
         results: Detectron2's evaluation results, e.g. {"bbox": {"AP": 38.6, ...}, "segm": {...}}, in percent.
-        wall_time_s: seconds this process took.
-        iterations: training iterations behind the weights; 0 for a mere evaluation.
+        wall_time_s: of this process, in seconds.
+        iterations: of the training; 0 for an evaluation only.
     """
     content = {"metrics": finite(results), "iterations": iterations, **provenance(cfg, wall_time_s)}
     path = os.path.join(cfg.OUTPUT_DIR, "results.json")
@@ -27,7 +27,7 @@ def write_results(cfg: CfgNode, results: dict, wall_time_s: float, iterations: i
 
 
 def provenance(cfg: CfgNode, wall_time_s: float) -> dict:
-    """What every file of results says of its making; predictions are looked for in ``cfg.OUTPUT_DIR``."""
+    """What every results file says about its run. Predictions are looked up in ``cfg.OUTPUT_DIR``."""
     return {
         "seed": cfg.SEED,
         "wall_time_s": round(wall_time_s, 1),
@@ -39,7 +39,7 @@ def provenance(cfg: CfgNode, wall_time_s: float) -> dict:
 
 
 def config_sha256(cfg: CfgNode) -> str:
-    """SHA-256 of a configuration, whatever its output folder."""
+    """SHA-256 of a config, not counting its output folder."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = ""
@@ -47,7 +47,7 @@ def config_sha256(cfg: CfgNode) -> str:
 
 
 def describe_dataset(name: str, folder: str) -> dict[str, str | None]:
-    """Where a test set lies, and its predictions, if they are in ``folder``."""
+    """The files of a test set, and of its predictions if they are in ``folder``."""
     found = MetadataCatalog.get(name)
     predictions = os.path.join(folder, "coco_instances_results.json")
     return {

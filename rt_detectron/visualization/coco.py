@@ -1,4 +1,4 @@
-"""COCO annotations and COCO results as instances to draw."""
+"""COCO annotations and results as instances to draw."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ from rt_detectron.visualization.media import read_upright
 
 
 def load_coco(json_file: str | Path) -> COCO:
-    """pycocotools' index of an annotation file, without its chatter on stdout."""
+    """pycocotools' index of an annotation file, without its messages on stdout."""
     with contextlib.redirect_stdout(io.StringIO()):
         return COCO(str(json_file))
 
@@ -36,12 +36,12 @@ def load_predictions(json_file: str | Path, image_ids: Iterable[int]) -> dict[in
 
 
 def load_image(coco: COCO, image_root: str | Path, image_id: int) -> Image.Image:
-    """The image as Detectron2 reads it: RGB, turned upright by its EXIF tag."""
+    """The image in RGB, turned upright by its EXIF tag, as in Detectron2."""
     return read_upright(Path(image_root) / coco.imgs[image_id]["file_name"])
 
 
 def ground_truth_instances(coco: COCO, image_id: int) -> list[Instance]:
-    """The annotated objects of an image; crowd regions are left out, as AP ignores them."""
+    """The annotated objects of an image, without crowd regions, which AP ignores."""
     return [
         Instance(
             box=tuple(annotation["bbox"]),

@@ -1,4 +1,4 @@
-"""Colours that stay apart for colour-blind readers (Okabe and Ito, "Color Universal Design", 2008)."""
+"""Colours that colour-blind readers can tell apart (Okabe and Ito, "Color Universal Design", 2008)."""
 
 PALETTE: tuple[tuple[int, int, int], ...] = (
     (0, 114, 178),  # blue

@@ -11,7 +11,7 @@ from rt_detectron.visualization.colors import color_of, readable_on
 _MASK_OPACITY = 0.45
 _FONT_SIZE = 18
 _CAPTION_HEIGHT = 32
-_CAPTION_COLORS = ((38, 42, 48), (255, 255, 255))  # background, text: quiet on a light and on a dark page
+_CAPTION_COLORS = ((38, 42, 48), (255, 255, 255))  # background and text, for light and dark pages
 _GAP = 6
 
 
@@ -21,8 +21,8 @@ class Instance:
 
     Attributes:
         box: x, y, width, height in pixels of the image, as COCO has it.
-        label: what is written at the box.
-        color_index: the same for every object of a category, see :func:`colors.color_of`.
+        label: text at the box.
+        color_index: the category's, see :func:`colors.color_of`.
         mask: H x W bool, of the image's size, or None.
     """
 
@@ -35,7 +35,7 @@ class Instance:
 def draw_instances(image: Image.Image, instances: Sequence[Instance], long_side: int = 480) -> Image.Image:
     """A copy of ``image``, its longer side scaled to ``long_side`` pixels, with the instances drawn on it.
 
-    Scaling comes first, so that lines and text are equally readable on small and on large images.
+    The image is scaled first, so that lines and text have the same size on all images.
     """
     scale = long_side / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
@@ -55,7 +55,7 @@ def draw_instances(image: Image.Image, instances: Sequence[Instance], long_side:
 
 
 def panel(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """The pictures in one row at their own sizes, each under its caption."""
+    """The pictures in a row, in their own sizes, each under its caption."""
     width = sum(picture.width for picture in pictures) + _GAP * (len(pictures) - 1)
     height = max(picture.height for picture in pictures) + _CAPTION_HEIGHT
     background, text = _CAPTION_COLORS
@@ -78,7 +78,7 @@ def _paint_mask(picture: Image.Image, mask: np.ndarray, color_index: int) -> Non
 def _draw_box(draw: ImageDraw.ImageDraw, instance: Instance, scale: float) -> None:
     x, y, width, height = (value * scale for value in instance.box)
     corners = (x, y, x + max(width, 1), y + max(height, 1))
-    # The dark rim keeps a light colour visible on a light background.
+    # The dark border keeps light colours visible on a light background.
     draw.rectangle(tuple(np.add(corners, (-1, -1, 1, 1))), outline=(0, 0, 0), width=4)
     draw.rectangle(corners, outline=color_of(instance.color_index), width=2)
 
@@ -90,7 +90,7 @@ def _draw_label(
     size: tuple[int, int],
     taken: Sequence[tuple[float, float, float, float]],
 ) -> tuple[float, float, float, float]:
-    """Above the box, inside it at the top or the bottom, or below it: the first place that no label has."""
+    """Above the box, inside it at the top or the bottom, or below it: the first place without a label."""
     x, y, _, box_height = instance.box
     text = _fit(draw, instance.label, size[0] - 8)
     width, height = draw.textlength(text, font=_font()) + 6, _FONT_SIZE + 4
@@ -111,7 +111,7 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
-    """``text``, shortened with an ellipsis where it is wider than ``width`` pixels."""
+    """``text``, shortened with an ellipsis if it is wider than ``width`` pixels."""
     if draw.textlength(text, font=_font()) <= width:
         return text
     while text and draw.textlength(text + "…", font=_font()) > width:
@@ -120,4 +120,4 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(_FONT_SIZE)  # ships with Pillow: the same on every machine
+    return ImageFont.load_default(_FONT_SIZE)  # comes with Pillow: the same on every machine

@@ -1,4 +1,4 @@
-"""Pictures and videos in files: found, drawn on, written."""
+"""Find pictures and videos, draw on them, and write the results."""
 
 import glob
 import os
@@ -18,14 +18,15 @@ from rt_detectron.utils.files import replaced_atomically
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 _WRITTEN_IMAGES = (".jpeg", ".jpg", ".png")  # other formats become JPEG
-_DEFAULT_FPS = 25.0  # for a video that does not say
+_DEFAULT_FPS = 25.0  # for a video without a frame rate
 
 
 def find_media(inputs: Iterable[str]) -> tuple[list[Path], list[str]]:
-    """The pictures and videos that files, folders (not those below them) and glob patterns name.
+    """The pictures and videos in files, folders (without subfolders) and glob patterns.
 
     Returns:
-        each file once, in the order of the inputs, a folder's by name; and a line for each input without any.
+        Each file once, in the order of the inputs, a folder's sorted by name; and a line for each input
+        without pictures and videos.
     """
     found: dict[Path, None] = {}
     problems = []
@@ -45,9 +46,9 @@ def find_media(inputs: Iterable[str]) -> tuple[list[Path], list[str]]:
 
 
 def output_paths(sources: Sequence[Path], folder: str | Path) -> list[Path]:
-    """Where each source's annotated copy goes: below ``folder``, as it lies below the sources' common folder.
+    """The path of each source's annotated copy: below ``folder`` as the source is below their common folder.
 
-    So no two are the same. A file whose format is not written gets the new ending after its own.
+    So no two are the same. If a format cannot be written, the new ending is appended to the old one.
 
     Raises:
         InputError: if a source would be overwritten.
@@ -70,13 +71,13 @@ def output_paths(sources: Sequence[Path], folder: str | Path) -> list[Path]:
 def annotate_files(
     jobs: Iterable[tuple[Path, Path]], annotate: Callable[[Image.Image], Image.Image]
 ) -> list[str]:
-    """Write ``annotate`` of each picture, or of each frame of a video (MP4, with a progress bar), atomically.
+    """Apply ``annotate`` to each picture, or each frame of a video, and write the result atomically.
 
     Args:
-        jobs: (source, output) of each file. An output is printed when it is there.
+        jobs: (source, output) for each file. The path of an output is printed when it is written.
 
     Returns:
-        a line for each source that could not be read; the others go on.
+        A line for each source that could not be read. The others are still written.
     """
     problems = []
     for source, output in jobs:
@@ -98,7 +99,7 @@ def read_upright(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # Pillow's decoders fail in every way there is
+    except Exception as error:  # Pillow's decoders raise all kinds of errors
         raise InputError(f"{path}: cannot be read as a picture ({one_line(error)[:200]})") from None
 
 
@@ -107,7 +108,7 @@ def _is_video(path: Path) -> bool:
 
 
 def _opencv() -> ModuleType:
-    """OpenCV, which videos alone need."""
+    """OpenCV, which only videos need."""
     return optional_import("cv2", "opencv-python-headless", "videos")
 
 
@@ -131,8 +132,8 @@ def _annotate_video(source: Path, output: Path, annotate: Callable[[Image.Image]
     with _opened(source) as capture, tempfile.TemporaryDirectory(dir=output.parent) as folder:
         fps = capture.get(cv2.CAP_PROP_FPS)
         fps = fps if np.isfinite(fps) and fps > 0 else _DEFAULT_FPS
-        count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT))) or None  # unknown to some containers
-        part = os.path.join(folder, output.name)  # cv2 goes by the ending
+        count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT))) or None  # some containers do not say
+        part = os.path.join(folder, output.name)  # cv2 chooses the format by the ending
         writer = None
         try:
             for frame in tqdm(_frames(capture), desc=source.name, total=count, unit="frame"):
@@ -171,6 +172,6 @@ def _frames(capture) -> Iterator[Image.Image]:
 
 
 def _even(picture: np.ndarray) -> np.ndarray:
-    """Without the last row or column of an odd number, since players want colours in blocks of two by two."""
+    """Crop to an even height and width, since players need colours in blocks of two by two."""
     height, width = picture.shape[:2]
     return picture[: height - height % 2, : width - width % 2]

@@ -148,14 +148,14 @@ class TestLoadTrainingSet:
     def test_unusable_annotations_name_the_file(self, register, cfg, annotations, changes, words):
         path = register(annotations, **changes)
         text = message(load_training_set, cfg)
-        assert text.startswith(f"{path}: not usable COCO annotations (")
+        assert text.startswith(f"{path}: not usable annotations (")
         assert words in text
 
     @pytest.mark.parametrize("content", ['{"images": [', "", "[1, 2]", "\xff"])
     def test_broken_json_names_the_file(self, register, cfg, content):
         path = register([])
         path.write_text(content, encoding="latin-1")
-        assert message(load_training_set, cfg).startswith(f"{path}: not usable COCO annotations (")
+        assert message(load_training_set, cfg).startswith(f"{path}: not usable annotations (")
 
     @pytest.mark.parametrize(("detector", "key"), [("fpn", "ROI_HEADS"), ("retinanet", "RETINANET")])
     def test_the_class_count_must_be_the_sets(self, register, make_cfg, detector, key):

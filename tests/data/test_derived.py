@@ -208,7 +208,7 @@ class TestMistakes:
     )
     def test_unusable_annotations(self, base, text):
         base.write_text(text, encoding="latin-1")
-        assert message(f"{BASE}@any@held_out").startswith(f"{base}: not usable COCO annotations (")
+        assert message(f"{BASE}@any@held_out").startswith(f"{base}: not usable annotations (")
 
     def test_a_cache_that_cannot_be_written(self, base, tmp_path, monkeypatch):
         monkeypatch.setenv("RT_DETECTRON_CACHE", str(base))  # a file

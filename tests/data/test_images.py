@@ -86,7 +86,7 @@ class TestFolderDataset:
             FolderDataset(str(folder), 2, as_is)[1]
         dataset = FolderDataset(str(folder), 2, as_is, on_corrupt="skip")
         assert greys([dataset[1][0]]) == [52]
-        assert dataset.corrupt.count == 1
+        assert dataset.unreadable.count == 1
 
     def test_a_truncated_image_is_corrupt(self, folder):
         (folder / "cat" / "1.jpg").write_bytes(jpeg(9)[:-40])
@@ -106,7 +106,7 @@ class TestFolderDataset:
             (other / name / "0.jpg").write_bytes(jpeg(1))
         ours, theirs = (FolderDataset(str(root), 2, as_is) for root in (folder, other))
         check_same_classes(ours, ours)
-        with pytest.raises(InputError, match=r"other0 has the class 'dig' and .* has not"):
+        with pytest.raises(InputError, match=r"other0 has the class 'dig', but .* does not"):
             check_same_classes(ours, theirs)
 
     def test_a_class_folder_without_images_is_named(self, folder):

@@ -117,7 +117,7 @@ class TestShardDataset:
         dataset = shard_dataset(shards / "train-*.tar.gz", on_corrupt="skip")
         batches = list(build_test_loader(dataset, 4, num_workers=2))
         assert sum(len(labels) for _, labels, _ in batches) == 21
-        assert dataset.corrupt.count == 1
+        assert dataset.unreadable.count == 1
 
     def test_a_truncated_shard_stops_or_is_skipped(self, shards):
         whole = (shards / "train-000000.tar.gz").read_bytes()
@@ -126,7 +126,7 @@ class TestShardDataset:
             list(shard_dataset(shards / "train-*.tar.gz"))
         dataset = shard_dataset(shards / "train-*.tar.gz", on_corrupt="skip")
         assert 15 <= len(list(dataset)) < 20
-        assert dataset.corrupt.count == 1
+        assert dataset.unreadable.count == 1
 
     @pytest.mark.parametrize(
         ("samples", "words"),
@@ -258,7 +258,7 @@ class TestTrainLoader:
     def test_a_wrong_number_of_samples_is_doubted(self, shards, caplog):
         dataset = shard_dataset(shards / "train-*.tar.gz", num_samples=100)
         take(TrainLoader(dataset, 10, num_workers=0), 4)
-        assert "hold 20 samples, where num_samples=100 lets expect 100" in caplog.text
+        assert "hold 20 samples, but num_samples=100 means about 100" in caplog.text
 
     def test_workers_beyond_the_shards_are_not_started(self, shards):
         loader = TrainLoader(shard_dataset(shards / "train-000000.tar.gz"), 5, num_workers=3)

@@ -194,7 +194,7 @@ def test_no_detections_find_nothing(draw, task):
 
 class TestBadDetections:
     def test_unknown_task(self, draw):
-        with pytest.raises(InputError, match="'boxes' is unknown; known are bbox, segm, keypoints"):
+        with pytest.raises(InputError, match="'boxes' is unknown; use one of bbox, segm, keypoints"):
             evaluate_detections(coco_of(draw(0).dataset), draw(0).results, "boxes")
 
     def test_no_masks(self, draw):
@@ -204,7 +204,7 @@ class TestBadDetections:
     def test_images_of_another_dataset(self, draw):
         drawn = draw(0)
         drawn.results[0]["image_id"] = -7
-        with pytest.raises(InputError, match=r"detections on 1 images that .* as on -7; evaluate them with"):
+        with pytest.raises(InputError, match=r"1 images with detections are not .* as -7; evaluate on the dataset"):
             evaluate_detections(coco_of(drawn.dataset), drawn.results, "bbox")
 
     def test_keypoints_without_a_sigma(self, draw):

@@ -149,7 +149,7 @@ class TestEvaluator:
 def test_bad_detections(federated, tmp_path):
     drawn = federated(7)
     gt = index(drawn.dataset, tmp_path)
-    with pytest.raises(InputError, match="no task 'keypoints'; known are bbox, segm"):
+    with pytest.raises(InputError, match="no task 'keypoints'; use bbox or segm"):
         evaluate_lvis_detections(gt, drawn.results, "keypoints")
     with pytest.raises(InputError, match="a detection has no 'segmentation', which segm AP needs"):
         evaluate_lvis_detections(gt, drawn.results, "segm")

@@ -1,4 +1,4 @@
-"""Pictures of what a detector sees and finds, before and after a change of its input."""
+"""Pictures of a detector's input and detections, before and after a change."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -18,17 +18,17 @@ _JPEG_QUALITY = 85
 
 
 class BeforeAfter:
-    """Watches an evaluation and saves, for some images, the original beside what the detector was given.
+    """Watches an evaluation and saves pictures of some images: the original beside the changed one.
 
     Args:
         model: the detector that is evaluated.
-        originals: the datasets' dicts of the images to draw.
-        mapper: makes the unchanged input of such a dict.
+        originals: the dataset dicts of the images to draw.
+        mapper: from such a dict to the unchanged input.
         image_format: of the detector's input, "RGB" or "BGR".
-        class_names: by class number.
-        stem: of the files, with their folder: ``STEM-imageID.jpg``.
-        change: what happened to the images, e.g. "L2 eps 0.5".
-        perturbation: whether to show the difference, too, amplified.
+        class_names: by class index.
+        stem: folder and beginning of the file names: ``STEM-imageID.jpg``.
+        change: what happened to the images, such as "L2 eps 0.5".
+        perturbation: whether to also show the difference, amplified.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class BeforeAfter:
         self.stem = stem
         self.change = change
         self.perturbation = perturbation
-        self.saved: list[dict[str, str]] = []  # {"file": path, "caption": words}
+        self.saved: list[dict[str, str]] = []  # {"file": path, "caption": text}
 
     def __call__(self, inputs: list[dict], outputs: list[dict]) -> None:
         for given, output in zip(inputs, outputs, strict=True):
@@ -81,7 +81,7 @@ class BeforeAfter:
         self.saved.append({"file": path, "caption": caption + "; ".join(captions)})
 
     def _picture(self, image: Tensor, source: dict) -> Image.Image:
-        """(C, H, W) in 0..255 in the detector's channel order, at the size that its output refers to."""
+        """From (C, H, W) in 0..255 in the detector's channel order, at the size that its output refers to."""
         pixels = convert_image_to_rgb(image.detach().cpu().permute(1, 2, 0), self.image_format)
         picture = Image.fromarray(np.asarray(pixels).round().clip(0, 255).astype(np.uint8))
         return picture.resize((source["width"], source["height"]), Image.Resampling.BILINEAR)
