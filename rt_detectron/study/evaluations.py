@@ -15,7 +15,7 @@ import pandas as pd
 
 from rt_detectron.study.examples import evaluation_pictures
 from rt_detectron.study.figures import SIZES, Charts, Figure
-from rt_detectron.study.record import Outcome, by_test_set, is_number, mean_if_defined
+from rt_detectron.study.record import Outcome, by_test_set, mean_if_defined
 from rt_detectron.study.statistics import (
     CLEAN,
     QUANTITY,
@@ -28,6 +28,7 @@ from rt_detectron.study.statistics import (
     select,
 )
 from rt_detectron.study.tables import Table, score_table
+from rt_detectron.utils.numbers import is_number
 
 Numbers = dict[Quantity, float | None]  # None is an undefined value
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from rt_detectron.study.grid import FINAL, Study
-from rt_detectron.study.record import Outcome, is_number
+from rt_detectron.study.record import Outcome
 from rt_detectron.study.statistics import (
     CLEAN,
     TASKS,
@@ -20,6 +20,7 @@ from rt_detectron.study.statistics import (
     of_categories,
     select,
 )
+from rt_detectron.utils.numbers import is_number
 from rt_detectron.visualization import plots
 
 CATEGORIES = 8  # number of categories shown that gain most, and that lose most

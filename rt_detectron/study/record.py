@@ -1,7 +1,6 @@
 """The files of a study's trials: their specifications, results and records."""
 
 import json
-import math
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -141,11 +140,6 @@ def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` is always either the old file or the complete new one."""
     with replaced_atomically(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
-
-
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number. An undefined AP is NaN or null, depending on who wrote it."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def mean_if_defined(values: Iterable[float | None]) -> float | None:

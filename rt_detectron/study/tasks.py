@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 from fvcore.common.config import CfgNode
 
 from rt_detectron.study.grid import DownstreamTask, Resources, Target, Trial
-from rt_detectron.study.record import RESULTS, ROBUSTNESS, by_test_set, is_number, mean_if_defined
+from rt_detectron.study.record import RESULTS, ROBUSTNESS, by_test_set, mean_if_defined
 from rt_detectron.study.worker import Step
 from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.numbers import is_number
 
 
 class Detection(DownstreamTask):

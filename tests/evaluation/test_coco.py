@@ -204,7 +204,9 @@ class TestBadDetections:
     def test_images_of_another_dataset(self, draw):
         drawn = draw(0)
         drawn.results[0]["image_id"] = -7
-        with pytest.raises(InputError, match=r"1 images with detections are not .* as -7; evaluate on the dataset"):
+        with pytest.raises(
+            InputError, match=r"1 images with detections are not .* as -7; evaluate on the dataset"
+        ):
             evaluate_detections(coco_of(drawn.dataset), drawn.results, "bbox")
 
     def test_keypoints_without_a_sigma(self, draw):

@@ -1,11 +1,9 @@
 import math
 from pathlib import Path
 
-import pytest
-
 from rt_detectron.study.evaluations import tidy_table
 from rt_detectron.study.grid import Trial
-from rt_detectron.study.record import Outcome, is_number
+from rt_detectron.study.record import Outcome
 from rt_detectron.study.statistics import QUANTITY, Quantity
 
 TRIAL = Trial("a", "t", 0.01, 1, "final", "c.yaml", "", "w.pkl", None, (), ())
@@ -86,8 +84,3 @@ def test_accuracy_is_the_main_number_of_classification():
     found = measurements(outcome({"accuracy": {"accuracy": 80.0, "top1": 81.0, "accuracy-cat": 70.0}}))
     assert found[Quantity("clean", "accuracy", "accuracy")] == 80.0
     assert [quantity.metric for quantity in found] == ["accuracy", "top1", "accuracy-cat"]
-
-
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), True, "3", {}])
-def test_undefined_ap_is_no_number(value):
-    assert not is_number(value)
