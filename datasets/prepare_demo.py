@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from rt_detectron.utils.errors import InputError, one_line_errors
 
-# Only photographs that lie inside the wheels, so that no loader reaches for the network. Each is listed
-# under exactly one split. Pictures that show writing (page, text, color) are left out: they hold glyphs.
+# Only photographs that are inside the wheels, so that nothing is downloaded. Each one is in a single split.
+# Pictures with writing (page, text, color) are left out, since they contain digits and letters.
 PHOTOGRAPHS = {
     "train": (
         "skimage/astronaut.png",
@@ -47,11 +47,11 @@ PHOTOGRAPHS = {
         "sklearn/flower.jpg",
     ),
 }
-# scikit-learn's digits come writer after writer, so cutting by position keeps nearly all writers apart too.
+# scikit-learn's digits are sorted by writer, so a split by position keeps nearly all writers apart, too.
 DIGIT_SAMPLES = {"train": slice(0, 1437), "val": slice(1437, None)}
 
 CATEGORIES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# Bright ink on dimmed photographs. With ink of either polarity a small network needs far more passes over
+# Bright digits on dimmed photographs. With dark digits as well, a small network needs far more passes over
 # the data than a demo has time for.
 BRIGHTNESS = (0.35, 0.65)  # photographs are multiplied by a factor from this range
 PALETTE = np.array(  # RGB
@@ -63,20 +63,20 @@ PALETTE = np.array(  # RGB
 )  # fmt: skip
 
 MIN_COLOR_DISTANCE = 110  # Euclidean, RGB 0..255, between a digit's colour and the background's mean below it
-MAX_ROTATION = 25  # degrees; far more would turn a 6 into a 9
+MAX_ROTATION = 25  # degrees; much more would turn a 6 into a 9
 DIGIT_HEIGHT = (0.18, 0.40)  # of the image's side: 29 to 64 px at 160
 DIGIT_HEIGHT_CLASSIFICATION = (0.55, 0.9)
 DIGITS_PER_IMAGE = (2, 5)
-MIN_VISIBLE_FRACTION = 0.65  # an object hidden more than this is not painted at all
+MIN_VISIBLE_FRACTION = 0.65  # digits of which less would be visible are not painted
 MIN_VISIBLE_PIXELS = 24
 PLACEMENT_TRIES = 4  # few, so that partial occlusion stays common
 
-RECORD = "prepare_demo.json"  # marks a finished folder as ours and holds the arguments it was made with
-FORMAT = 2  # raise when the same arguments start to give other data
+RECORD = "prepare_demo.json"  # marks a finished folder as ours; holds the arguments it was made with
+FORMAT = 2  # increase it when the same arguments give other data
 
 
 class Source(NamedTuple):
-    """What one split may draw from."""
+    """Photographs and digits of one split."""
 
     photographs: dict[str, np.ndarray]  # name to HxWx3 uint8 RGB
     digits: np.ndarray  # (N, 8, 8) float32 in 0..1
@@ -194,7 +194,7 @@ def random_layer(
 
 
 def visible_masks(layers: list[Layer]) -> list[tuple[Layer, np.ndarray]]:
-    """Each layer that stays, first is topmost, with the (H, W) bool mask of the part nothing above covers.
+    """Each layer that is kept, topmost first, with the (H, W) bool mask of its part that no other covers.
 
     A layer with too little left to see is dropped altogether, so it neither hides others nor gets painted.
     """
@@ -262,13 +262,13 @@ def coco_annotation(layer: Layer, visible: np.ndarray) -> dict:
 def write_detection(
     root: Path, split: str, source: Source, count: int, size: int, seed: int
 ) -> Iterator[None]:
-    """Write ``count`` pictures to root/split/*.jpg and their annotations; yields after each picture."""
+    """Write ``count`` pictures to root/split/*.jpg and their annotations. Yields after each picture."""
     (root / split).mkdir(parents=True)
     images, annotations = [], []
     for image_id in range(1, count + 1):
         picture, photograph, objects = detection_image(_rng(seed, "detection", split, image_id), source, size)
         file_name = f"{image_id:06d}.jpg"
-        # 4:4:4 at high quality: coarser chroma would carry a digit's colour past its mask.
+        # 4:4:4 at high quality: coarser chroma would spread a digit's colour beyond its mask.
         quality = [cv2.IMWRITE_JPEG_QUALITY, 95]
         quality += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
         _write_image(root / split / file_name, picture, quality)
@@ -288,7 +288,7 @@ def write_detection(
 def write_classification(
     root: Path, split: str, source: Source, count: int, size: int, seed: int
 ) -> Iterator[None]:
-    """Write ``count`` pictures, classes in turn, to root/split/0..9; yields after each picture.
+    """Write ``count`` pictures, classes in turn, to root/split/0..9. Yields after each picture.
 
     A file is named after its running number, its photograph and its digit sample: 000012_grass_0731.png.
     """
@@ -305,7 +305,7 @@ def write_classification(
 
 
 def _rng(seed: int, task: str, split: str, index: int) -> np.random.Generator:
-    """A generator of its own for every picture, so none depends on how many came before."""
+    """A random generator for each picture, so that none depends on how many came before it."""
     return np.random.default_rng(
         [seed, ("detection", "classification").index(task), ("train", "val").index(split), index]
     )
@@ -335,7 +335,7 @@ def is_finished(output: Path, arguments: dict) -> bool:
 
 
 def _count_files(folder: Path) -> int:
-    """Number of files below ``folder``, the record not counted."""
+    """Number of files below ``folder`` without the record."""
     return sum(len(files) for _, _, files in os.walk(folder)) - (folder / RECORD).is_file()
 
 
@@ -363,7 +363,7 @@ def build(root: Path, arguments: dict) -> None:
 
 
 def swap(new: Path, output: Path) -> None:
-    """Put the finished folder ``new`` in the place of ``output``, which may exist."""
+    """Move the finished folder ``new`` to ``output`` and replace that if it exists."""
     if not output.exists():
         new.rename(output)
         return
@@ -378,7 +378,7 @@ def swap(new: Path, output: Path) -> None:
 
 
 def prepare(output: Path, arguments: dict) -> bool:
-    """Bring ``output`` to hold the data of ``arguments``. Returns False when it already did.
+    """Make sure that ``output`` holds the data of ``arguments``. Returns False if it already did.
 
     The data grow in a hidden sibling folder, which goes away when anything stops the work.
     """
@@ -417,7 +417,7 @@ examples:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside each option, the epilog's lines as they are."""
+    """Shows defaults and keeps the epilog's lines."""
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -440,7 +440,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(arguments: dict) -> None:
-    """Stop on a value that cannot give usable data, with an InputError that names the option."""
+    """Raise an InputError that names the option if a value cannot give usable data."""
     limits = {
         "seed": (0, 2**32 - 1),
         "image_size": (64, 1024),
@@ -467,7 +467,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C and a polite kill both leave through the clean-up, without a traceback.
+    # Ctrl-C and SIGTERM both clean up and leave without a traceback.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     with one_line_errors():

@@ -41,6 +41,7 @@ class AttackEvaluation(Evaluation):
         "TEST.ATTACK.STEPS 10": "steps of PGD",
         "TEST.ATTACK.RESTARTS 1": "random restarts; each image keeps the strongest",
         "TEST.ATTACK.LOSSES \"['all']\"": f"what PGD raises: {', '.join(DETECTOR_ATTACKS)}",
+        "TEST.ATTACK.NOISE True": "also AP under random noise of the same size",
         "TEST.ATTACK.MAX_IMAGES 100": "attack this many images only, for a quick look",
     }
 
@@ -72,8 +73,8 @@ class AttackEvaluation(Evaluation):
         size = f"{ball.norm}-{ball.eps:g}"
         noise = None
         if self.noise:  # measured once for each threat model: the session keeps it
-            noise_of = RandomNoise(ball, attack.seed)
-            noise = session.measure(f"noise-{size}", images, clean=clean, perturb=noise_of)
+            random_noise = RandomNoise(ball, attack.seed)
+            noise = session.measure(f"noise-{size}", images, clean=clean, perturb=random_noise)
         metrics = session.measure(
             f"attack-{size}" + (f"-{attack.name}" if attack.name != "all" else ""),
             images,

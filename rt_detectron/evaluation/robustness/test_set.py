@@ -64,8 +64,8 @@ class DetectionTestSet:
             return self
         if not _takes_image_ids(self.evaluator):
             raise InputError(
-                f"{type(self.evaluator).__name__} only scores whole test sets: set TEST.ATTACK.MAX_IMAGES "
-                "and TEST.CORRUPTION.MAX_IMAGES to 0"
+                f"{type(self.evaluator).__name__} only scores whole test sets: set MAX_IMAGES to 0 for "
+                "all evaluations"
             )
         return replace(self, dicts=spread(self.dicts, count), whole=False)
 
