@@ -90,7 +90,7 @@ def commands() -> Iterator:
 
 
 def joined(block: Block) -> Iterator[tuple[int, str]]:
-    """Each command with the number of its first line; it ends where no backslash and no open quote goes on."""
+    """Each command and the number of its first line; a backslash or an open quote continues it."""
     parts: list[str] = []
     start = 0
     for number, line in enumerate(block.text.splitlines(), start=block.line + 1):
