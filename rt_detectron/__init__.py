@@ -5,10 +5,11 @@ Importing this registers the backbone builders and the ``robust://`` paths; noth
 
 import warnings
 
+from rt_detectron.utils.remarks import ignore_remarks
+
 try:
     with warnings.catch_warnings():
-        # Torch's remark on the functions that Detectron2 scripts as it is imported.
-        warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)
+        ignore_remarks()
         import detectron2.modeling  # noqa: F401
 except ModuleNotFoundError as error:
     if error.name not in ("detectron2", "detectron2.modeling"):

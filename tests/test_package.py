@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,20 @@ def test_modules_import_each_other_without_a_circle():
         assert free, f"a circle among {', '.join(left)}"
         for module in free:
             del left[module]
+
+
+def test_error_lines_name_the_packages_of_an_extra():
+    """What a line about a missing package has pip install is one extra of pyproject.toml, or a part of it."""
+    lists = re.findall(r"(?ms)^[\w-]+ = \[(.*?)\]", (REPOSITORY / "pyproject.toml").read_text())
+    extras = [set(re.findall(r'"([^"]+)"', packages)) for packages in lists]
+    named = [
+        set(ast.literal_eval(call.args[1]).split())
+        for path in PACKAGE.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "optional_import"
+    ]
+    assert len(named) > 5
+    assert not [packages for packages in named if not any(packages <= extra for extra in extras)]
 
 
 @pytest.mark.parametrize("tool", sorted((REPOSITORY / "tools").glob("*.py")), ids=lambda path: path.name)

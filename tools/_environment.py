@@ -1,21 +1,10 @@
-"""What every tool imports first: it says in one line what this Python lacks, and keeps others' remarks quiet.
+"""Every tool imports this first: one line if a package is missing, and no warnings of other packages.
 
-No tool itself. Standard library only, since it must run where nothing is installed.
+This is no tool. It uses the standard library alone until it knows that the packages are there.
 """
 
 import sys
-import warnings
 from importlib.util import find_spec
-
-# Remarks that packages make on each other as they are imported; a user can do nothing about them.
-for message, category in (
-    (r"`torch\.jit\.\w+` is (deprecated|not supported)", FutureWarning),
-    (r"`torch\.jit\.\w+` is (deprecated|not supported)", DeprecationWarning),
-    (r"pkg_resources is deprecated", UserWarning),
-    (r"Deprecated call to .pkg_resources", DeprecationWarning),
-    (r"The image decoding and encoding capabilities of TorchVision", DeprecationWarning),
-):
-    warnings.filterwarnings("ignore", message, category)
 
 missing = [name for name in ("torch", "detectron2", "rt_detectron") if find_spec(name) is None]
 if missing:
@@ -25,3 +14,7 @@ if missing:
         file=sys.stderr,
     )
     sys.exit(2)
+
+from rt_detectron.utils.remarks import ignore_remarks  # noqa: E402
+
+ignore_remarks()

@@ -4,23 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2 as T
+from small_images import as_is, encoded, jpeg
 
 from rt_detectron.data.images import FolderDataset, Lighting, check_same_classes, decode
 from rt_detectron.utils.errors import InputError
-
-as_is = T.Identity()
-
-
-def encoded(image: Image.Image, format: str, **kwargs) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **kwargs)
-    return buffer.getvalue()
-
-
-def jpeg(value: int) -> bytes:
-    """A grey 8x8 JPEG; its grey value tells the images apart."""
-    return encoded(Image.fromarray(np.full((8, 8, 3), value, np.uint8)), "JPEG", quality=100)
 
 
 def greys(images):

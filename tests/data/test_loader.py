@@ -5,29 +5,15 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from small_images import as_is, jpeg
 from torchvision.transforms import v2 as T
 
 from rt_detectron.data.images import FolderDataset
 from rt_detectron.data.loader import TrainLoader, build_test_loader, to_device
 from rt_detectron.data.shards import ShardDataset
 from rt_detectron.utils.errors import InputError
-
-as_is = T.Identity()
-
-
-def encoded(image: Image.Image, format: str, **kwargs) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **kwargs)
-    return buffer.getvalue()
-
-
-def jpeg(value: int) -> bytes:
-    """A grey 8x8 JPEG; its grey value tells the images apart."""
-    return encoded(Image.fromarray(np.full((8, 8, 3), value, np.uint8)), "JPEG", quality=100)
 
 
 def write_shard(path, samples):

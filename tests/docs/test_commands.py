@@ -21,6 +21,7 @@ from rt_detectron.detection import load_detector_config
 from rt_detectron.detection.lazy import KEYS as LAZY_KEYS
 from rt_detectron.engine.lazy_config import read_lazy_config
 from rt_detectron.pretrain.recipe import load_pretrain_config
+from rt_detectron.study.load import load_study
 from rt_detectron.transfer.recipe import load_transfer_config
 from rt_detectron.utils.files import find_config
 
@@ -47,10 +48,9 @@ COMMANDS = runpy.run_path(str(REPOSITORY / "tools" / "rt-detectron"), run_name="
 # Variables that a document leaves to its reader.
 VALUES = {"RANK": "0", "HOST": "localhost", "SLURM_NODEID": "0", "lr": "0.01", "eps": "0.5"}
 # Programs of others, in lines that call nothing of ours.
-SHELL = ("for", "done", "export", "cd", "git", "ray", "rm", "source", ".", "python", "$")
-STARTS = re.compile(
-    r"#!/bin|(\w+=\S* )*(tools/|python |torchrun|srun|make\b|pip |rt-detectron|for |export |DATA=|six=|ray )"
-)
+SHELL = ("for", "done", "export", "cd", "git", "ray", "rm", "source", ".")
+# What a fence may say. Without a word it holds commands, or config keys and their values.
+LANGUAGES = ("", "bash", "python", "yaml", "text")
 
 
 class Block(NamedTuple):
@@ -75,50 +75,41 @@ def blocks(path: Path) -> Iterator[Block]:
     assert start is None, f"{path}:{start}: the block has no end"
 
 
+def blocks_in(*languages: str) -> list[Block]:
+    return [block for path in DOCUMENTS for block in blocks(path) if block.language in languages]
+
+
+def parameters(*languages: str) -> list:
+    """The text of each block in one of the languages."""
+    return [pytest.param(block.text, id=f"{block.path}:{block.line}") for block in blocks_in(*languages)]
+
+
 def commands() -> Iterator:
-    """(line, variables) of each command, lines that go on joined."""
-    for document in DOCUMENTS:
-        variables = dict(VALUES)
-        for block in blocks(document):
-            if block.language not in ("", "bash", "sh", "shell") or not STARTS.match(block.text.lstrip()):
-                continue
-            for number, line in joined(block):
-                if match := re.match(r'(\w+)="(.*)"$', line):
-                    variables[match[1]] = match[2]
-                elif line and not line.startswith("#"):
-                    yield pytest.param(line, dict(variables), id=f"{document}:{number} {line[:40]}")
+    """(line, variables) of each command, continued lines joined. Variables hold until the document ends."""
+    document, variables = None, {}
+    for block in blocks_in("", "bash"):
+        if block.path != document:
+            document, variables = block.path, dict(VALUES)
+        for number, line in joined(block):
+            if match := re.fullmatch(r'(?s)(\w+)="(.*)"', line):
+                variables[match[1]] = match[2]
+            elif line and not line.startswith("#"):
+                yield pytest.param(line, dict(variables), id=f"{document}:{number} {line[:40]}")
 
 
 def joined(block: Block) -> Iterator[tuple[int, str]]:
     """Each command and the number of its first line; a backslash or an open quote continues it."""
-    parts: list[str] = []
-    start = 0
+    command, start = "", 0
     for number, line in enumerate(block.text.splitlines(), start=block.line + 1):
-        start = start if parts else number
-        goes_on = line.endswith("\\")
-        parts.append(line.removesuffix("\\").strip() if goes_on else line.strip())
-        command = " ".join(parts)
-        if not goes_on and command.count('"') % 2 == 0:
+        start = start if command else number
+        command += line.strip() if not command or command.count('"') % 2 == 0 else line
+        if command.endswith("\\"):
+            command = command.removesuffix("\\").rstrip() + " "
+        elif command.count('"') % 2:
+            command += "\n"
+        else:
             yield start, command
-            parts = []
-
-
-def python_blocks() -> Iterator:
-    for document in DOCUMENTS:
-        yield from (
-            pytest.param(block.text, id=f"{document}:{block.line}")
-            for block in blocks(document)
-            if block.language == "python"
-        )
-
-
-def yaml_blocks() -> Iterator:
-    for document in DOCUMENTS:
-        yield from (
-            pytest.param(block.text, id=f"{document}:{block.line}")
-            for block in blocks(document)
-            if block.language == "yaml"
-        )
+            command = ""
 
 
 class _Parsed(BaseException):
@@ -148,7 +139,7 @@ def parsed(monkeypatch):
 
 
 @pytest.mark.parametrize(("line", "variables"), list(commands()))
-def test_a_command_is_one_that_its_program_takes(line, variables, parsed, monkeypatch):
+def test_a_command_is_one_that_its_program_takes(line, variables, parsed, monkeypatch, tmp_path):
     monkeypatch.chdir(REPOSITORY)
     for name, value in variables.items():
         line = re.sub(rf"\\?\$\{{?{name}\b\}}?", value, line)
@@ -165,6 +156,12 @@ def test_a_command_is_one_that_its_program_takes(line, variables, parsed, monkey
         words = words[1:]
     if not words or words[0] in SHELL or re.match(r"\w+=\$\(", line):
         return
+    if words[:2] == ["python", "-c"]:
+        check_imports(words[2])
+        return
+    if re.match(r"[A-Z]+\.[A-Z]", line):
+        load_detector_config("configs/Base-RCNN-FPN.yaml", words)
+        return
     if words[0] == "make":
         targets = re.findall(r"(?m)^([a-z-]+):", (REPOSITORY / "Makefile").read_text())
         assert {word for word in words[1:] if "=" not in word} <= set(targets)
@@ -175,14 +172,17 @@ def test_a_command_is_one_that_its_program_takes(line, variables, parsed, monkey
         assert {part for extra in asked for part in extra.split(",")} <= set(extras)
         assert not any(word.startswith("rt_detectron[") for word in words), "no index has it"
     else:
-        check_script(words, parsed)
+        args = check_script(words, parsed)
+        if getattr(args, "study", "STUDY") != "STUDY":
+            check_study(find_config(args.study), tmp_path, monkeypatch)
 
 
-def check_script(words: list[str], parsed) -> None:
+def check_script(words: list[str], parsed) -> argparse.Namespace | None:
+    """What the script's parser makes of the command, None for those that need none."""
     script, arguments = words[0], [word for word in words[1:] if word != "..."]
     if script == "rt-detectron":
         if arguments[:1] in ([], ["--help"]):
-            return
+            return None
         script, arguments = f"tools/{COMMANDS[arguments[0]][0]}.py", arguments[1:]
     path = REPOSITORY / script
     assert script.split("/")[0] in ("tools", "benchmarks", "datasets"), (
@@ -190,11 +190,8 @@ def check_script(words: list[str], parsed) -> None:
     )
     assert path.is_file(), f"there is no {script}"
     if path.stem == "setup_environment":
-        return
+        return None
     args = parsed(path, arguments)
-    study = getattr(args, "study", None)
-    if study not in (None, "STUDY"):
-        assert Path(find_config(study)).is_file(), study
     configs = getattr(args, "config_file", None)
     for config in [configs] if isinstance(configs, str) else configs or []:
         if config.startswith("output/") or not config:  # a file that a training leaves
@@ -204,11 +201,11 @@ def check_script(words: list[str], parsed) -> None:
             READERS[path.stem](config, opts)
         else:
             assert Path(find_config(config)).is_file(), config
+    return args
 
 
-@pytest.mark.parametrize("text", list(python_blocks()))
-def test_python_imports_what_is_there(text):
-    for node in ast.walk(ast.parse(text)):
+def check_imports(code: str) -> None:
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 importlib.import_module(alias.name)
@@ -219,6 +216,29 @@ def test_python_imports_what_is_there(text):
                     importlib.import_module(f"{node.module}.{alias.name}")
 
 
-@pytest.mark.parametrize("text", list(yaml_blocks()))
-def test_yaml_can_be_read(text):
-    assert isinstance(yaml.safe_load(text), dict)
+def check_study(file: str | Path, folder: Path, monkeypatch) -> None:
+    """The study can be loaded once its arms' weights are there, as what trains them leaves them."""
+    monkeypatch.chdir(folder)
+    (folder / "configs").symlink_to(REPOSITORY / "configs")
+    for arm in yaml.safe_load(Path(file).read_text(encoding="utf-8"))["arms"].values():
+        if "://" not in arm["weights"]:
+            (folder / arm["weights"]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / arm["weights"]).touch()
+    load_study(file)
+
+
+@pytest.mark.parametrize("text", parameters("python"))
+def test_python_imports_what_is_there(text):
+    check_imports(text)
+
+
+@pytest.mark.parametrize("text", parameters("yaml"))
+def test_yaml_is_a_study(text, tmp_path, monkeypatch):
+    (tmp_path / "study.yaml").write_text(text, encoding="utf-8")
+    check_study(tmp_path / "study.yaml", tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_every_block_is_of_a_kind_that_is_checked(document):
+    unknown = [block for block in blocks(document) if block.language not in LANGUAGES]
+    assert not unknown, f"{document}:{unknown[0].line}: not one of {LANGUAGES}"
