@@ -4,7 +4,29 @@ from detectron2.config import CfgNode as CN
 
 
 def add_robust_config(cfg: CN) -> None:
-    """Add rt_detectron's keys to ``cfg``."""
+    """Add rt_detectron's keys to ``cfg``. A key that is there already, a project's own, keeps its value.
+
+    Raises:
+        ValueError: where a project has a value in place of a group of our keys, or the reverse.
+    """
+    _complete(cfg, _keys())
+
+
+def _complete(cfg: CN, keys: CN, parent: str = "") -> None:
+    """Put into ``cfg`` what it lacks of ``keys``."""
+    for key, value in keys.items():
+        if key not in cfg:
+            setattr(cfg, key, value)
+        elif isinstance(cfg[key], CN) != isinstance(value, CN):
+            raise ValueError(
+                f"{parent}{key} of this project stands where rt_detectron needs its own: rename the project's"
+            )
+        elif isinstance(value, CN):
+            _complete(cfg[key], value, f"{parent}{key}.")
+
+
+def _keys() -> CN:
+    cfg = CN({group: {} for group in ("MODEL", "INPUT", "DATASETS", "DATALOADER", "SOLVER", "TEST")})
     cfg.MODEL.ROBUST = CN()
     # The network's name in rt_detectron.checkpoint.architectures, such as "resnet50", "densenet" or
     # "timm/convnext_tiny". "": a ResNet given by MODEL.RESNETS (DEPTH, NUM_GROUPS, ...), as in Detectron2.
@@ -53,3 +75,4 @@ def add_robust_config(cfg: CN) -> None:
 
     # For each attack and corruption, save pictures of this many images before and after the change.
     cfg.TEST.PICTURES = 0
+    return cfg
