@@ -23,8 +23,9 @@ from detectron2.utils.logger import setup_logger
 
 from rt_detectron.engine.launch import launch
 from rt_detectron.engine.loop import sole_training
+from rt_detectron.modeling.load import load_weights
 from rt_detectron.pretrain.recipe import load_pretrain_config
-from rt_detectron.pretrain.trainer import build_model, do_eval, do_train, load_weights
+from rt_detectron.pretrain.trainer import build_model, do_eval, do_train
 from rt_detectron.utils.errors import InputError, one_line_errors
 
 
@@ -39,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
         if not cfg.train.init_checkpoint:
             raise InputError("--eval-only needs weights: add train.init_checkpoint=FILE")
         model = build_model(cfg)
-        load_weights(model, cfg.train.init_checkpoint)
+        load_weights(model.classifier, cfg.train.init_checkpoint)
         do_eval(cfg, model)
 
 

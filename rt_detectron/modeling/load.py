@@ -1,12 +1,15 @@
 """Robust networks in one line, for projects without a Detectron2 config."""
 
+import logging
 import os
 
+import numpy as np
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.utils.file_io import PathManager
+from torch import Tensor
 
 from rt_detectron.checkpoint import zoo
 from rt_detectron.checkpoint.architectures import Architecture, get_architecture, is_counter
@@ -17,6 +20,8 @@ from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.config import add_robust_config
 from rt_detectron.modeling.classifier import Classifier, versioned
 from rt_detectron.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def load_backbone(
@@ -97,8 +102,56 @@ def load_classifier(name: str, arch: str | None = None, num_classes: int | None 
     classifier = Classifier(
         architecture, num_classes or len(logits[-1]), metadata.pixel_mean, metadata.pixel_std
     )
+    _fill(classifier, state_dict, path, fresh_head=num_classes is not None)
+    classifier.metadata = metadata
+    return classifier.eval()
+
+
+def load_weights(classifier: Classifier, name: str, fresh_head: bool = False) -> bool:
+    """Load pretrained weights into a classifier that exists.
+
+    Args:
+        classifier: where they go.
+        name: as for :func:`load_classifier`.
+        fresh_head: leave the last linear layer as it is where the file has none, or one for another number
+            of classes. The log says so.
+
+    Returns:
+        Whether the last linear layer was loaded, too.
+
+    Raises:
+        InputError: for an unknown name, for a file that cannot be read, is of another network or of another
+            number of classes, and for weights that expect another normalisation.
+    """
+    path = _weights_file(name)
+    _, state_dict, metadata = read_network(path, classifier.architecture)
+    for key in ("pixel_mean", "pixel_std"):
+        expected, found = getattr(metadata, key), getattr(classifier, key)
+        if not np.allclose(expected, found, rtol=1e-3):
+            raise InputError(
+                f"{path} expects {key} {list(expected)}, not {list(found)}: set model.classifier.{key}"
+            )
+    weight = state_dict.get(f"{classifier.last_linear}.weight")
+    has_head = weight is not None and len(weight) == classifier.num_classes
+    if not has_head:
+        found = "has no last linear layer" if weight is None else f"has {len(weight)} classes"
+        if not fresh_head:
+            raise InputError(
+                f"{path} {found}, but model.classifier.num_classes is {classifier.num_classes}: "
+                "give the file of the same classifier"
+            )
+        logger.info(
+            "%s %s: the last linear layer, %s, starts afresh with %d classes",
+            path, found, classifier.last_linear, classifier.num_classes,
+        )  # fmt: skip
+    _fill(classifier, state_dict, path, fresh_head=not has_head)
+    return has_head
+
+
+def _fill(classifier: Classifier, state_dict: dict[str, Tensor], path: str, fresh_head: bool) -> None:
+    """Load ``state_dict``, whose tensors are those of the network; without its last linear layer if asked."""
     fresh: tuple[str, ...] = ()
-    if num_classes is not None:
+    if fresh_head:
         fresh = tuple(f"{classifier.last_linear}.{part}" for part in ("weight", "bias"))
         state_dict = {name: tensor for name, tensor in state_dict.items() if name not in fresh}
     state_dict = versioned(state_dict, classifier.network)
@@ -106,8 +159,6 @@ def load_classifier(name: str, arch: str | None = None, num_classes: int | None 
     missing = [name for name in missing if name not in fresh and not is_counter(name)]
     if missing:
         raise InputError(f"{path} is a backbone without {missing[0]}: give the classifier's file")
-    classifier.metadata = metadata
-    return classifier.eval()
 
 
 def _weights_file(name: str) -> str:

@@ -21,8 +21,9 @@ from rt_detectron.attacks import PGD, ThreatModel, attack_named
 from rt_detectron.attacks.registry import Attack
 from rt_detectron.data.loader import to_device
 from rt_detectron.data.shards import ShardDataset
+from rt_detectron.modeling.load import load_weights
 from rt_detectron.pretrain.model import Pretraining
-from rt_detectron.pretrain.trainer import build_model, load_weights
+from rt_detectron.pretrain.trainer import build_model
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.files import file_sha256, replaced_atomically
 from rt_detectron.utils.versions import versions
@@ -368,7 +369,7 @@ def evaluate_classifier(cfg, weights: str, attacks: Sequence[str], images: int) 
     if len({attack.name for attack in built}) < len(built):
         raise InputError(f"--attacks {','.join(attacks)}: give each attack once")
     model = build_model(cfg)
-    load_weights(model, weights)
+    load_weights(model.classifier, weights)
     lazy_loader = copy.deepcopy(cfg.dataloader.test)
     dataset = instantiate(lazy_loader.dataset)
     images = min(images, len(dataset))

@@ -82,9 +82,16 @@ def export(cfg, model: Pretraining, results: dict) -> list[str]:
 
 
 def write_classifier(model: Pretraining, path: str, source: str = PRETRAINING) -> None:
-    """Write the network under torchvision's names with its metadata, atomically."""
+    """Write the network under torchvision's names with its metadata, atomically.
+
+    Without the classifier's head if that was not trained.
+    """
+    state_dict = model.classifier.network.state_dict()
+    if not model.strategy.has_head:
+        head = model.classifier.architecture.head
+        state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith(head)}
     content = {
-        "model": model.classifier.network.state_dict(),
+        "model": state_dict,
         "rt_detectron": classifier_metadata(model, source).to_dict(),
     }
     save_atomically(content, path)
@@ -101,7 +108,7 @@ def model_card(cfg, model: Pretraining, results: dict, files: list[str]) -> str:
         pixel_std=list(metadata.pixel_std),
         num_classes=model.classifier.num_classes,
         trained=_trained(model.strategy),
-        accuracies="\n".join(_accuracies(cfg, results.get("accuracy", {}))),
+        accuracies="\n".join(_accuracies(cfg, results.get("accuracy", {})) or [NO_HEAD]),
         files="\n".join(f"| `{os.path.basename(path)}` | `{file_sha256(path)}` |" for path in files),
         epochs=cfg.train.epochs,
         batch=cfg.dataloader.train.total_batch_size,
@@ -120,8 +127,9 @@ def _trained(strategy) -> str:
     return f"against {threat_model.norm} eps {threat_model.eps:g}{unit} (strategy {type(strategy).__name__})"
 
 
-def _accuracies(cfg, accuracy: dict):
+def _accuracies(cfg, accuracy: dict) -> list[str]:
     threat_model = cfg.evaluator.attack.get("threat_model")
+    rows = []
     for name, value in accuracy.items():
         if name in ("images", "attacked_images"):
             continue
@@ -129,8 +137,11 @@ def _accuracies(cfg, accuracy: dict):
         images = accuracy["images" if is_clean else "attacked_images"]
         is_bounded = threat_model is not None and not is_clean
         label = f"{name}, {threat_model.norm} eps {threat_model.eps:g}" if is_bounded else name
-        yield f"| {label} | {value:.2f} | {images} |"
+        rows.append(f"| {label} | {value:.2f} | {images} |")
+    return rows
 
+
+NO_HEAD = "| not evaluated: the last linear layer was not trained and is left out of the files | | |"
 
 CARD = """# {name}
 

@@ -28,11 +28,23 @@ class Standard:
         attack: what the classifier is trained against; None if nothing or no attack of its own.
         threat_model: that of the training; it goes into the metadata of the weights.
         replays: steps in a row on each batch.
+        needs_weights: whether it only makes sense for a network that is pretrained already.
+        has_head: whether the last linear layer is trained; else it is neither evaluated nor exported.
     """
 
     attack: Attack | None = None
     threat_model: ThreatModel | None = None
     replays = 1
+    needs_weights = False
+    has_head = True
+
+    def begin(self, classifier: nn.Module, has_head: bool) -> None:
+        """Called before the optimiser is built; a resumed training restores the strategy's state after it.
+
+        Args:
+            classifier: with the weights that the training starts from, unless it is resumed.
+            has_head: whether the last linear layer is among them, if they are pretrained.
+        """
 
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         """The images to train on.

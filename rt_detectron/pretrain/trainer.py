@@ -18,17 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from rt_detectron.checkpoint.checkpointer import TrainingCheckpointer, has_checkpoint
-from rt_detectron.checkpoint.formats import read_classifier
 from rt_detectron.data.images import check_same_classes
 from rt_detectron.data.loader import TrainLoader
 from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
 from rt_detectron.engine.train_hooks import ExponentialMovingAverage
 from rt_detectron.layers.small_maps import use_small_maps
 from rt_detectron.layers.sync_bn import use_sync_bn
-from rt_detectron.modeling.classifier import Classifier, versioned
+from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.modeling.load import load_weights
 from rt_detectron.pretrain.export import Provenance, export
 from rt_detectron.pretrain.model import Pretraining
-from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -50,23 +50,6 @@ def for_training(classifier: Classifier, train) -> Classifier:
     return classifier
 
 
-def load_weights(model: Pretraining, path: str) -> None:
-    """Load the classifier's weights from ``path``.
-
-    Raises:
-        InputError: for a file that cannot be read or does not fit.
-    """
-    classifier = model.classifier
-    try:
-        state_dict = versioned(read_classifier(path).state_dict, classifier.network)
-        classifier.network.load_state_dict(state_dict)
-    except RuntimeError as error:  # names the tensors
-        raise InputError(
-            f"{path} does not fit model.classifier.arch={classifier.arch} with "
-            f"num_classes={classifier.num_classes}: {one_line(error)[:200]}"
-        ) from None
-
-
 def do_train(cfg, resume: bool = False) -> None:
     """Train as ``cfg`` says, evaluate, and export to ``cfg.train.output_dir``.
 
@@ -82,8 +65,8 @@ def do_train(cfg, resume: bool = False) -> None:
     model = build_model(cfg)
     loader = instantiate(cfg.dataloader.train)
     check_same_classes(loader.dataset, instantiate(cfg.dataloader.test.dataset))
-    if cfg.train.init_checkpoint and not (resume and has_checkpoint(cfg.train.output_dir)):
-        load_weights(model, cfg.train.init_checkpoint)
+    resume = resume and has_checkpoint(cfg.train.output_dir)
+    start(model, cfg.train.init_checkpoint, resume)
 
     def finish(evaluated: Pretraining, results: dict) -> None:
         for path in export(cfg, evaluated, results):
@@ -92,6 +75,23 @@ def do_train(cfg, resume: bool = False) -> None:
     train_classifier(
         cfg, model, loader, evaluate=lambda evaluated: do_eval(cfg, evaluated), finish=finish, resume=resume
     )
+
+
+def start(model: Pretraining, init_checkpoint: str, resume: bool) -> None:
+    """Load the weights that the training starts from, if any, and show them to the strategy.
+
+    A resumed training takes them from its checkpoint.
+
+    Raises:
+        InputError: as :func:`rt_detectron.modeling.load.load_weights`, and if the strategy needs weights.
+    """
+    has_head = True
+    if init_checkpoint and not resume:
+        has_head = load_weights(model.classifier, init_checkpoint, fresh_head=True)
+    elif model.strategy.needs_weights and not resume:
+        name = type(model.strategy).__name__
+        raise InputError(f"strategy {name} keeps a network's features: set train.init_checkpoint to its file")
+    model.strategy.begin(model.classifier, has_head)
 
 
 def train_classifier(
@@ -145,7 +145,13 @@ def train_classifier(
 
 
 def do_eval(cfg, model: Pretraining) -> dict:
-    """Clean and robust accuracy of ``model`` on ``cfg.dataloader.test``, printed and returned."""
+    """Clean and robust accuracy of ``model`` on ``cfg.dataloader.test``, printed and returned.
+
+    Nothing, {}, for a network whose last layer is not trained.
+    """
+    if not model.strategy.has_head:
+        logger.info("The last layer is not trained, so there is no accuracy to evaluate.")
+        return {}
     lazy_evaluator = copy.deepcopy(cfg.evaluator)
     lazy_evaluator.model = model
     return evaluate(model, instantiate(cfg.dataloader.test), instantiate(lazy_evaluator))

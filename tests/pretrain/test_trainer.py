@@ -8,13 +8,14 @@ from detectron2.config import LazyConfig
 from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.layers.small_maps import SmallMapConv2d
+from rt_detectron.modeling.load import load_weights
 from rt_detectron.pretrain.export import write_classifier
 from rt_detectron.pretrain.strategies import Free, Standard
 from rt_detectron.pretrain.trainer import (
     build_model,
     do_eval,
     do_train,
-    load_weights,
+    start,
 )
 from rt_detectron.utils.errors import InputError
 
@@ -132,7 +133,7 @@ def test_weights_load_for_evaluation(digits_cfg, tmp_path):
     write_classifier(model, path)
     other = build_model(digits_cfg)
     assert not torch.equal(other.classifier.network.fc.weight, model.classifier.network.fc.weight)
-    load_weights(other, path)
+    load_weights(other.classifier, path)
     for name, tensor in model.classifier.state_dict().items():
         assert torch.equal(other.classifier.state_dict()[name], tensor), name
 
@@ -141,9 +142,34 @@ def test_weights_of_another_network_are_one_line(digits_cfg, tmp_path):
     path = str(tmp_path / "classifier.pth")
     write_classifier(build_model(digits_cfg), path)
     digits_cfg.model.classifier.num_classes = 3
-    with pytest.raises(InputError, match=r"does not fit .*resnet18 with num_classes=3: .*fc.weight") as error:
-        load_weights(build_model(digits_cfg), path)
+    with pytest.raises(InputError, match=r"has 2 classes, but model.classifier.num_classes is 3") as error:
+        load_weights(build_model(digits_cfg).classifier, path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_training_starts_from_any_file(digits_cfg, tmp_path, classes, caplog):
+    path = str(tmp_path / "classifier.pth")
+    pretrained = build_model(digits_cfg).classifier
+    write_classifier(build_model(digits_cfg), path)
+    load_weights(pretrained, path)
+    digits_cfg.model.classifier.num_classes = classes
+    model = build_model(digits_cfg)
+    before = model.classifier.network.fc.weight.clone()
+    with caplog.at_level("INFO", "rt_detectron"):
+        start(model, path, resume=False)
+    network = model.classifier.network
+    assert torch.equal(network.conv1.weight, pretrained.network.conv1.weight)
+    assert torch.equal(network.fc.weight, pretrained.network.fc.weight if classes == 2 else before)
+    assert ("starts afresh with 3 classes" in caplog.text) == (classes == 3)
+
+
+def test_weights_for_another_normalisation_are_one_line(digits_cfg, tmp_path):
+    path = str(tmp_path / "classifier.pth")
+    write_classifier(build_model(digits_cfg), path)
+    digits_cfg.model.classifier.pixel_mean = [0.0, 0.0, 0.0]
+    with pytest.raises(InputError, match=r"expects pixel_mean \[123.*set model.classifier.pixel_mean"):
+        start(build_model(digits_cfg), path, resume=False)
 
 
 def test_an_interrupted_export_leaves_the_old_file_alone(digits_cfg, tmp_path, monkeypatch):
