@@ -1,12 +1,8 @@
-import os
 import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).parents[2]
+from tool_process import run_tool, start_server
 
 
 @pytest.fixture
@@ -24,21 +20,15 @@ def run_here(request, monkeypatch, capfd):
     return run
 
 
+@pytest.fixture(scope="session")
+def tool_server(tiny_datasets):
+    """What processes of tool_process.py are forked from; the demo set is where they look for data."""
+    start_server(DETECTRON2_DATASETS=str(tiny_datasets))
+
+
 @pytest.fixture
-def run(request, tiny_datasets, tmp_path):
+def run(request, tool_server, tmp_path):
     """The test file's TOOL with its CONFIG on the demo set, in a process of its own, on CPUs:
     ``run(arguments ...)`` gives the completed process."""
-    tool = [sys.executable, request.module.TOOL, "--config-file", request.module.CONFIG]
-    environment = {"DETECTRON2_DATASETS": str(tiny_datasets), "PYTHONPATH": str(REPOSITORY)}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-
-    def run(*arguments):
-        return subprocess.run(
-            [*tool, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, **environment},
-        )
-
-    return run
+    module = request.module
+    return lambda *arguments: run_tool([module.TOOL, "--config-file", module.CONFIG, *arguments], tmp_path)

@@ -1,20 +1,20 @@
 """The tool as a user runs it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tool_process import run_tool
 
 REPOSITORY = Path(__file__).parents[2]
 TOOL = str(REPOSITORY / "tools" / "evaluate_classifier.py")
 CONFIG = str(REPOSITORY / "configs" / "pretrain" / "demo_l2.py")
 
 
-def test_two_processes_evaluate_what_one_does(tiny_datasets, random_classifier, tmp_path, rendezvous):
+def test_two_processes_evaluate_what_one_does(
+    tiny_datasets, random_classifier, tmp_path, rendezvous, tool_server
+):
     torch.save(random_classifier("resnet18", 10).state_dict(), tmp_path / "weights.pth")
     found = []
     for processes in (1, 2):
@@ -23,17 +23,8 @@ def test_two_processes_evaluate_what_one_does(tiny_datasets, random_classifier, 
         arguments += ["--num-gpus", str(processes), "--dist-url", rendezvous(), "--output", str(folder)]
         arguments += [f"dataloader.test.dataset.root={tiny_datasets}/demo/classification/val"]
         arguments += ["dataloader.test.num_workers=0", "dataloader.test.batch_size=4"]
-        finished = subprocess.run(
-            [sys.executable, TOOL, *arguments],
-            capture_output=True,
-            text=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": "",
-                "PYTHONWARNINGS": "ignore",
-            },
-        )
+        arguments += ["dataloader.test.dataset.transform.transforms.0.size=16"]
+        finished = run_tool([TOOL, *arguments], tmp_path)
         assert finished.returncode == 0, finished.stderr
         assert {"evaluation.json", "evaluation.md", "eps_curve.png"} <= {
             path.name for path in folder.iterdir()

@@ -1,5 +1,6 @@
 """The tool as a user runs it, each run a process since Detectron2's set-up is for whole processes."""
 
+import functools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tool_process import ENVIRONMENT, ToolProcess, run_tool
 
 from rt_detectron.checkpoint.architectures import build_classifier
 
@@ -43,8 +45,8 @@ class RecordingEvaluator(AccuracyEvaluator):
 
 
 @pytest.fixture
-def command(tiny_datasets, tmp_path):
-    """Arguments of subprocess for a tiny training of the given config, on CPUs; output in tmp_path/out."""
+def command(tiny_datasets):
+    """The tool's path and arguments for a tiny training of the given config; output in out."""
 
     def command(config, *arguments):
         root = tiny_datasets / "demo" / "classification"
@@ -61,30 +63,40 @@ def command(tiny_datasets, tmp_path):
             "train.output_dir": "out",
         }
         pairs = [f"{key}={value}" for key, value in overrides.items()]
-        environment = {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "OMP_NUM_THREADS": "1"}
-        environment |= {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
         options = [argument for argument in arguments if "=" not in argument]
         pairs += [argument for argument in arguments if "=" in argument]
-        launcher = [sys.executable]
-        if "torchrun" in options:
-            options.remove("torchrun")
-            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        return {
-            "args": [*launcher, TOOL, "--config-file", config, *options, *pairs],
-            "cwd": tmp_path,
-            "env": {**os.environ, **environment},
-            "text": True,
-        }
+        return [TOOL, "--config-file", config, *options, *pairs]
 
     return command
 
 
+@pytest.fixture
+def run(command, tool_server, tmp_path):
+    """``run(config, arguments ...)``: the completed process of such a training, in tmp_path."""
+    return lambda config, *arguments, **options: run_tool(command(config, *arguments), tmp_path, **options)
+
+
+@pytest.fixture
+def as_users_do(command, tmp_path):
+    """``as_users_do(config, arguments ...)``: subprocess's arguments for it; "torchrun" may be among them."""
+
+    def as_users_do(config, *arguments):
+        launcher = [sys.executable]
+        if "torchrun" in arguments:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        given = command(config, *(argument for argument in arguments if argument != "torchrun"))
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
+        return {"args": [*launcher, *given], "cwd": tmp_path, "env": environment, "text": True}
+
+    return as_users_do
+
+
 @pytest.mark.slow  # test_accumulating_trains_as_more_processes_do has two processes, too
-def test_two_processes_train_one_classifier(command, two_processes, tmp_path):
+def test_two_processes_train_one_classifier(as_users_do, two_processes, tmp_path):
     (tmp_path / "recording_config.py").write_text(RECORDING)
     (tmp_path / "recording.py").write_text(RECORDING_EVALUATOR)
     arguments = [*two_processes(), "train.epochs=1", "train.log_period=1"]
-    finished = subprocess.run(**command("recording_config.py", *arguments), capture_output=True)
+    finished = subprocess.run(**as_users_do("recording_config.py", *arguments), capture_output=True)
     assert finished.returncode == 0, finished.stderr
     with open(tmp_path / "out/metrics.json") as file:
         lines = [json.loads(line) for line in file]
@@ -103,7 +115,7 @@ def test_two_processes_train_one_classifier(command, two_processes, tmp_path):
     assert saved["model"]["bn1.num_batches_tracked"] == 2
 
 
-def test_a_corrupt_image_in_a_loaders_worker_is_one_line(command, tmp_path):
+def test_a_corrupt_image_in_a_loaders_worker_is_one_line(run, tmp_path):
     for label in range(2):
         (tmp_path / "train" / str(label)).mkdir(parents=True)
         for i in range(2):
@@ -111,7 +123,7 @@ def test_a_corrupt_image_in_a_loaders_worker_is_one_line(command, tmp_path):
     (tmp_path / "train/1/1.jpg").write_bytes(b"\xff\xd8\xff no image")
     overrides = ["dataloader.train.dataset.root=train", "dataloader.train.num_workers=1"]
     overrides += ["dataloader.test.dataset.root=train", "model.classifier.num_classes=2"]
-    failed = subprocess.run(**command(CONFIG, *overrides), capture_output=True)
+    failed = run(CONFIG, *overrides)
     assert failed.returncode == 2
     assert failed.stderr.splitlines()[-1].startswith("error: train/1/1.jpg: cannot be read (")
     assert failed.stderr.rstrip().endswith("repair or delete it, or set on_corrupt=skip")
@@ -136,36 +148,47 @@ BRIEFLY += [
 ]
 
 
-def trained(command, folder, *arguments, config=CONFIG) -> dict:
-    finished = subprocess.run(
-        **command(config, *arguments, f"train.output_dir={folder}"), capture_output=True
-    )
-    assert finished.returncode == 0, finished.stderr
-    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+@pytest.fixture
+def trained(run, as_users_do):
+    """``trained(folder, arguments ...)``: the network that the training into the folder ends with."""
+
+    def trained(folder, *arguments, config=CONFIG) -> dict:
+        arguments = [*arguments, f"train.output_dir={folder}"]
+        if "torchrun" in arguments:
+            finished = subprocess.run(**as_users_do(config, *arguments), capture_output=True)
+        else:
+            finished = run(config, *arguments)
+        assert finished.returncode == 0, finished.stderr
+        return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+    return trained
 
 
 def farthest(one: dict, other: dict) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-def test_two_processes_of_torchrun_with_sync_bn_train_as_one(command, tmp_path):
+def test_two_processes_of_torchrun_with_sync_bn_train_as_one(trained, two_processes, tmp_path):
     # One step: in a second one an attack on weights that differ by rounding already goes elsewhere, how far
     # depends on the machine. Already the first makes more of rounding than a standard step.
     once = [*BRIEFLY, "train.epochs=1", "optimizer.lr=0.2"]
-    alone = trained(command, tmp_path / "one", *once)
-    together = trained(command, tmp_path / "two", *once, "torchrun", "train.sync_bn=True")
+    alone = trained(tmp_path / "one", *once)
+    together = trained(tmp_path / "two", *once, "torchrun", "train.sync_bn=True")
     assert farthest(alone, together) < 1e-4
-    local = trained(command, tmp_path / "local", *once, "torchrun")
+    local = trained(tmp_path / "local", *once, *two_processes())
     assert farthest(alone, local) > 1e-2  # what it would be without synchronising
 
 
-def test_accumulating_trains_as_more_processes_do(command, two_processes, tmp_path):
+def test_accumulating_trains_as_more_processes_do(trained, two_processes, tmp_path):
     # Without an adversary, who would see BN statistics, which are of all parts and of one process.
     standard = {"config": CONFIG.replace("l2", "standard")}
-    alone = trained(command, tmp_path / "one", *BRIEFLY, "train.accumulate=2", **standard)
-    together = trained(command, tmp_path / "two", *BRIEFLY, *two_processes(), **standard)
+    alone = trained(tmp_path / "one", *BRIEFLY, "train.accumulate=2", **standard)
+    together = trained(tmp_path / "two", *BRIEFLY, *two_processes(), **standard)
     learned = [name for name in alone if not name.endswith(("running_mean", "running_var", "tracked"))]
     assert farthest({name: alone[name] for name in learned}, together) < 1e-5
+
+
+ENDLESS = ["train.epochs=10000", "train.log_period=1", "train.checkpoint_epochs=1"]
 
 
 def heed_interrupts():
@@ -173,24 +196,26 @@ def heed_interrupts():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-ENDLESS = ["train.epochs=10000", "train.log_period=1", "train.checkpoint_epochs=1"]
-
-
 @pytest.fixture
-def start(command, tmp_path):
-    """``start(*arguments, wait_for=FILE)``: the process of a training, once it has written out/FILE."""
+def start(command, as_users_do, tool_server, tmp_path):
+    """``start(*arguments, wait_for=FILE)``: the process of a training, once it has written out/FILE.
+
+    Several processes are started as users do, since signals must find their way through them.
+    """
     processes = []
 
     def start(*arguments, wait_for="last_checkpoint"):
-        log = open(tmp_path / "stderr.txt", "w")  # noqa: SIM115
-        process = subprocess.Popen(
-            **command(CONFIG, *arguments), stdout=subprocess.DEVNULL, stderr=log, preexec_fn=heed_interrupts
-        )
+        if {"torchrun", "--num-gpus"} & set(arguments):
+            with open(tmp_path / "stderr", "w") as log:
+                given = {"stdout": subprocess.DEVNULL, "stderr": log, "preexec_fn": heed_interrupts}
+                process = subprocess.Popen(**as_users_do(CONFIG, *arguments), **given)
+        else:
+            process = ToolProcess(command(CONFIG, *arguments), tmp_path)
         processes.append(process)
         deadline = time.monotonic() + 120
         path = tmp_path / "out" / wait_for
         while not (path.exists() and path.stat().st_size):
-            assert process.poll() is None, (tmp_path / "stderr.txt").read_text()
+            assert process.poll() is None, (tmp_path / "stderr").read_text()
             assert time.monotonic() < deadline, "waited in vain"
             time.sleep(0.05)
         return process
@@ -216,30 +241,30 @@ def test_a_preempted_training_saves_and_ends_well_within_seconds(start, two_proc
     process.send_signal(signal.SIGTERM)
     status = process.wait(20)
     # torchrun itself reports the signal, however well its processes ended.
-    assert status == 0 or launcher == "torchrun", (tmp_path / "stderr.txt").read_text()
-    assert "Traceback" not in (tmp_path / "stderr.txt").read_text() or launcher == "torchrun"
+    assert status == 0 or launcher == "torchrun", (tmp_path / "stderr").read_text()
+    assert "Traceback" not in (tmp_path / "stderr").read_text() or launcher == "torchrun"
     checkpoint = tmp_path / "out" / (tmp_path / "out/last_checkpoint").read_text()
     iteration = torch.load(checkpoint, weights_only=True)["iteration"]
     assert checkpoint.name == f"model_{iteration:07d}.pth"
 
 
-def test_a_second_training_into_the_same_folder_is_refused(start, command, tmp_path):
+def test_a_second_training_into_the_same_folder_is_refused(start, run):
     first = start(*ENDLESS)
-    second = subprocess.run(**command(CONFIG, *ENDLESS, "--resume"), capture_output=True)
+    second = run(CONFIG, *ENDLESS, "--resume")
     assert second.returncode == 2
     assert second.stderr.splitlines()[-1].startswith("error: another process is training into out")
     assert first.poll() is None
     first.kill()
     first.wait()
-    third = subprocess.run(**command(CONFIG, *ENDLESS), capture_output=True)  # the lock died with it
+    third = run(CONFIG, *ENDLESS)  # the lock died with it
     assert third.stderr.splitlines()[-1].startswith("error: out holds a training: add --resume")
 
 
-def test_a_full_disk_is_one_line_and_leaves_what_was_whole(command, start, tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_what_was_whole(run, start, tmp_path):
     start(*ENDLESS).kill()
     before = (tmp_path / "out/last_checkpoint").read_text()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20,) * 2)  # noqa: E731
-    full = subprocess.run(**command(CONFIG, *ENDLESS, "--resume"), capture_output=True, preexec_fn=limit)
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1 << 20,) * 2)
+    full = run(CONFIG, *ENDLESS, "--resume", prepare=limit)
     assert full.returncode == 2
     error = full.stderr.splitlines()[-1]
     assert error.startswith("error: cannot write out/model_")
@@ -249,7 +274,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_whole(command, start, tmp_p
     torch.load(tmp_path / "out" / before, weights_only=True)
 
 
-def killed_at_random_moments(command, start, tmp_path, epochs: int, kills: int, seed: int) -> None:
+def killed_at_random_moments(trained, start, tmp_path, epochs: int, kills: int, seed: int) -> None:
     """The outcome of a training that was killed so often, worker and all, is that of one that was not."""
     arguments = [f"train.epochs={epochs}", "train.checkpoint_epochs=1", f"train.eval_epochs={epochs}"]
     arguments += [
@@ -259,7 +284,7 @@ def killed_at_random_moments(command, start, tmp_path, epochs: int, kills: int, 
         "train.ema=0.9",
     ]
     arguments += ["model.strategy.attack.random_start=True"]
-    whole = trained(command, tmp_path / "whole", *arguments)
+    whole = trained(tmp_path / "whole", *arguments)
     generator = random.Random(seed)
     metrics = tmp_path / "out/metrics.json"
     for _ in range(kills):
@@ -272,19 +297,19 @@ def killed_at_random_moments(command, start, tmp_path, epochs: int, kills: int, 
         assert process.poll() is None, "it ended before it could be killed"
         process.kill()
         process.wait()
-    resumed = trained(command, tmp_path / "out", *arguments, "--resume")
+    resumed = trained(tmp_path / "out", *arguments, "--resume")
     assert farthest(whole, resumed) == 0
     for name in ("classifier.pth", "backbone.pkl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-def test_a_killed_training_goes_on_bit_by_bit(command, start, tmp_path):
-    killed_at_random_moments(command, start, tmp_path, epochs=6, kills=1, seed=0)
+def test_a_killed_training_goes_on_bit_by_bit(trained, start, tmp_path):
+    killed_at_random_moments(trained, start, tmp_path, epochs=6, kills=1, seed=0)
 
 
 @pytest.mark.slow
-def test_ten_times_killed(command, start, tmp_path):
-    killed_at_random_moments(command, start, tmp_path, epochs=60, kills=10, seed=1)
+def test_ten_times_killed(trained, start, tmp_path):
+    killed_at_random_moments(trained, start, tmp_path, epochs=60, kills=10, seed=1)
 
 
 def test_help_shows_examples(run_here):

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tool_process import run_tool
 
 from rt_detectron.transfer.recipe import load_transfer_config
 from rt_detectron.transfer.trainer import do_transfer
@@ -39,18 +38,12 @@ def overrides(digit_folders, backbone_file, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def in_two_processes(overrides, two_processes, tmp_path):
+def in_two_processes(overrides, two_processes, tool_server, tmp_path):
     """``in_two_processes(METHOD)``: results and predictions of the tool, run in the folder "two"."""
 
     def run(method: str) -> tuple[dict, dict]:
         arguments = ["--config-file", str(CONFIGS / f"{method}.py"), *two_processes()]
-        environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-        finished = subprocess.run(
-            [sys.executable, TOOL, *arguments, *overrides("two")],
-            capture_output=True,
-            text=True,
-            env={**os.environ, **environment},
-        )
+        finished = run_tool([TOOL, *arguments, *overrides("two")], tmp_path)
         assert finished.returncode == 0, finished.stderr
         return read(tmp_path / "two")
 
