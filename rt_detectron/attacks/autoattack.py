@@ -1,5 +1,6 @@
 """AutoAttack, by its authors' own package."""
 
+import functools
 import logging
 from dataclasses import dataclass
 
@@ -10,9 +11,13 @@ from rt_detectron.attacks.registry import register_attack
 from rt_detectron.attacks.threat_model import ThreatModel
 from rt_detectron.utils.errors import InputError, optional_import
 from rt_detectron.utils.modes import eval_mode
+from rt_detectron.utils.ranges import check_images
+
+logger = logging.getLogger(__name__)
 
 NORMS = {"l1": "L1", "l2": "L2", "linf": "Linf"}  # the package's spelling
-MIN_CLASSES = 4  # the loss of its targeted attack compares the four largest logits
+DLR_CLASSES = 4  # the loss of targeted APGD compares the four largest logits
+WITHOUT_DLR = ("apgd-ce", "fab-t", "square")  # the rest of the ensemble
 
 
 @register_attack("autoattack", "autoattack")
@@ -21,7 +26,8 @@ class AutoAttack:
     """The standard ensemble of APGD-CE, targeted APGD-DLR, targeted FAB and Square.
 
     It has no parameters to tune, and Square needs no gradients (Croce & Hein 2020,
-    https://arxiv.org/abs/2003.01690).
+    https://arxiv.org/abs/2003.01690). The loss DLR is defined for 4 classes or more; for fewer it is the
+    ensemble of the other three, which is logged.
 
     Attributes:
         threat_model: the ball the perturbation stays in.
@@ -43,23 +49,35 @@ class AutoAttack:
         """As :meth:`Attack.__call__`; images that are misclassified already come back unchanged.
 
         Raises:
-            InputError: for a model of fewer than 4 classes.
+            InputError: for images outside [0, 1], and a model of a single class.
         """
+        check_images(images)
+        if self.threat_model.radius == 0:
+            return images.detach()
         with eval_mode(model), torch.no_grad():
             classes = model(images[:1]).shape[1]
-            if classes < MIN_CLASSES:
-                raise InputError(f"AutoAttack needs at least {MIN_CLASSES} classes; this model has {classes}")
             attack = _package().AutoAttack(
                 model,
                 norm=NORMS[self.threat_model.norm],
                 eps=self.threat_model.radius,
                 device=images.device,
                 seed=self.seed,
+                **_ensemble(classes),
             )
             for part in (attack.apgd_targeted, attack.fab):  # each target is another class than the label
                 part.n_target_classes = min(part.n_target_classes, classes - 1)
             adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
         return adversarial
+
+
+@functools.cache  # so that it is logged once
+def _ensemble(classes: int) -> dict:
+    if classes < 2:
+        raise InputError("AutoAttack: the model has a single class, so it cannot be wrong")
+    if classes >= DLR_CLASSES:
+        return {"version": "standard"}
+    logger.warning("AutoAttack without targeted APGD-DLR: it needs %d classes, not %d", DLR_CLASSES, classes)
+    return {"version": "custom", "attacks": list(WITHOUT_DLR)}
 
 
 def _package():

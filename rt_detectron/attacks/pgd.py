@@ -13,6 +13,7 @@ from rt_detectron.attacks.registry import register_attack
 from rt_detectron.attacks.threat_model import ThreatModel
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.modes import eval_mode
+from rt_detectron.utils.ranges import check_images
 
 cross_entropy = functools.partial(F.cross_entropy, reduction="none")
 # See PGD.maximize.
@@ -86,7 +87,11 @@ class PGD:
 
         Returns:
             (N, C, H, W) images in [0, 1], detached.
+
+        Raises:
+            InputError: for images outside [0, 1].
         """
+        check_images(images)
         classes = labels if labels.dim() == 1 else labels.argmax(1)
 
         def objective(batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -150,8 +155,7 @@ class PGD:
         return (images + self.threat_model.random_start(images)).clamp_(0, 1)
 
     def _move(self, adversarial: Tensor, grad: Tensor, images: Tensor) -> Tensor:
-        moved = adversarial + self.threat_model.step(grad, self.step_size)
-        return self.threat_model.project(moved.sub_(images)).add_(images).clamp_(0, 1)
+        return self.threat_model.ascend(adversarial, grad, self.step_size, images)
 
 
 @register_attack(r"pgd(\d+)(?:x(\d+))?", "pgd20 (20 steps), pgd100x5 (5 restarts)")

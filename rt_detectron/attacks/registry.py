@@ -33,6 +33,9 @@ class Attack(Protocol):
 
         Returns:
             (N, C, H, W) images in [0, 1], detached.
+
+        Raises:
+            InputError: for images outside [0, 1], see :func:`rt_detectron.utils.ranges.check_images`.
         """
 
 

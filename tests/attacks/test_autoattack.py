@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from rt_detectron.attacks import PGD, AutoAttack, ThreatModel
+from rt_detectron.attacks.autoattack import _ensemble
 from rt_detectron.utils.errors import InputError
 
 pytest.importorskip("pyautoattack", reason='the extra "autoattack" is not installed')
@@ -39,10 +40,29 @@ def test_stays_in_the_ball_and_turns_over_what_pgd_does(batch, norm, eps):
     assert right <= right_by_pgd < len(labels)
 
 
-def test_too_few_classes_are_one_line(batch):
+@pytest.mark.parametrize("classes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_of_few_classes_it_is_the_rest_of_the_ensemble(batch, classes, caplog):
+    images, model = batch[0][:3], network(classes)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    _ensemble.cache_clear()
+    adversarial = AutoAttack(ThreatModel("linf", 8.0))(model, images, labels)
+    assert f"without targeted APGD-DLR: it needs 4 classes, not {classes}" in caplog.text
+    assert (adversarial - images).abs().max() <= 8.001 / 255
+    with torch.no_grad():
+        assert (model(adversarial).argmax(1) == labels).float().mean() < 0.6
+
+
+def test_what_it_cannot_attack_is_one_line(batch):
     images, labels = batch
-    with pytest.raises(InputError, match="at least 4 classes; this model has 3"):
-        AutoAttack(ThreatModel("l2", 0.5))(network(3), images, labels)
+    with pytest.raises(InputError, match="a single class"):
+        AutoAttack(ThreatModel("l2", 0.5))(network(1), images, labels)
+    with pytest.raises(InputError, match="images range from"):
+        AutoAttack(ThreatModel("l2", 0.5))(network(), 255 * images, labels)
+
+
+def test_eps_0_changes_nothing(batch):
+    assert torch.equal(AutoAttack(ThreatModel("linf", 0.0))(network(), *batch), batch[0])
 
 
 def test_without_the_package_it_names_the_extra(monkeypatch):

@@ -83,6 +83,49 @@ def test_stays_in_the_ball_and_in_0_1_and_raises_the_loss(batch, norm, eps, rand
     assert F.cross_entropy(model(adversarial), labels) > F.cross_entropy(model(images), labels) + 0.1
 
 
+def test_l1_uses_all_of_eps_and_no_step_on_pixels_that_cannot_move(batch, monkeypatch):
+    """Croce & Hein 2021: projected first and clamped then, much of the ball stays out of reach."""
+    images, labels = batch[0].round(), batch[1]
+    model = small_network().eval()
+
+    def outcome() -> tuple[float, float]:
+        adversarial = PGD(ThreatModel("l1", 12.0), steps=20)(model, images, labels)
+        used = (adversarial - images).abs().sum((1, 2, 3)).min().item()
+        return used, F.cross_entropy(model(adversarial), labels).item()
+
+    used, loss = outcome()
+    assert used > 11.9
+    monkeypatch.setattr(
+        ThreatModel, "nearest", lambda self, x, images: (images + self.project(x - images)).clamp(0, 1)
+    )
+    clamped_last = outcome()
+    ascend = lambda self, x, grad, size, images: self.nearest(x + self.step(grad, size), images)  # noqa: E731
+    monkeypatch.setattr(ThreatModel, "ascend", ascend)
+    any_pixel = outcome()
+    assert used > 1.02 * clamped_last[0] > 10 * any_pixel[0]
+    assert loss > clamped_last[1] > 2 * any_pixel[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda images: 255 * images, "images range from .* which must be 0 to 1: divide"),
+        (lambda images: (images - 0.45) / 0.225, "leave normalisation to the model"),
+        (lambda images: images * float("nan"), "images range from nan to nan"),
+        (lambda images: (255 * images).byte(), "images are uint8; give them as float"),
+    ],
+)
+def test_images_in_another_range_are_one_line(batch, change, words):
+    images, labels = batch
+    with pytest.raises(InputError, match=words):
+        PGD(ThreatModel("linf", 4.0), steps=1)(small_network(), change(images), labels)
+
+
+def test_no_images_are_no_mistake():
+    images, labels = torch.rand(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64)
+    assert PGD(ThreatModel("linf", 4.0), steps=1)(small_network(), images, labels).shape == images.shape
+
+
 def test_leaves_no_trace_in_the_model(batch):
     model = small_network().train()
     model[2].eval()  # a mode of its own, as a frozen layer has

@@ -111,6 +111,39 @@ def test_l1_projection_is_the_nearest_point_of_the_ball():
     assert (((x - projected) * (corners - projected)).flatten(1).sum(1) <= 1e-4).all()
 
 
+@pytest.mark.parametrize("eps", [0.1, 3.0, 20.0, 1000.0])
+def test_the_nearest_image_is_found_in_the_ball_and_in_0_1(eps):
+    """Against the definition by its optimality condition: soft thresholding, capped at the border of [0, 1],
+    whose threshold is found by bisection in double precision."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(SHAPE, generator=generator)
+    images[:2] = images[:2].round()  # at the border, where clamping matters most
+    scales = torch.tensor([0.01, 0.3, 1.0, 3.0, 1e-3]).view(-1, 1, 1, 1)
+    points = images + torch.randn(SHAPE, generator=generator) * scales
+    found = ThreatModel("l1", eps).nearest(points, images)
+
+    perturbation = points.double() - images.double()
+    room = torch.where(perturbation > 0, 1 - images.double(), images.double())
+    low, high = torch.zeros(5, 1, 1, 1).double(), perturbation.abs().amax((1, 2, 3), keepdim=True)
+    for _ in range(60):
+        threshold = (low + high) / 2
+        magnitude = (perturbation.abs() - threshold).clamp_min(0).minimum(room)
+        is_inside = magnitude.sum((1, 2, 3), keepdim=True) <= eps
+        low, high = torch.where(is_inside, low, threshold), torch.where(is_inside, threshold, high)
+    expected = images.double() + perturbation.sign() * magnitude
+    torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-5)
+    assert (norms(ThreatModel("l1", eps), found - images) <= eps * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("linf", 8.0)])
+def test_elsewhere_it_is_projected_and_clamped(norm, eps):
+    generator = torch.Generator().manual_seed(0)
+    images, threat_model = torch.rand(SHAPE, generator=generator), ThreatModel(norm, eps)
+    points = images + torch.randn(SHAPE, generator=generator)
+    expected = (images + threat_model.project(points - images)).clamp(0, 1)
+    torch.testing.assert_close(threat_model.nearest(points, images), expected)
+
+
 def test_scale_shrinks_the_ball_for_a_schedule():
     assert ThreatModel("linf", 4, scale=0.01).radius == pytest.approx(0.04 / 255)
     assert torch.equal(ThreatModel("l1", 4, scale=0.0).project(torch.ones(SHAPE)), torch.zeros(SHAPE))
