@@ -2,12 +2,14 @@
 """Measure a classifier's accuracy on clean and on attacked images, and check for gradient masking.
 
 Images, network and threat model are those of the recipe. Writes evaluation.json, evaluation.md and
-eps_curve.png to --output.
+eps_curve.png to --output. After each batch, what was found is kept there, in measurements-*.jsonl: the same
+command goes on after an interruption, and runs only what is missing for more --images or --attacks.
 
 attacks, separated by commas:
   pgd20       20 steps from the image
   pgd100x5    100 steps, the strongest result of 5 random starts
-  autoattack  AutoAttack's standard ensemble; hours on a CPU. Needs: pip install pyautoattack
+  autoattack  AutoAttack's standard ensemble; hours on a CPU. Of fewer than 4 classes it
+              leaves out APGD-DLR, which needs 4. Needs: pip install pyautoattack
 
 examples:
   tools/evaluate_classifier.py --config-file configs/pretrain/resnet50_l2_eps3.py \\
@@ -47,7 +49,7 @@ if __name__ == "__main__":
         help="names of attacks, separated by commas (default: %(default)s)",
     )
     parser.add_argument(
-        "--images", type=int, default=1000, help="number of test images to use (default: 1000)"
+        "--images", type=int, default=1000, help="number of test images, evenly spaced (default: 1000)"
     )
     parser.add_argument("--output", help="folder of the results; default: WEIGHTS_evaluation")
     args = parser.parse_args()

@@ -72,9 +72,9 @@ class ThreatModel:
     def ascend(
         self, points: torch.Tensor, grad: torch.Tensor, size: float, images: torch.Tensor
     ) -> torch.Tensor:
-        """``points`` after a step of norm ``size`` along ``grad``, in the ball around ``images`` and in [0, 1].
+        """``points`` after a step of norm ``size`` along ``grad``, within the ball and [0, 1].
 
-        For "l1" the step goes to pixels that can still move, or else it would be spent on black and white ones.
+        For "l1" the step goes to pixels that can still move; else black and white ones would take it all.
         """
         if self.norm == "l1":
             grad = grad.masked_fill(((points <= 0) & (grad < 0)) | ((points >= 1) & (grad > 0)), 0)

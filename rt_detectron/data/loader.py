@@ -3,22 +3,22 @@
 import functools
 import itertools
 import logging
-import math
 import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.synchronize import Event
 
+import numpy as np
 import torch
-from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from rt_detectron.data.images import FolderDataset
 from rt_detectron.data.shards import ShardDataset
 from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.ranges import check_images
 from rt_detectron.utils.seeds import seeded, seeded_generator
 
 logger = logging.getLogger(__name__)
@@ -214,12 +214,16 @@ class _ShardStream(IterableDataset):
 
 
 def build_test_loader(dataset: Dataset, batch_size: int, num_workers: int = 4) -> DataLoader:
-    """Every image once, in order, in batches (images, labels, keys). Processes divide the images."""
+    """Every image once, in batches (images, labels, keys).
+
+    Of w processes, process r has the images [r::w], so that all have as much to do, and together the first
+    images of the set first. Of shards, with more than one worker, that is so only roughly.
+    """
     sampler = None
     if isinstance(dataset, ShardDataset):
-        num_workers = min(num_workers, math.ceil(len(dataset.urls) / comm.get_world_size()))
+        num_workers = min(num_workers, len(dataset.urls))
     else:
-        sampler = InferenceSampler(len(dataset))
+        sampler = range(comm.get_rank(), len(dataset), comm.get_world_size())
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -229,11 +233,36 @@ def build_test_loader(dataset: Dataset, batch_size: int, num_workers: int = 4) -
     )
 
 
+def share(images: int) -> int:
+    """How many of the first ``images`` of :func:`build_test_loader` are this process's."""
+    return len(range(comm.get_rank(), images, comm.get_world_size()))
+
+
+def in_order(gathered: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """The rows of all images, in their order.
+
+    Args:
+        gathered: for each process its batches of :func:`build_test_loader`, (N, ...) each.
+    """
+    parts = {rank: np.concatenate(batches) for rank, batches in enumerate(gathered) if len(batches)}
+    images = sum(map(len, parts.values()))
+    whole = np.empty((images, *parts[0].shape[1:]), np.result_type(*parts.values()))
+    for rank, part in parts.items():
+        whole[rank :: len(gathered)] = part
+    return whole
+
+
 def to_device(batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The images of a batch, as float in [0, 1], and its labels on ``device``.
 
     Args:
         batch: images (N, 3, H, W), float in [0, 1] or uint8, labels (N,), and keys or nothing.
+
+    Raises:
+        InputError: for other images, such as those of a transform that normalises.
     """
     images, labels = (part.to(device, non_blocking=True) for part in batch[:2])
-    return (images.float() / 255 if images.dtype == torch.uint8 else images), labels
+    if images.dtype == torch.uint8:
+        return images.float() / 255, labels
+    check_images(images)
+    return images, labels

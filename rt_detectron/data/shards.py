@@ -17,8 +17,8 @@ from rt_detectron.utils.errors import InputError, optional_import
 class ShardDataset(IterableDataset):
     """WebDataset shards: tar files with ``KEY.jpg`` (or .jpeg, .png) and ``KEY.cls``, the class index.
 
-    Iterating over it gives every sample once, in order. Shards are divided among processes and their loader
-    workers. For training, :class:`TrainLoader` shuffles.
+    Iterating over it gives every sample once, in order. Each process reads all shards, dealt to its loader
+    workers, and decodes its share of the samples. For training, :class:`TrainLoader` shuffles.
 
     Args:
         urls: one pattern or several: a local glob (``train-*.tar``), a brace range
@@ -53,18 +53,27 @@ class ShardDataset(IterableDataset):
         self.transform = transform or unchanged
         self.shuffle_buffer = shuffle_buffer
         self.unreadable = UnreadableImages(on_corrupt)
+        self._chosen = num_samples
 
     def __len__(self) -> int:
-        return self.num_samples
+        return self._chosen
+
+    def choose(self, images: int) -> None:
+        """Iterate over about so many samples only, evenly spaced over the shards."""
+        self._chosen = min(images, self.num_samples)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int, str]]:
         worker = get_worker_info()
         workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
-        slot, slots = comm.get_rank() * workers + worker_id, workers * comm.get_world_size()
-        for sample in self.read(self.urls[slot::slots]):
-            decoded = self.decode(sample)
-            if decoded is not None:
-                yield decoded
+        for shard in range(worker_id, len(self.urls), workers):
+            first = shard * self.num_samples // len(self.urls)  # its place in the set, if all are as large
+            for place, sample in enumerate(self.read(self.urls[shard : shard + 1]), first):
+                number, rest = divmod(place * self._chosen, self.num_samples)
+                if rest >= self._chosen or number % comm.get_world_size() != comm.get_rank():
+                    continue
+                decoded = self.decode(sample)
+                if decoded is not None:
+                    yield decoded
 
     def read(self, urls: list[str]) -> Iterator[dict]:
         """The samples of these shards in order, not decoded."""

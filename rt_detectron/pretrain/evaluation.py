@@ -5,27 +5,30 @@ import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from detectron2.config import instantiate
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.utils import comm
+from omegaconf import OmegaConf
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from rt_detectron.attacks import PGD, ThreatModel, attack_named
 from rt_detectron.attacks.registry import Attack
-from rt_detectron.data.loader import to_device
+from rt_detectron.data.loader import share, to_device
 from rt_detectron.data.shards import ShardDataset
+from rt_detectron.engine.patience import patient_group
 from rt_detectron.modeling.load import load_weights
+from rt_detectron.pretrain.measurements import Measurements
 from rt_detectron.pretrain.model import Pretraining
 from rt_detectron.pretrain.trainer import build_model
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import file_sha256, replaced_atomically
+from rt_detectron.utils.files import file_sha256, replaced_atomically, text_sha256
+from rt_detectron.utils.seeds import seeded, seeded_generator
 from rt_detectron.utils.versions import versions
 from rt_detectron.visualization.plots import accuracy_plot
 
@@ -45,12 +48,18 @@ class AccuracyEvaluator(DatasetEvaluator):
         model: what is evaluated.
         attack: any attack on classifiers, see :class:`rt_detectron.attacks.registry.Attack`.
         max_attacked: attack only the first images, this many over all processes; None attacks all.
+
+    Raises:
+        InputError: from ``evaluate``, if there was no image.
     """
 
     def __init__(self, model: Pretraining, attack: Attack, max_attacked: int | None = None):
+        if max_attacked is not None and (type(max_attacked) is not int or max_attacked < 1):
+            raise InputError(f"evaluator.max_attacked is {max_attacked!r}; it must be >= 1, or null for all")
         self.model = model
         self.attack = attack
         self.max_attacked = max_attacked
+        self._group = patient_group()
         self.reset()
 
     def reset(self):
@@ -62,7 +71,7 @@ class AccuracyEvaluator(DatasetEvaluator):
         self.seen += len(labels)
         self.correct += (outputs.argmax(1) == labels).sum().item()
         if self.max_attacked is not None:
-            left = self.max_attacked // comm.get_world_size() - self.attacked
+            left = share(self.max_attacked) - self.attacked
             images, labels = images[: max(left, 0)], labels[: max(left, 0)]
         if len(labels):
             adversarial = self.attack(self.model.attacked.now(), images, labels)
@@ -70,14 +79,16 @@ class AccuracyEvaluator(DatasetEvaluator):
             self.withstood += (self.model.classifier(adversarial).argmax(1) == labels).sum().item()
 
     def evaluate(self):
-        counts = comm.gather((self.seen, self.correct, self.attacked, self.withstood))
+        counts = comm.gather((self.seen, self.correct, self.attacked, self.withstood), group=self._group)
         if not comm.is_main_process():
             return {}
         seen, correct, attacked, withstood = (sum(column) for column in zip(*counts, strict=True))
+        if not attacked:
+            raise InputError("dataloader.test gives no image to evaluate on")
         return {
             "accuracy": {
-                "clean": 100 * correct / max(seen, 1),
-                self.attack.name: 100 * withstood / max(attacked, 1),
+                "clean": 100 * correct / seen,
+                self.attack.name: 100 * withstood / attacked,
                 "images": seen,
                 "attacked_images": attacked,
             }
@@ -93,8 +104,9 @@ class RobustnessEvaluator(DatasetEvaluator):
         model: what is evaluated.
         attacks: any attacks on classifiers, see :class:`rt_detectron.attacks.registry.Attack`.
         curve: the attack of the curve, from a quarter of its eps to :func:`grey_eps`; None for no curve.
-        max_images: use only the first images, this many over all processes; None uses all.
-        curve_images: how many of those the curve uses.
+        curve_images: how many images the curve uses, over all processes.
+        measurements: where findings are kept, and those of an earlier run are; None keeps none.
+        seed: for the random numbers of each batch and attack.
     """
 
     def __init__(
@@ -102,14 +114,17 @@ class RobustnessEvaluator(DatasetEvaluator):
         model: Pretraining,
         attacks: Sequence[Attack],
         curve: PGD | None = None,
-        max_images: int | None = None,
         curve_images: int = 256,
+        measurements: Measurements | None = None,
+        seed: int = 0,
     ):
         self.model = model
         self.attacks = attacks
         self.curve = curve
-        self.max_images = max_images
         self.curve_images = curve_images
+        self.measurements = measurements or Measurements()
+        self.seed = seed
+        self._group = patient_group()
         self.reset()
 
     def reset(self):
@@ -120,23 +135,16 @@ class RobustnessEvaluator(DatasetEvaluator):
     def process(self, inputs, outputs: Tensor):
         """``inputs``: the batch; ``outputs``: the clean logits (N, num_classes)."""
         images, labels = to_device(inputs, self.model.device)
-        left = self._share(self.max_images) - len(self.labels)
-        images, labels, right = (
-            part[: max(left, 0)] for part in (images, labels, outputs.argmax(1) == labels)
-        )
-        if not len(labels):
-            return
-        found = {"clean": right}
+        batch = _Batch(images, labels, outputs.argmax(1) == labels, inputs[2:] and inputs[2])
+        found = {"clean": batch.right}
         for attack in self._with_progress(self.attacks, len(labels)):
-            found[attack.name] = self._withstands(attack, images, labels, right)
+            found[attack.name] = self._withstands(attack, attack.name, batch)
         found[WORST_CASE] = torch.stack(list(found.values())).all(0)
         for name, values in found.items():
             self.withstood.setdefault(name, []).extend(values.tolist())
-        if self.curve is not None:
-            left = self._share(self.curve_images) - len(self.labels)
-            self._follow_curve(
-                self.curve, images[: max(left, 0)], labels[: max(left, 0)], right[: max(left, 0)]
-            )
+        left = share(self.curve_images) - len(self.labels)
+        if self.curve is not None and left > 0:
+            self._follow_curve(self.curve, batch.first(left))
         self.labels.extend(labels.tolist())
 
     def _with_progress(self, attacks: Sequence, images: int) -> tqdm:
@@ -144,24 +152,28 @@ class RobustnessEvaluator(DatasetEvaluator):
         description = f"attacking images {len(self.labels)} to {len(self.labels) + images}"
         return tqdm(attacks, description, unit="attack", leave=False, disable=None)
 
-    def _share(self, total: int | None) -> int:
-        return sys.maxsize if total is None else math.ceil(total / comm.get_world_size())
-
-    def _withstands(self, attack: Attack, images: Tensor, labels: Tensor, right: Tensor) -> Tensor:
-        withstands = right.clone()
-        if right.any():
-            adversarial = attack(self.model.attacked.now(), images[right], labels[right])
-            withstands[right] = self.model.classifier(adversarial).argmax(1) == labels[right]
+    def _withstands(self, attack: Attack, name: str, batch: "_Batch") -> Tensor:
+        """Whether each image withstands the attack, (N,); ``name`` tells it from all others."""
+        known = self.measurements.known(name, batch.keys) if batch.keys else [None] * len(batch.labels)
+        withstands = batch.right & torch.tensor([value is not False for value in known]).to(batch.right)
+        left = batch.right & torch.tensor([value is None for value in known]).to(batch.right)
+        if not left.any():
+            return withstands
+        keys = [key for key, is_left in zip(batch.keys, left.tolist(), strict=False) if is_left]
+        seed = int(text_sha256(json.dumps([self.seed, name, keys[:1]]))[:15], 16)
+        with seeded(seed, self.model.device):  # so that an interrupted evaluation finds what a whole one does
+            adversarial = attack(self.model.attacked.now(), batch.images[left], batch.labels[left])
+        withstands[left] = self.model.classifier(adversarial).argmax(1) == batch.labels[left]
+        self.measurements.add(name, keys, withstands[left][: len(keys)].tolist())
         return withstands
 
-    def _follow_curve(self, attack: PGD, images: Tensor, labels: Tensor, right: Tensor) -> None:
-        if not len(labels):
-            return
-        self.curve_withstood.setdefault(0.0, []).extend(right.tolist())
-        threat_models = eps_curve(attack.threat_model, images[0].numel())
-        for threat_model in self._with_progress(threat_models, len(labels)):
-            withstands = self._withstands(replace(attack, threat_model=threat_model), images, labels, right)
-            self.curve_withstood.setdefault(threat_model.eps, []).extend(withstands.tolist())
+    def _follow_curve(self, attack: PGD, batch: "_Batch") -> None:
+        self.curve_withstood.setdefault(0.0, []).extend(batch.right.tolist())
+        curve = eps_curve(attack.threat_model, batch.images[0].numel())
+        for eps, threat_model in self._with_progress(curve, len(batch.labels)):
+            name = f"{attack.name} of the curve at eps {eps!r}"
+            withstands = self._withstands(replace(attack, threat_model=threat_model), name, batch)
+            self.curve_withstood.setdefault(eps, []).extend(withstands.tolist())
 
     def evaluate(self) -> dict:
         """In the first process::
@@ -174,10 +186,12 @@ class RobustnessEvaluator(DatasetEvaluator):
 
         Accuracies are in percent, with 95 % Wilson intervals.
         """
-        parts = comm.gather((self.labels, self.withstood, self.curve_withstood))
+        parts = comm.gather((self.labels, self.withstood, self.curve_withstood), group=self._group)
         if not comm.is_main_process():
             return {}
         labels = [label for part, _, _ in parts for label in part]
+        if not labels:
+            raise InputError("dataloader.test gives no image to evaluate on")
         withstood = _joined([part for _, part, _ in parts])
         curve = _joined([part for _, _, part in parts])
         accuracy = {name: _accuracy(values) for name, values in withstood.items()}
@@ -201,8 +215,20 @@ class RobustnessEvaluator(DatasetEvaluator):
         return results
 
 
+@dataclass(frozen=True)
+class _Batch:
+    images: Tensor
+    labels: Tensor
+    right: Tensor  # whether they are classified rightly when clean
+    keys: Sequence[str]  # empty if they have none
+
+    def first(self, images: int) -> "_Batch":
+        return _Batch(*(part[:images] for part in (self.images, self.labels, self.right, self.keys)))
+
+
 def _joined(parts: Sequence[dict]) -> dict:
-    return {key: [value for part in parts for value in part.get(key, ())] for key in parts[0]}
+    keys = dict.fromkeys(key for part in parts for key in part)
+    return {key: [value for part in parts for value in part.get(key, ())] for key in keys}
 
 
 def _accuracy(withstood: Sequence[bool]) -> dict:
@@ -231,14 +257,17 @@ def grey_eps(norm: str, dimensions: int) -> float:
     return {"linf": 255 / 2, "l2": math.sqrt(dimensions) / 2, "l1": dimensions / 2}[norm]
 
 
-def eps_curve(threat_model: ThreatModel, dimensions: int) -> list[ThreatModel]:
-    """From a quarter of eps on, each twice the one before, up to :func:`grey_eps`."""
+def eps_curve(threat_model: ThreatModel, dimensions: int) -> list[tuple[float, ThreatModel]]:
+    """From a quarter of eps on, each twice the one before, up to :func:`grey_eps`; each with its ball.
+
+    The balls are that of the last, scaled, since a ThreatModel takes a tiny eps for a mistake.
+    """
     end = grey_eps(threat_model.norm, dimensions)
     eps, curve = (threat_model.eps or end / 64) / 4, []
     while eps < end:
-        curve.append(replace(threat_model, eps=eps))
+        curve.append(eps)
         eps *= 2
-    return [*curve, replace(threat_model, eps=end)]
+    return [(eps, replace(threat_model, eps=end, scale=eps / end)) for eps in (*curve, end)]
 
 
 def findings(accuracy: dict, gradient_based: Sequence[str], curve: dict | None) -> list[str]:
@@ -350,11 +379,14 @@ def markdown(results: dict) -> str:
 def evaluate_classifier(cfg, weights: str, attacks: Sequence[str], images: int) -> dict:
     """Evaluate the file ``weights`` on the recipe's test images; the report goes to train.output_dir.
 
+    What was found of each image is kept there, too. So an evaluation that is interrupted goes on where it
+    was, and one with more images or attacks runs only these.
+
     Args:
         cfg: the recipe; the attacks get its ``threat_model``.
         weights: a classifier that fits ``cfg.model``.
         attacks: names for :func:`rt_detectron.attacks.attack_named`.
-        images: how many to use: every n-th of a folder, the first ones of shards.
+        images: how many to use, evenly spaced; of shards about as many.
 
     Returns:
         In the first process the content of evaluation.json, in the others {}.
@@ -372,22 +404,38 @@ def evaluate_classifier(cfg, weights: str, attacks: Sequence[str], images: int) 
     load_weights(model.classifier, weights)
     lazy_loader = copy.deepcopy(cfg.dataloader.test)
     dataset = instantiate(lazy_loader.dataset)
-    images = min(images, len(dataset))
-    if isinstance(dataset, ShardDataset):
-        lazy_loader.dataset = dataset
-    else:
-        lazy_loader.dataset = Subset(dataset, [i * len(dataset) // images for i in range(images)])
-    evaluator = RobustnessEvaluator(model, built, PGD(threat_model, CURVE_STEPS), images)
+    lazy_loader.dataset = _evenly_spaced(dataset, min(images, len(dataset)))
+    sha256 = file_sha256(weights)
+    measurements = Measurements(cfg.train.output_dir, _identity(cfg, sha256))
+    evaluator = RobustnessEvaluator(
+        model, built, PGD(threat_model, CURVE_STEPS), measurements=measurements, seed=cfg.train.seed
+    )
     results = inference_on_dataset(model, instantiate(lazy_loader), evaluator)
     if not comm.is_main_process():
         return {}
     results |= {
         "classifier": f"{cfg.model.classifier.arch} of {os.path.basename(weights)}",
-        "sha256": file_sha256(weights),
+        "sha256": sha256,
         "threat_model": {"norm": threat_model.norm, "eps": threat_model.eps},
-        "classes": dict(enumerate(getattr(dataset, "classes", ()))),
+        "classes": dict(enumerate(getattr(dataset, "classes", None) or ())),
         "versions": versions(),
     }
     for path in write_report(results, cfg.train.output_dir):
         logger.info("Wrote %s", path)
     return results
+
+
+def _evenly_spaced(dataset: Dataset, images: int) -> Dataset:
+    """So many images of the data set; those of a folder in random order, for a curve over all classes."""
+    if isinstance(dataset, ShardDataset):
+        dataset.choose(images)
+        return dataset
+    order = torch.randperm(images, generator=seeded_generator(0)).tolist()
+    return Subset(dataset, [i * len(dataset) // images for i in order])
+
+
+def _identity(cfg, sha256: str) -> str:
+    """Tells findings about an image that are of this network, these images and this threat model."""
+    parts = {"data": cfg.dataloader.test.dataset, "model": cfg.model.classifier, "ball": cfg.threat_model}
+    texts = {name: OmegaConf.to_yaml(part, resolve=True) for name, part in parts.items()}
+    return text_sha256(json.dumps([sha256, cfg.train.seed, texts]))

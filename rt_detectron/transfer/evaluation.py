@@ -8,6 +8,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import Tensor
 
+from rt_detectron.data.loader import in_order
 from rt_detectron.utils.files import write_json
 
 
@@ -42,20 +43,20 @@ class TransferEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self):
-        self.parts: list[tuple[list[str], list[int], list[int]]] = []
+        self.batches: list[tuple[np.ndarray, ...]] = []
 
     def process(self, inputs, outputs: Tensor):
         """``inputs``: a batch (images, labels, keys); ``outputs``: its logits (N, num_classes)."""
         _, labels, keys = inputs
-        self.parts.append((list(keys), labels.tolist(), outputs.argmax(1).tolist()))
+        self.batches.append((np.array(keys), labels.cpu().numpy(), outputs.argmax(1).cpu().numpy()))
 
     def evaluate(self) -> dict:
         """{"accuracy": :func:`accuracies`}, in the first process."""
-        gathered = comm.gather(self.parts)
+        gathered = comm.gather(self.batches)
         if not comm.is_main_process():
             return {}
         keys, labels, predicted = (
-            [value for parts in gathered for part in parts for value in part[i]] for i in range(3)
+            in_order([[batch[i] for batch in batches] for batches in gathered]).tolist() for i in range(3)
         )
         content = {"keys": keys, "labels": labels, "predicted": predicted}
         write_json(predictions_file(self.folder), content)

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import zipfile
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rt_detectron.checkpoint.architectures import is_counter
-from rt_detectron.data.loader import build_test_loader, to_device
+from rt_detectron.data.loader import build_test_loader, in_order, to_device
+from rt_detectron.engine.patience import patient_group
 from rt_detectron.layers.folding import fold
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.transfer.datasets import ClassificationDataset
@@ -72,17 +73,17 @@ class _Collector(DatasetEvaluator):
     """Collects all features in all processes."""
 
     def reset(self):
-        self.parts = []
+        self.batches = []
 
     def process(self, inputs, outputs):
         _, labels, keys = inputs
-        self.parts.append((outputs.cpu().numpy(), labels.numpy(), np.array(keys)))
+        self.batches.append((outputs.cpu().numpy(), labels.numpy(), np.array(keys)))
 
     def evaluate(self) -> dict[str, np.ndarray]:
-        parts = [part for parts in comm.all_gather(self.parts) for part in parts]
-        names = ("features", "labels", "keys")
+        gathered = comm.all_gather(self.batches)
         return {
-            name: np.concatenate(arrays) for name, arrays in zip(names, zip(*parts, strict=True), strict=True)
+            name: in_order([[batch[i] for batch in batches] for batches in gathered])
+            for i, name in enumerate(("features", "labels", "keys"))
         }
 
 
@@ -116,21 +117,14 @@ def compute_features(
     classifier.network.set_submodule(name, nn.Identity())
     try:
         path = os.path.join(cache_folder("features"), f"{_key(classifier, dataset, flip, amp)}.npz")
-        # On each machine one process of this launch has the lock for all.
-        is_main = comm.get_local_rank() == 0
-        with (
-            locked(path, "set RT_DETECTRON_CACHE to a folder that can be written")
-            if is_main
-            else nullcontext()
-        ):
-            if not all(comm.all_gather(os.path.isfile(path))):
+        with _made_by_one_run(path):
+            group = patient_group()  # another run may be computing them, and the first process waits for it
+            if not all(comm.all_gather(os.path.isfile(path), group=group)):
                 logger.info("computing features of %d images: %s", len(dataset), dataset.name)
                 loader = build_test_loader(dataset, batch_size, num_workers)
                 bar = tqdm(loader, f"features of {dataset.name}", disable=None)
                 arrays = inference_on_dataset(FeatureExtractor(classifier, flip, amp), bar, _Collector())
-                if is_main:
-                    _write(path, arrays)
-            comm.synchronize()
+                _write_everywhere(path, arrays)
     finally:
         classifier.network.set_submodule(name, last)
     return _read(path)
@@ -146,6 +140,28 @@ def _key(classifier: Classifier, dataset: ClassificationDataset, flip: bool, amp
     rest += [repr(dataset.transform), flip, str(amp), _VERSION]
     digest.update(json.dumps(rest).encode())
     return digest.hexdigest()
+
+
+def _made_by_one_run(path: str) -> AbstractContextManager:
+    """A context in which no other run makes the file.
+
+    Only the first process of the run has the lock. If one of each machine had it, the machines of a run that
+    share a folder would wait for each other.
+    """
+    if not comm.is_main_process():
+        return nullcontext()
+    return locked(path, "set RT_DETECTRON_CACHE to a folder that can be written")
+
+
+def _write_everywhere(path: str, arrays: dict[str, np.ndarray]) -> None:
+    """The first process writes, and then one on each machine that does not see that file."""
+    if comm.is_main_process():
+        _write(path, arrays)
+    comm.synchronize()
+    if comm.get_local_rank() == 0 and not os.path.isfile(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _write(path, arrays)
+    comm.synchronize()
 
 
 def _write(path: str, arrays: dict[str, np.ndarray]) -> None:

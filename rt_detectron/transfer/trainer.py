@@ -185,8 +185,10 @@ def fixed_feature(cfg, classifier: Classifier, train, test, finish: Finish, resu
 def evaluate_head(head: nn.Linear, features: Features, evaluator: TransferEvaluator) -> dict:
     """The results of ``evaluator`` for a linear layer on features, printed and returned."""
     evaluator.reset()
-    if comm.is_main_process():  # all processes have the same layer and features
-        evaluator.process((None, features.labels, features.keys), head(features.views[0]))
+    mine = slice(comm.get_rank(), None, comm.get_world_size())  # all have the same layer and features
+    logits = head(features.views[0][mine])
+    if len(logits):
+        evaluator.process((None, features.labels[mine], features.keys[mine]), logits)
     results = evaluator.evaluate()
     if comm.is_main_process():
         print_csv_format(results)

@@ -20,6 +20,6 @@ def check_images(images: Tensor) -> None:
     low, high = (value.item() for value in images.aminmax())
     if not (low >= -ROUNDING and high <= 1 + ROUNDING):
         raise InputError(
-            f"images range from {low:.4g} to {high:.4g}, which must be 0 to 1: divide 0..255 by 255, and leave "
-            "normalisation to the model"
+            f"images range from {low:.4g} to {high:.4g}, which must be 0 to 1: divide 0..255 by 255, and "
+            "leave normalisation to the model"
         )

@@ -14,11 +14,17 @@ def seeded_generator(*seed: int) -> torch.Generator:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers on the CPU from ``seed``; afterwards the global ones go on as if nothing had been."""
-    state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch GPUs, too
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Random numbers on the CPU and on ``device`` from ``seed``; then the global ones go on as before."""
+    generators = [torch.default_generator]
+    if device is not None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)  # torch.manual_seed would touch all GPUs
     try:
         yield
     finally:
-        torch.default_generator.set_state(state)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -5,13 +5,15 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from small_images import as_is, jpeg
+from torch.utils.data import Subset
 from torchvision.transforms import v2 as T
 
 from rt_detectron.data.images import FolderDataset
-from rt_detectron.data.loader import TrainLoader, build_test_loader, to_device
+from rt_detectron.data.loader import TrainLoader, build_test_loader, in_order, share, to_device
 from rt_detectron.data.shards import ShardDataset
 from rt_detectron.utils.errors import InputError
 
@@ -77,6 +79,25 @@ class TestShardDataset:
         assert sorted(grey for images, _, _ in batches for grey in greys(images)) == list(range(0, 200, 10))
         assert sorted(labels) == sorted(2 * list(range(10)))
         assert any(key.endswith("train-000001.tar.gz: 0007") for _, _, keys in batches for key in keys)
+
+    @pytest.mark.parametrize("images", [20, 10, 8, 3, 1])
+    @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+    def test_so_many_evenly_spaced_whatever_the_processes_and_workers(
+        self, shards, monkeypatch, images, world_size
+    ):
+        dataset = shard_dataset(shards / "train-*.tar.gz")
+        dataset.choose(images)
+        assert len(dataset) == images
+        seen, shares = [], []
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: world_size)
+        for rank in range(world_size):
+            monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+            mine = greys(image for image, _, _ in dataset)
+            seen += mine
+            shares.append(len(mine))
+        expected = [10 * -(-i * 20 // images) for i in range(images)]
+        assert sorted(seen) == expected
+        assert max(shares) - min(shares) <= 1
 
     def test_brace_ranges_are_expanded(self, shards):
         assert len(shard_dataset(shards / "train-{000000..000003}.tar.gz").urls) == 4
@@ -261,6 +282,34 @@ class TestTrainLoader:
             TrainLoader(folder, 12)
         with pytest.raises(InputError, match="4 shards cannot feed 8 processes"):
             TrainLoader(shard_dataset(shards / "train-*.tar.gz"), 16)
+
+
+@pytest.mark.parametrize("images", [1, 2, 7, 20])
+def test_processes_interleave_the_test_images_and_put_them_in_order(shards, monkeypatch, images):
+    dataset = Subset(FolderDataset(str(shards_as_folder(shards)), 1, as_is), range(images))
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 3)
+    gathered, counts = [], []
+    for rank in range(3):
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+        batches = list(build_test_loader(dataset, batch_size=2, num_workers=0))
+        gathered.append([np.array(keys) for _, _, keys in batches])
+        counts.append([share(first) for first in range(images + 1)])
+        assert sum(map(len, gathered[rank])) == share(images)
+    assert in_order(gathered).tolist() == [f"0/{i:04d}.jpg" for i in range(images)]
+    assert [sum(row) for row in zip(*counts, strict=True)] == list(range(images + 1))
+
+
+def shards_as_folder(shards):
+    """The same images as files of a single class."""
+    (shards / "folder" / "0").mkdir(parents=True)
+    for i in range(20):
+        (shards / "folder" / "0" / f"{i:04d}.jpg").write_bytes(jpeg(10 * i))
+    return shards / "folder"
+
+
+def test_normalised_images_are_one_line():
+    with pytest.raises(InputError, match="leave normalisation to the model"):
+        to_device((torch.randn(2, 3, 4, 4), torch.zeros(2)), torch.device("cpu"))
 
 
 def test_a_batch_goes_to_the_device_with_or_without_keys():

@@ -2,10 +2,13 @@
 
 import json
 import os
+import runpy
+import warnings
 from pathlib import Path
 
 import pytest
-from tool_process import run_tool
+from detectron2.engine import default_argument_parser, launch
+from detectron2.utils import comm
 
 from rt_detectron.transfer.recipe import load_transfer_config
 from rt_detectron.transfer.trainer import do_transfer
@@ -37,39 +40,39 @@ def overrides(digit_folders, backbone_file, tmp_path, monkeypatch):
     return overrides
 
 
-@pytest.fixture
-def in_two_processes(overrides, two_processes, tool_server, tmp_path):
-    """``in_two_processes(METHOD)``: results and predictions of the tool, run in the folder "two"."""
-
-    def run(method: str) -> tuple[dict, dict]:
-        arguments = ["--config-file", str(CONFIGS / f"{method}.py"), *two_processes()]
-        finished = run_tool([TOOL, *arguments, *overrides("two")], tmp_path)
-        assert finished.returncode == 0, finished.stderr
-        return read(tmp_path / "two")
-
-    return run
-
-
 def read(folder: Path) -> tuple[dict, dict]:
     return tuple(json.loads((folder / f"{name}.json").read_text()) for name in ("results", "predictions"))
 
 
-def test_two_processes_share_the_features_and_fit_one_layer(in_two_processes, overrides, tmp_path):
-    results, predictions = in_two_processes("fixed_feature")
-    assert {"config.yaml", "log.txt", "metrics.json", "classifier.pth"} <= set(os.listdir(tmp_path / "two"))
+def each_on_a_machine_of_its_own(runs: list[list[str]]) -> None:
+    """The tool's main() in one of two processes, which share all files."""
+    warnings.simplefilter("ignore")
+    comm.get_local_rank = lambda: 0
+    main = runpy.run_path(TOOL)["main"]
+    for arguments in runs:
+        main(default_argument_parser().parse_args(arguments))
+
+
+def test_two_machines_share_the_features_and_fit_one_layer(overrides, rendezvous, tmp_path):
+    runs = [
+        ["--config-file", str(CONFIGS / f"{method}.py"), *overrides(method)]
+        for method in ("full_network", "fixed_feature")
+    ]
+    launch(each_on_a_machine_of_its_own, 2, dist_url=rendezvous(), args=(runs,))
+
+    results, predictions = read(tmp_path / "full_network")
+    assert results["iterations"] == 8
+    assert len(predictions["keys"]) == len(set(predictions["keys"])) == 40
+    assert predictions["labels"] == sorted(predictions["labels"])  # folders in order
+
+    results, predictions = read(tmp_path / "fixed_feature")
+    files = set(os.listdir(tmp_path / "fixed_feature"))
+    assert {"config.yaml", "log.txt", "metrics.json", "classifier.pth"} <= files
     (tmp_path / "one").mkdir()
     do_transfer(load_transfer_config(str(CONFIGS / "fixed_feature.py"), overrides("one")))
     expected = read(tmp_path / "one")
     assert (results["metrics"], predictions) == (expected[0]["metrics"], expected[1])
     assert results["config_sha256"] == expected[0]["config_sha256"]
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_network(in_two_processes):
-    results, predictions = in_two_processes("full_network")
-    assert results["iterations"] == 8
-    assert len(predictions["keys"]) == len(set(predictions["keys"])) == 40
-    assert predictions["labels"] == sorted(predictions["labels"])  # folders in order
 
 
 def test_help_shows_examples(run_here):
