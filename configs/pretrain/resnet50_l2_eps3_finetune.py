@@ -9,7 +9,7 @@ from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
-from .common.imagenet import dataloader, evaluator, lr_multiplier, model, optimizer, threat_model, train
+from .common.imagenet import dataloader, evaluator, model, optimizer, threat_model, train
 
 optimizer.lr = 0.01
 lr_multiplier = L(WarmupParamScheduler)(

@@ -15,7 +15,7 @@ from fvcore.common.param_scheduler import CosineParamScheduler
 from rt_detectron.attacks import PGD
 from rt_detectron.pretrain.label_free import LabelFree
 
-from .common.imagenet import dataloader, evaluator, lr_multiplier, model, optimizer, threat_model, train
+from .common.imagenet import dataloader, evaluator, model, threat_model, train
 
 model.strategy = L(LabelFree)(attack=L(PGD)(threat_model="${threat_model}", steps=10, random_start=True))
 optimizer = L(torch.optim.AdamW)(
