@@ -32,6 +32,9 @@ def _keys() -> CN:
     # "timm/convnext_tiny". "": a ResNet given by MODEL.RESNETS (DEPTH, NUM_GROUPS, ...), as in Detectron2.
     cfg.MODEL.ROBUST.ARCH = ""
 
+    # What a training does with an image that cannot be read: "stop", or "skip" to train without it.
+    cfg.INPUT.ON_CORRUPT = "stop"
+
     # Training: multiplies the learning rate of the pretrained network, but not of an FPN's own layers.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     # Decay of the moving average of the weights, which is evaluated and saved, such as 0.999. 0: none.
@@ -46,6 +49,9 @@ def _keys() -> CN:
     cfg.SOLVER.ADVERSARIAL.EPS = 0.5
     # With TEST.EVAL_PERIOD, save the weights with the best value of this metric as model_best.pth. "": none.
     cfg.TEST.BEST_METRIC = "bbox/AP"
+    # COCO's AP counts so many detections of a category in an image, those of the highest scores. 0: 100, as
+    # COCO does, or TEST.DETECTIONS_PER_IMAGE if that is more.
+    cfg.TEST.COCO_MAX_DETS = 0
 
     # tools/evaluate_robustness.py: AP under attack. PGD on the detector's input.
     cfg.TEST.ATTACK = CN()

@@ -24,6 +24,7 @@ from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
 from rt_detectron.detection import Trainer, load_detector_config
 from rt_detectron.engine.launch import launch
+from rt_detectron.evaluation.build import check_test_sets
 from rt_detectron.evaluation.results import write_results
 from rt_detectron.utils.errors import one_line_errors
 
@@ -35,6 +36,7 @@ def main(args: argparse.Namespace) -> None:
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="rt_detectron")
     if args.eval_only:
+        check_test_sets(cfg)
         model = Trainer.build_model(cfg)
         RobustCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results, iterations = Trainer.test(cfg, model), 0

@@ -1,6 +1,15 @@
 """Data of classification and detection. Importing this registers the demo dataset with Detectron2."""
 
 from rt_detectron.data.corruptions import CorruptionMapper, corruption_names
-from rt_detectron.data.datasets import check_datasets, load_training_set
+from rt_detectron.data.datasets import check_datasets, classes_of, load_test_set, load_training_set
+from rt_detectron.data.image_files import CheckedMapper
 
-__all__ = ["CorruptionMapper", "check_datasets", "corruption_names", "load_training_set"]
+__all__ = [
+    "CheckedMapper",
+    "CorruptionMapper",
+    "check_datasets",
+    "classes_of",
+    "corruption_names",
+    "load_test_set",
+    "load_training_set",
+]

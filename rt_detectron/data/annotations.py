@@ -1,7 +1,9 @@
-"""What goes wrong while COCO's annotation files are read, in one line."""
+"""What is wrong with annotations, in one line: files that cannot be read, objects that cannot be used."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rt_detectron.utils.errors import InputError, one_line
 
@@ -21,3 +23,75 @@ def annotations_of(path: str) -> Iterator[None]:
         raise InputError(
             f"{path}: not usable annotations ({one_line(error)[:200]}); datasets/README.md names the format"
         ) from None
+
+
+def check_objects(records: Sequence[dict], mask_format: str | None = None, keypoints: int = 0) -> None:
+    """Check that a detector can be trained on, or attacked with, the objects of dataset dicts.
+
+    Args:
+        records: in Detectron2's format. Crowds are passed over, since Detectron2's mapper drops them.
+        mask_format: INPUT.MASK_FORMAT, "polygon" or "bitmask"; None if masks are not needed.
+        keypoints: how many each object needs; 0 if none.
+
+    Raises:
+        InputError: naming the image, for an object without a box, a mask or keypoints as they are needed.
+    """
+    for record in records:
+        for number, annotation in enumerate(record.get("annotations", [])):
+            problem = None
+            if not are_numbers(annotation.get("bbox"), 4):
+                problem = "has no box; every annotation needs a 'bbox' of four numbers"
+            elif annotation.get("iscrowd", 0) == 0:
+                problem = (
+                    (mask_format and _mask_problem(annotation, record, mask_format))
+                    or (keypoints and _keypoints_problem(annotation, keypoints))
+                    or None
+                )
+            if problem:
+                raise InputError(f"{record['file_name']}: annotation {number} {problem}")
+
+
+def are_numbers(value: Any, count: int | None = None) -> bool:
+    """Whether ``value`` is a sequence of finite numbers, of that length if one is given."""
+    try:
+        return count in (None, len(value)) and all(map(math.isfinite, value))
+    except TypeError:
+        return False
+
+
+def shape_problem(segmentation: Any, height: int, width: int) -> str | None:
+    """What is wrong with a COCO segmentation, polygons or RLE, of an image of that size; None if nothing.
+
+    A polygon of two points is wrong, since pycocotools takes its four numbers for a box.
+    """
+    if not segmentation:
+        return "'segmentation' is missing or empty"
+    if isinstance(segmentation, dict):
+        if list(segmentation.get("size", ())) != [height, width] or "counts" not in segmentation:
+            return f"its RLE is of the size {segmentation.get('size')}, its image {[height, width]}"
+        return None
+    if not isinstance(segmentation, list):
+        return "'segmentation' is neither polygons nor RLE"
+    for polygon in segmentation:
+        if not are_numbers(polygon) or len(polygon) < 6 or len(polygon) % 2:
+            return "a polygon needs x and y of three points or more"
+    return None
+
+
+def _mask_problem(annotation: dict, record: dict, mask_format: str) -> str | None:
+    segmentation = annotation.get("segmentation")
+    problem = shape_problem(segmentation, record.get("height", -1), record.get("width", -1))
+    if problem:
+        return f"has no usable mask ({problem}): annotate it, or set MODEL.MASK_ON False"
+    if mask_format == "polygon" and isinstance(segmentation, dict):
+        return "has a mask in RLE, not polygons: set INPUT.MASK_FORMAT bitmask"
+    return None
+
+
+def _keypoints_problem(annotation: dict, keypoints: int) -> str | None:
+    if are_numbers(annotation.get("keypoints"), 3 * keypoints):
+        return None
+    return (
+        f"has no {keypoints} keypoints (x, y, visibility): annotate them, or set MODEL.KEYPOINT_ON False or "
+        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+    )

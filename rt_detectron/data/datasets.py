@@ -1,14 +1,16 @@
 """The demo dataset, and checks of the datasets that a config names before anything slow begins."""
 
-import math
+import json
 import os
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 
-from rt_detectron.data.annotations import annotations_of
+from rt_detectron.data.annotations import annotations_of, check_objects
 from rt_detectron.data.derived import register_derived
+from rt_detectron.data.image_files import check_images
 from rt_detectron.utils.errors import InputError, did_you_mean
 
 
@@ -58,44 +60,120 @@ def load_training_set(cfg: CfgNode) -> list[dict]:
     """The dataset dicts of ``cfg.DATASETS.TRAIN``, filtered as in Detectron2, and checked.
 
     Raises:
-        InputError: for an annotation file that cannot be parsed, annotations without boxes, no annotated
-            image, or a class count that differs from the model's.
+        InputError: for an annotation file that cannot be parsed, objects without what the detector needs, no
+            annotated image, images that cannot be read or do not fit (:func:`.check_images`), or a class
+            count that differs from the model's.
     """
-    files = [str(MetadataCatalog.get(name).get("json_file", name)) for name in cfg.DATASETS.TRAIN]
-    with annotations_of(", ".join(files)):
-        dicts = get_detection_dataset_dicts(
+    with annotations_of(_files(cfg.DATASETS.TRAIN)):
+        records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
-    for image in dicts:
-        for number, annotation in enumerate(image.get("annotations", [])):
-            if not _is_box(annotation.get("bbox")):
-                raise InputError(
-                    f"{image['file_name']}: annotation {number} has no box; every annotation of a training "
-                    "set needs a 'bbox' of four numbers"
-                )
-    _check_num_classes(cfg)
-    return dicts
+    _check_objects(cfg, records)
+    _check_num_classes(cfg, cfg.DATASETS.TRAIN)
+    return check_images(records, cfg.INPUT.ON_CORRUPT)
 
 
-def _is_box(value) -> bool:
+def load_test_set(cfg: CfgNode, name: str, with_objects: bool = False) -> list[dict]:
+    """The dataset dicts of a test set, checked. Images that cannot be read are never skipped.
+
+    Args:
+        name: one of ``cfg.DATASETS.TEST``.
+        with_objects: whether the detector is given the objects, as attacks need them.
+
+    Raises:
+        InputError: as :func:`load_training_set`, and for classes that differ from the training set's.
+    """
+    proposals = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST, strict=False))
+    with annotations_of(_files([name])):
+        records = get_detection_dataset_dicts(
+            name,
+            filter_empty=False,
+            proposal_files=[proposals[name]] if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    if with_objects:
+        _check_objects(cfg, records)
+    _check_num_classes(cfg, [name])
+    _check_same_classes(cfg, name)
+    return check_images(records, skipping="")
+
+
+def classes_of(name: str) -> list[str] | None:
+    """The classes of a dataset by index, those of things; None if it has none, or is not there.
+
+    Args:
+        name: as for :func:`check_datasets`.
+    """
+    if name in DatasetCatalog and (known := MetadataCatalog.get(name).get("thing_classes")):
+        return known  # Detectron2 has those of COCO and others built in
     try:
-        return len(value) == 4 and all(map(math.isfinite, value))
-    except TypeError:  # not a sequence of numbers
-        return False
+        check_datasets([name])
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("thing_classes") is None and metadata.get("json_file") is not None:
+            with annotations_of(metadata.json_file), open(metadata.json_file, "rb") as file:
+                categories = json.load(file)["categories"]
+                return [category["name"] for category in sorted(categories, key=lambda each: each["id"])]
+        if metadata.get("thing_classes") is None:
+            DatasetCatalog.get(name)  # reading the annotations sets them
+        return metadata.get("thing_classes")
+    except InputError:
+        return None
 
 
-def _check_num_classes(cfg: CfgNode) -> None:
-    key = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET"}.get(cfg.MODEL.META_ARCHITECTURE)
+def _files(names: Sequence[str]) -> str:
+    return ", ".join(str(MetadataCatalog.get(name).get("json_file", name)) for name in names)
+
+
+def _check_objects(cfg: CfgNode, records: list[dict]) -> None:
+    check_objects(
+        records,
+        mask_format=cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else None,
+        keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
+    )
+
+
+def _class_key(cfg: CfgNode) -> str | None:
+    """The part of ``cfg.MODEL`` whose NUM_CLASSES is the number of the detector's classes."""
+    known = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+    return known.get(cfg.MODEL.META_ARCHITECTURE)
+
+
+def _check_num_classes(cfg: CfgNode, names: Sequence[str]) -> None:
+    key = _class_key(cfg)
     if key is None:
         return
     found = cfg.MODEL[key].NUM_CLASSES
-    for name in cfg.DATASETS.TRAIN:
+    for name in names:
         classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is not None and len(classes) != found:
-            raise InputError(
-                f"MODEL.{key}.NUM_CLASSES is {found}, but {name} has {len(classes)} classes; "
-                f"set MODEL.{key}.NUM_CLASSES {len(classes)}"
+        if classes is None or len(classes) == found:
+            continue
+        way_out = f"set MODEL.{key}.NUM_CLASSES {len(classes)}"
+        if name not in cfg.DATASETS.TRAIN:
+            way_out = (
+                f"a test set needs the detector's classes in the same order; if it has, {way_out}; "
+                f"if it has one of them, use {name}@CATEGORY"
             )
+        raise InputError(
+            f"MODEL.{key}.NUM_CLASSES is {found}, but {name} has {len(classes)} classes; {way_out}"
+        )
+
+
+def _check_same_classes(cfg: CfgNode, name: str) -> None:
+    """AP compares classes by their index: a test set must number them as the training set does.
+
+    The training set of a detector that is only evaluated may be missing, or be that of another one, which
+    shows in its number of classes.
+    """
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    for other in cfg.DATASETS.TRAIN[:1]:
+        known = classes_of(other)
+        if not known or not classes or len(known) != len(classes) or list(known) == list(classes):
+            continue
+        index = next(i for i in range(len(known)) if known[i] != classes[i])
+        raise InputError(
+            f"DATASETS.TEST {name} has other classes than DATASETS.TRAIN {other}, or in another order: "
+            f"class {index} is {classes[index]!r}, not {known[index]!r}; list the same categories, in the "
+            "same order of their ids, in both"
+        )

@@ -1,8 +1,6 @@
 """Labelled images in class folders, their decoding, and colour noise."""
 
 import io
-import logging
-import multiprocessing
 import os
 import re
 from collections.abc import Callable
@@ -14,52 +12,30 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
-from rt_detectron.utils.errors import InputError, one_line
-
-logger = logging.getLogger(__name__)
-
-
-class UnreadableImages:
-    """What to do with an image that cannot be decoded: ``"stop"`` the run, or ``"skip"`` and count it.
-
-    The count is shared with the loader's worker processes.
-    """
-
-    def __init__(self, policy: str):
-        if policy not in ("stop", "skip"):
-            raise InputError(f"on_corrupt is {policy!r}; use 'stop' or 'skip'")
-        self.policy = policy
-        self._count = multiprocessing.Value("q", 0)
-
-    @property
-    def count(self) -> int:
-        return self._count.value
-
-    def report(self, name: str, error: Exception) -> None:
-        if self.policy == "stop":
-            raise InputError(
-                f"{name}: cannot be read ({one_line(error)}); repair or delete it, or set on_corrupt=skip"
-            ) from error
-        with self._count.get_lock():
-            self._count.value += 1
-        logger.warning("skipped %s: cannot be read (%s); %d so far", name, one_line(error), self.count)
+from rt_detectron.data.unreadable import UnreadableImages
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.pictures import to_rgb
 
 
 def decode(encoded: bytes) -> torch.Tensor:
     """An image file's bytes to uint8 RGB (3, H, W).
 
-    Decoded by torchvision, or by PIL if torchvision does not know the format (BMP, TIFF).
+    Decoded by torchvision, or by PIL if torchvision does not know the format (BMP, TIFF), and if a channel
+    has more than 8 bits.
 
     Raises:
+        DepthError: as :func:`rt_detectron.utils.pictures.to_rgb`.
         OSError, SyntaxError: if it is not an image, or truncated.
     """
     try:
         image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
         image = image[0] if image.dim() == 4 else image  # the first picture of an animated GIF, as with PIL
-        return image if image.dtype == torch.uint8 else to_dtype(image, torch.uint8, scale=True)
+        if image.dtype == torch.uint8:
+            return image
     except (RuntimeError, ValueError):
-        with Image.open(io.BytesIO(encoded)) as image:
-            return pil_to_tensor(image.convert("RGB"))
+        pass
+    with Image.open(io.BytesIO(encoded)) as opened:
+        return pil_to_tensor(to_rgb(opened))
 
 
 def unchanged(image: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 from detectron2.utils import comm
 from torch.utils.data import IterableDataset, get_worker_info
 
-from rt_detectron.data.images import UnreadableImages, decode, unchanged
+from rt_detectron.data.images import decode, unchanged
+from rt_detectron.data.unreadable import UnreadableImages
 from rt_detectron.utils.errors import InputError, optional_import
 
 

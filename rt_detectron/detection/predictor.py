@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
-from rt_detectron.data import check_datasets
+from rt_detectron.data import classes_of
 from rt_detectron.detection.trainer import load_detector_config
 from rt_detectron.utils.errors import InputError
 
@@ -89,13 +88,6 @@ def class_names(cfg: CfgNode) -> list[str]:
     COCO class names are built in; a custom set needs its annotation file.
     """
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        try:
-            check_datasets([name])
-        except InputError:  # predictions need no dataset
-            pass
-        else:
-            if MetadataCatalog.get(name).get("thing_classes") is None:
-                DatasetCatalog.get(name)  # reading the annotations sets them
-        if names := MetadataCatalog.get(name).get("thing_classes"):
+        if names := classes_of(name):
             return names
     return []

@@ -6,7 +6,7 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import build_detection_train_loader
+from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import (
     DatasetEvaluator,
@@ -18,13 +18,13 @@ from yaml import YAMLError
 
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.config import add_robust_config
-from rt_detectron.data import check_datasets, load_training_set
+from rt_detectron.data import CheckedMapper, check_datasets, load_training_set
 from rt_detectron.detection.adversarial import replayed
 from rt_detectron.detection.hooks import build_average, training_hooks
 from rt_detectron.detection.steps import DIVERGED, build_optimizer, build_trainer, fast
 from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
 from rt_detectron.engine.signals import StopSignals
-from rt_detectron.evaluation.build import build_evaluator, inference_folder
+from rt_detectron.evaluation.build import build_evaluator, check_test_sets, inference_folder
 from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import find_config
 
@@ -77,6 +77,7 @@ class Trainer(DefaultTrainer):
         # As DefaultTrainer.__init__, with some parts replaced.
         TrainerBase.__init__(self)
         check_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+        check_test_sets(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         if cfg.TEST.AUG.ENABLED:
@@ -141,9 +142,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        loader = build_detection_train_loader(cfg, dataset=load_training_set(cfg))
+        mapper = CheckedMapper(DatasetMapper(cfg, is_train=True), cfg.INPUT.ON_CORRUPT)
+        loader = build_detection_train_loader(cfg, mapper=mapper, dataset=load_training_set(cfg))
         adversarial = cfg.SOLVER.ADVERSARIAL
         return replayed(loader, cfg.MODEL.DEVICE, adversarial.REPLAYS, adversarial.NORM, adversarial.EPS)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        mapper = CheckedMapper(DatasetMapper(cfg, is_train=False), skipping="")
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str | None = None) -> DatasetEvaluator:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from pycocotools import mask as rle_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rt_detectron.data.annotations import annotations_of
+from rt_detectron.data.annotations import annotations_of, are_numbers, shape_problem
 from rt_detectron.evaluation.matching import (
     Objects,
     Overlap,
@@ -35,7 +34,9 @@ SHAPES = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # t
 class COCOEvaluator(Detectron2COCOEvaluator):
     """Detectron2's COCOEvaluator with a faster AP, by :func:`evaluate_detections`.
 
-    Arguments, files and results are the same. ``use_fast_impl=False`` uses pycocotools instead.
+    Arguments, files and results are the same, but for an annotation with id 0: pycocotools stores a match as
+    the annotation's id, and so takes one with that object for none. Here it counts like any other.
+    ``use_fast_impl=False`` uses pycocotools instead.
 
     Raises:
         InputError: for an annotation file that cannot be evaluated.
@@ -57,7 +58,15 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             super().__init__(dataset_name, tasks, distributed, output_dir, use_fast_impl=False, **options)
             if self._do_evaluation:
                 check_annotations(self._coco_api.dataset, path)
+                _renumber_zero(self._coco_api)
         self._use_fast_impl = use_fast_impl
+
+    def check_shapes(self, masks: bool, keypoints: bool) -> None:
+        """Check that the annotations have the shapes that these tasks compare, as :func:`check_shapes`."""
+        if self._do_evaluation:
+            sigmas = COCOevalMaxDets(iouType="keypoints").params.kpt_oks_sigmas
+            count = len(self._kpt_oks_sigmas or sigmas) if keypoints else 0
+            check_shapes(self._coco_api.dataset, self._metadata.json_file, masks, count)
 
     def _eval_predictions(self, predictions: list[dict], img_ids: Sequence[int] | None = None) -> None:
         if not self._use_fast_impl:
@@ -100,6 +109,7 @@ def evaluate_detections(
 ) -> COCOeval:
     """AP and AR of detections, as pycocotools' loadRes(), evaluate(), accumulate() and summarize() give them.
 
+    An annotation with id 0 counts like any other; pycocotools never matches it.
     Overlaps are computed by pycocotools, matching and precision by faster-coco-eval. A mask's area is
     its own, as in Detectron2, not that of a box given with it.
 
@@ -177,8 +187,7 @@ def _annotations(coco: COCO, params) -> Objects:
         crowd = bool(annotation.get("iscrowd", 0))
         records.append(
             {
-                # As in pycocotools, which stores a match as this id: 0 looks like no match.
-                "id": int(annotation["id"] != 0),
+                "id": 1,  # not its own, which may be 0: that looks like no match
                 "area": annotation["area"],
                 "iscrowd": crowd,
                 "ignore": crowd or (params.iouType == "keypoints" and annotation["num_keypoints"] == 0),
@@ -191,19 +200,30 @@ def _annotated_shape(coco: COCO, annotation: dict[str, Any], params) -> Any:
     if params.iouType == "bbox":
         return annotation["bbox"]
     if params.iouType == "segm":
+        image = coco.imgs[annotation["image_id"]]
+        _check_mask(annotation, image)
         try:
             annotation["segmentation"] = coco.annToRLE(annotation)
         except Exception as error:  # pycocotools raises bare Exceptions, too
             reason = one_line(error)
             raise InputError(f"annotation {annotation['id']} has no usable segmentation: {reason}") from None
         return annotation["segmentation"]
-    found, wanted = len(annotation.get("keypoints", ())) / 3, len(params.kpt_oks_sigmas)
-    if found != wanted or "num_keypoints" not in annotation:
+    _check_keypoints(annotation, len(params.kpt_oks_sigmas))
+    return [*annotation["keypoints"], *annotation["bbox"], annotation["area"]]
+
+
+def _check_mask(annotation: dict[str, Any], image: dict[str, Any]) -> None:
+    if problem := shape_problem(annotation.get("segmentation"), image["height"], image["width"]):
+        raise InputError(f"annotation {annotation['id']} has no usable segmentation: {problem}")
+
+
+def _check_keypoints(annotation: dict[str, Any], count: int) -> None:
+    found = len(annotation.get("keypoints", ())) / 3
+    if found != count or "num_keypoints" not in annotation:
         raise InputError(
-            f"annotation {annotation['id']} needs {wanted} keypoints (x, y, visibility), one for each OKS "
+            f"annotation {annotation['id']} needs {count} keypoints (x, y, visibility), one for each OKS "
             f"sigma (TEST.KEYPOINT_OKS_SIGMAS), and 'num_keypoints'; it has {found:g} keypoints"
         )
-    return [*annotation["keypoints"], *annotation["bbox"], annotation["area"]]
 
 
 def _detections(coco: COCO, results: list[dict[str, Any]], params) -> Objects:
@@ -255,6 +275,38 @@ def _objects(dicts: list[dict[str, Any]], shapes: list, records: list[dict], par
     )
 
 
+def check_shapes(dataset: dict[str, Any], path: str, masks: bool, keypoints: int = 0) -> None:
+    """Check that every annotation has the shapes that mask and keypoint AP compare.
+
+    Args:
+        dataset: the content of a COCO or LVIS file.
+        path: the file's name in messages.
+        masks: whether there will be mask AP.
+        keypoints: how many keypoints an object has; 0 if there will be no keypoint AP.
+
+    Raises:
+        InputError: naming the annotation.
+    """
+    images = {image["id"]: image for image in dataset["images"]}
+    try:
+        for annotation in dataset["annotations"]:
+            image = images.get(annotation["image_id"])
+            if image is not None and masks:
+                _check_mask(annotation, image)
+            if image is not None and keypoints:
+                _check_keypoints(annotation, keypoints)
+    except InputError as error:
+        key = "MODEL.MASK_ON" if "segmentation" in str(error) else "MODEL.KEYPOINT_ON"
+        raise InputError(f"{path}: {error}; without it, set {key} False") from None
+
+
+def _renumber_zero(coco: COCO) -> None:
+    if 0 in coco.anns:
+        annotation = coco.anns.pop(0)
+        annotation["id"] = max(coco.anns, default=0) + 1
+        coco.anns[annotation["id"]] = annotation
+
+
 def check_annotations(dataset: dict[str, Any], path: str) -> None:
     """Check that every annotation can be evaluated, and set "iscrowd" to 0 where it is missing.
 
@@ -269,12 +321,7 @@ def check_annotations(dataset: dict[str, Any], path: str) -> None:
         if not dataset.get(key):
             raise InputError(f"{path}: '{key}' is missing or empty; datasets/README.md names the format")
     for annotation in dataset["annotations"]:
-        try:
-            numbers = [*annotation["bbox"], annotation["area"]]
-            usable = len(numbers) == 5 and all(map(math.isfinite, numbers))
-        except (KeyError, TypeError):
-            usable = False
-        if not usable:
+        if not (are_numbers(annotation.get("bbox"), 4) and are_numbers([annotation.get("area")])):
             raise InputError(
                 f"{path}: annotation {annotation['id']} needs a 'bbox' (x, y, width, height) and an 'area' "
                 "in pixels; AP is undefined without them"

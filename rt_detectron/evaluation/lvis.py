@@ -17,6 +17,7 @@ from rt_detectron.data.annotations import annotations_of
 from rt_detectron.evaluation.coco import (
     SHAPES,
     check_annotations,
+    check_shapes,
     restore_category_ids,
     write_detections,
 )
@@ -46,6 +47,11 @@ class LVISEvaluator(Detectron2LVISEvaluator):
             if self._do_evaluation:
                 check_annotations(self._lvis_api.dataset, path)
                 _check_federation(self._lvis_api.dataset, path)
+
+    def check_shapes(self, masks: bool, keypoints: bool) -> None:
+        """Check that the annotations have what mask AP compares. LVIS has no keypoints."""
+        if self._do_evaluation:
+            check_shapes(self._lvis_api.dataset, self._metadata.json_file, masks)
 
     def _eval_predictions(self, predictions: list[dict]) -> None:
         results = list(itertools.chain.from_iterable(prediction["instances"] for prediction in predictions))
@@ -144,7 +150,7 @@ def _curves(evaluation, field: str) -> dict[str, Any]:
 
 def _annotation(annotation: dict) -> dict:
     return {
-        "id": int(annotation["id"] != 0),  # as in coco.py
+        "id": 1,  # as in coco.py
         "area": annotation["area"],
         "iscrowd": False,  # LVIS has no crowds
         "ignore": bool(annotation["ignore"]),

@@ -12,7 +12,7 @@ from pycocotools import mask as rle_masks
 from pycocotools.coco import COCO
 
 from rt_detectron.visualization.draw import Instance
-from rt_detectron.visualization.media import read_upright
+from rt_detectron.visualization.media import load_picture
 
 
 def load_coco(json_file: str | Path) -> COCO:
@@ -37,7 +37,7 @@ def load_predictions(json_file: str | Path, image_ids: Iterable[int]) -> dict[in
 
 def load_image(coco: COCO, image_root: str | Path, image_id: int) -> Image.Image:
     """The image in RGB, turned upright by its EXIF tag, as in Detectron2."""
-    return read_upright(Path(image_root) / coco.imgs[image_id]["file_name"])
+    return load_picture(Path(image_root) / coco.imgs[image_id]["file_name"])
 
 
 def ground_truth_instances(coco: COCO, image_id: int) -> list[Instance]:

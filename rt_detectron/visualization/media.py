@@ -9,11 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from rt_detectron.utils.errors import InputError, one_line, optional_import
 from rt_detectron.utils.files import replaced_atomically
+from rt_detectron.utils.pictures import read_upright
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
@@ -90,17 +91,16 @@ def annotate_files(
     return problems
 
 
-def read_upright(path: str | Path) -> Image.Image:
-    """A picture as Detectron2 reads it: RGB, turned upright by its EXIF tag.
+def load_picture(path: str | Path) -> Image.Image:
+    """:func:`rt_detectron.utils.pictures.read_upright` of a file.
 
     Raises:
-        InputError: naming the file, if it is no readable picture.
+        InputError: naming the file, if it cannot be read as a picture.
     """
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise all kinds of errors
-        raise InputError(f"{path}: cannot be read as a picture ({one_line(error)[:200]})") from None
+        return read_upright(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as a picture ({one_line(error)})") from None
 
 
 def _is_video(path: Path) -> bool:
@@ -122,7 +122,7 @@ def _make_folder(path: Path) -> None:
 
 
 def _annotate_picture(source: Path, output: Path, annotate: Callable[[Image.Image], Image.Image]) -> None:
-    picture = annotate(read_upright(source))
+    picture = annotate(load_picture(source))
     with replaced_atomically(output) as temporary:
         picture.save(temporary, "PNG" if output.suffix.lower() == ".png" else "JPEG", quality=95)
 

@@ -7,6 +7,7 @@ import re
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from PIL import Image
 
 from rt_detectron.data import check_datasets, load_training_set
 from rt_detectron.data.datasets import _register_demo
@@ -24,7 +25,9 @@ def annotation(number=1, **changes):
 
 @pytest.fixture
 def register(tmp_path):
-    """Registers a set of two classes and two images of which only the annotations exist."""
+    """Registers a set of two classes and two images."""
+    for i in (1, 2):
+        Image.new("RGB", (100, 80)).save(tmp_path / f"{i}.jpg")
 
     def register(annotations, name=NAME, **changes):
         content = {

@@ -8,6 +8,7 @@ from small_images import as_is, encoded, jpeg
 
 from rt_detectron.data.images import FolderDataset, Lighting, check_same_classes, decode
 from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.pictures import DepthError
 
 
 def greys(images):
@@ -42,9 +43,21 @@ class TestDecode:
         expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1)
         assert np.array_equal(decode(content).numpy(), expected)
 
-    def test_sixteen_bits(self):
-        values = np.array([[0, 257 * 100, 65535]], np.uint16)
-        assert decode(encoded(Image.fromarray(values), "PNG"))[0].tolist() == [[0, 100, 255]]
+    @pytest.mark.parametrize(
+        ("dtype", "format"), [("u2", "PNG"), ("u2", "TIFF"), ("i4", "TIFF"), ("f4", "TIFF")]
+    )
+    def test_one_channel_of_more_than_8_bits_stops(self, dtype, format):
+        """Pillow clips its values to white, torchvision scales them, and neither knows their range."""
+        content = encoded(Image.fromarray(np.array([[0, 25700, 65535]], dtype)), format)
+        with pytest.raises(DepthError, match=r"more than 8 bits a channel .*: convert it to 8 bits"):
+            decode(content)
+
+    def test_colours_of_16_bits_are_read_as_pillow_reads_them(self):
+        cv2 = pytest.importorskip("cv2")
+        values = np.array([[[0, 25700, 65535]]], np.uint16)
+        for ending in (".png", ".tiff"):
+            content = cv2.imencode(ending, values)[1].tobytes()
+            assert decode(content).flatten().tolist() == [255, 100, 0]
 
     @pytest.mark.parametrize("content", [b"", b"no image", jpeg(9)[:-40], jpeg(9)[:20]])
     def test_no_image_and_half_an_image(self, content):
@@ -79,6 +92,12 @@ class TestFolderDataset:
         (folder / "cat" / "1.jpg").write_bytes(jpeg(9)[:-40])
         with pytest.raises(InputError, match="truncated"):
             FolderDataset(str(folder), 2, as_is)[1]
+
+    def test_an_image_of_another_depth_is_not_skipped(self, folder):
+        content = encoded(Image.fromarray(np.zeros((8, 8), np.uint16)), "PNG")
+        (folder / "cat" / "1.jpg").write_bytes(content)
+        with pytest.raises(InputError, match=r"cat/1.jpg: it has more than 8 bits"):
+            FolderDataset(str(folder), 2, as_is, on_corrupt="skip")[1]
 
     def test_only_corrupt_images_are_not_looked_through_for_ever(self, folder):
         for path in folder.rglob("*.jpg"):

@@ -225,6 +225,13 @@ def test_an_unknown_dataset_stops_before_anything_is_built(tiny_cfg, tmp_path):
         Trainer(tiny_cfg(tmp_path, "DATASETS.TEST", "('rt_nowhere',)"))
 
 
+def test_test_sets_are_checked_before_anything_is_built(tiny_cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "build_model", lambda cfg: pytest.fail("built"))
+    cfg = tiny_cfg(tmp_path, "MODEL.KEYPOINT_ON", True)  # which the set's annotations do not have
+    with pytest.raises(InputError, match=r"instances_val\.json: .* set MODEL\.KEYPOINT_ON False"):
+        Trainer(cfg)
+
+
 def test_the_class_count_is_checked(tiny_cfg, tmp_path):
     with pytest.raises(InputError, match=r"set MODEL.ROI_HEADS.NUM_CLASSES 10"):
         Trainer(tiny_cfg(tmp_path, "MODEL.ROI_HEADS.NUM_CLASSES", 80))
@@ -248,7 +255,10 @@ class TestOptions:
         Trainer(tiny_cfg(tmp_path, *opts)).train()
         assert seen == [{"bbox"}, {"bbox", "bbox_TTA"}]
 
-    def test_test_time_augmentation_of_another_detector_is_refused(self, tiny_cfg, tmp_path):
+    def test_test_time_augmentation_of_another_detector_is_refused(self, tiny_cfg, tmp_path, monkeypatch):
+        monkeypatch.setattr(
+            "rt_detectron.detection.trainer.check_test_sets", lambda cfg: None
+        )  # no keypoints
         cfg = tiny_cfg(tmp_path, "TEST.AUG.ENABLED", True, "MODEL.KEYPOINT_ON", True)
         with pytest.raises(
             InputError, match=r"set TEST.AUG.ENABLED False for GeneralizedRCNN with keypoints"

@@ -24,8 +24,8 @@ class Draw:
         self.annotations = [
             self.annotation(image, categories) for image in images for _ in range(self.rng.integers(0, 9))
         ]
-        for number, annotation in enumerate(self.rng.permutation(self.annotations), start=seed % 2):
-            annotation["id"] = number  # every other dataset has an annotation with id 0
+        for number, annotation in enumerate(self.rng.permutation(self.annotations), start=1):
+            annotation["id"] = number  # not 0, whose object pycocotools and lvis never match
         self.results = [self.near(one) for one in self.annotations for _ in range(self.rng.integers(0, 4))]
         for image in images:
             for _ in range(self.rng.integers(0, 6)):

@@ -1,17 +1,25 @@
+import json
+import logging
+from pathlib import Path
+
 import pytest
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import DatasetEvaluators
 
 from rt_detectron.evaluation import COCOEvaluator
-from rt_detectron.evaluation.build import build_evaluator
+from rt_detectron.evaluation.build import build_evaluator, check_test_sets
 from rt_detectron.utils.errors import InputError
+
+NAME = "rt_test_build"
+
+
+@pytest.fixture
+def cfg(tiny_cfg, tmp_path):
+    return tiny_cfg(tmp_path)
 
 
 class TestBuildEvaluator:
-    @pytest.fixture
-    def cfg(self, tiny_cfg, tmp_path):
-        return tiny_cfg(tmp_path)
-
     def test_coco_and_panoptic(self, cfg, sets, monkeypatch):
         assert isinstance(build_evaluator(cfg, sets["val"]), COCOEvaluator)
         name = "coco_2017_val_100_panoptic_separated"
@@ -28,3 +36,97 @@ class TestBuildEvaluator:
         with pytest.raises(InputError, match=r"evaluator_type 'ocr'; known are coco, "):
             build_evaluator(cfg, "rt_test_unknown_kind")
         MetadataCatalog.remove("rt_test_unknown_kind")
+
+    def test_the_limit_of_detections_is_a_key(self, tiny_cfg, sets, tmp_path, caplog):
+        for detections, key, limit in ((10, 0, 100), (300, 0, 300), (300, 100, 100), (10, 50, 50)):
+            caplog.clear()
+            cfg = tiny_cfg(tmp_path, "TEST.DETECTIONS_PER_IMAGE", detections, "TEST.COCO_MAX_DETS", key)
+            assert build_evaluator(cfg, sets["val"])._max_dets_per_image == [1, 10, limit]
+            assert (f"AP counts up to {limit} detections" in caplog.text) == (limit != 100)
+
+
+class TestCheckTestSets:
+    """What the evaluation would find at its end is found before it begins."""
+
+    @pytest.fixture
+    def spoiled(self, tiny_cfg, sets, tmp_path):
+        """``spoiled(change, KEY, VALUE, ...)``: a config whose test set is the tiny one, changed."""
+
+        def make(change, *opts):
+            source = MetadataCatalog.get(sets["val"])
+            content = json.loads(Path(source.json_file).read_text())
+            change(content)
+            path = tmp_path / "spoiled.json"
+            path.write_text(json.dumps(content))
+            register_coco_instances(NAME, {}, str(path), source.image_root)
+            return tiny_cfg(tmp_path, "DATASETS.TEST", f"('{NAME}',)", *opts)
+
+        yield make
+        DatasetCatalog.remove(NAME)
+        MetadataCatalog.remove(NAME)
+
+    @staticmethod
+    def message(cfg) -> str:
+        with pytest.raises(InputError) as error:
+            check_test_sets(cfg)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    def test_a_sound_one(self, cfg):
+        check_test_sets(cfg)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda content: [a.pop("area") for a in content["annotations"]], "and an 'area'"),
+            (lambda content: content["annotations"][2].pop("bbox"), "needs a 'bbox'"),
+            (lambda content: [a.update(id=7) for a in content["annotations"]], "not unique"),
+            (lambda content: content["annotations"][0].update(category_id=99), "category_id=99"),
+            (lambda content: content["annotations"][1].pop("segmentation"), "set MODEL.MASK_ON False"),
+            (lambda content: content["annotations"][1].update(segmentation=[]), "set MODEL.MASK_ON False"),
+            (lambda content: content["annotations"][1].update(segmentation=[[1, 2, 3, 4]]), "three points"),
+            (
+                lambda content: content["annotations"][1]["segmentation"].update(size=[9, 9]),
+                "of the size [9, 9]",
+            ),
+            (lambda content: content["images"][0].pop("height"), "height"),
+        ],
+    )
+    def test_annotations_that_cannot_be_scored(self, spoiled, tmp_path, change, words):
+        text = self.message(spoiled(change))
+        assert text.startswith(f"{tmp_path}/spoiled.json: ")
+        assert words in text
+
+    def test_without_masks_none_are_needed(self, spoiled):
+        check_test_sets(
+            spoiled(lambda content: content["annotations"][1].pop("segmentation"), "MODEL.MASK_ON", False)
+        )
+
+    def test_keypoints(self, spoiled):
+        text = self.message(spoiled(lambda content: None, "MODEL.KEYPOINT_ON", True))
+        assert text.endswith("it has 0 keypoints; without it, set MODEL.KEYPOINT_ON False")
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda c: c["categories"][2].update(name="ox"), "class 2 is 'ox', not 'two'"),
+            (
+                lambda c: [c["categories"][k].update(id=i) for k, i in ((0, 2), (1, 1))],
+                "class 0 is 'one', not 'zero'",
+            ),
+            (lambda c: c["categories"].append({"id": 11, "name": "ten"}), "is 10, but rt_test_build has 11"),
+        ],
+    )
+    def test_classes_that_are_not_the_training_sets(self, spoiled, change, words):
+        assert words in self.message(spoiled(change))
+
+    def test_images_of_test_sets_are_never_skipped(self, spoiled):
+        cfg = spoiled(lambda c: c["images"][0].update(file_name="x.jpg"), "INPUT.ON_CORRUPT", "skip")
+        assert self.message(cfg).endswith(
+            "x.jpg: cannot be read (there is no such file); repair or delete it"
+        )
+
+    def test_more_objects_than_detections(self, tiny_cfg, tmp_path, caplog):
+        with caplog.at_level(logging.WARNING):
+            check_test_sets(tiny_cfg(tmp_path, "TEST.DETECTIONS_PER_IMAGE", 1))
+        assert "objects, but TEST.DETECTIONS_PER_IMAGE is 1: no more are found" in caplog.text

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from rt_detectron.utils.errors import InputError
-from rt_detectron.visualization.media import annotate_files, find_media, output_paths, read_upright
+from rt_detectron.visualization.media import annotate_files, find_media, load_picture, output_paths
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -178,5 +178,5 @@ def test_a_picture_is_read_upright_and_in_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to see it upright
     Image.new("L", (8, 10), 7).save(tmp_path / "a.png", exif=exif)
-    image = read_upright(tmp_path / "a.png")
+    image = load_picture(tmp_path / "a.png")
     assert (image.size, image.mode, image.getpixel((0, 0))) == ((10, 8), "RGB", (7, 7, 7))

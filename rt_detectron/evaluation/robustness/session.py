@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from rt_detectron.data import load_test_set
 from rt_detectron.evaluation.build import build_evaluator
 from rt_detectron.evaluation.results import config_sha256
 from rt_detectron.evaluation.robustness.pictures import BeforeAfter
@@ -56,11 +57,8 @@ class Session:
         self.folder = own.OUTPUT_DIR
         os.makedirs(self.folder, exist_ok=True)
         (self.dataset,) = cfg.DATASETS.TEST
-        dicts = get_detection_dataset_dicts(
-            self.dataset,
-            filter_empty=False,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TEST if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
+        attacked = bool(cfg.TEST.ATTACK.L2_EPS or cfg.TEST.ATTACK.LINF_EPS)
+        dicts = load_test_set(cfg, self.dataset, with_objects=attacked)
         self.test_set = DetectionTestSet(
             dicts,
             build_evaluator(own, self.dataset),

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
 
+from rt_detectron.data import CheckedMapper
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.modes import eval_mode
 from rt_detectron.utils.numbers import is_number
@@ -94,7 +95,7 @@ class DetectionTestSet:
             In the first process the metrics, in the others {}.
         """
         loader = build_detection_test_loader(
-            self.dicts, mapper=mapper or self.mapper, num_workers=self.num_workers
+            self.dicts, mapper=CheckedMapper(mapper or self.mapper, skipping=""), num_workers=self.num_workers
         )
         bar = tqdm(loader, label, unit="batch", leave=False, disable=None if comm.is_main_process() else True)
 
