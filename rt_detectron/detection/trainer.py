@@ -77,13 +77,13 @@ class Trainer(DefaultTrainer):
         # As DefaultTrainer.__init__, with some parts replaced.
         TrainerBase.__init__(self)
         check_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
-        check_test_sets(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        data_loader = self.build_train_loader(cfg)  # first, since here lie most mistakes
+        check_test_sets(cfg)
         model = self.build_model(cfg)
         if cfg.TEST.AUG.ENABLED:
             _check_tta(cfg, model)
         optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
         self.average = build_average(model, cfg.SOLVER.EMA)
         self.evaluated = self.average.averaged.module if self.average else model
         self._trainer = build_trainer(

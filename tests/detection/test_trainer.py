@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 
@@ -225,11 +226,11 @@ def test_an_unknown_dataset_stops_before_anything_is_built(tiny_cfg, tmp_path):
         Trainer(tiny_cfg(tmp_path, "DATASETS.TEST", "('rt_nowhere',)"))
 
 
-def test_test_sets_are_checked_before_anything_is_built(tiny_cfg, tmp_path, monkeypatch):
+def test_test_sets_are_checked_before_anything_is_built(tiny_cfg, tmp_path, sets, monkeypatch):
     monkeypatch.setattr(Trainer, "build_model", lambda cfg: pytest.fail("built"))
-    cfg = tiny_cfg(tmp_path, "MODEL.KEYPOINT_ON", True)  # which the set's annotations do not have
-    with pytest.raises(InputError, match=r"instances_val\.json: .* set MODEL\.KEYPOINT_ON False"):
-        Trainer(cfg)
+    monkeypatch.setitem(MetadataCatalog.get(sets["val"]).__dict__, "evaluator_type", "ocr")
+    with pytest.raises(InputError, match="evaluator_type 'ocr'"):
+        Trainer(tiny_cfg(tmp_path))
 
 
 def test_the_class_count_is_checked(tiny_cfg, tmp_path):
@@ -256,9 +257,9 @@ class TestOptions:
         assert seen == [{"bbox"}, {"bbox", "bbox_TTA"}]
 
     def test_test_time_augmentation_of_another_detector_is_refused(self, tiny_cfg, tmp_path, monkeypatch):
-        monkeypatch.setattr(
-            "rt_detectron.detection.trainer.check_test_sets", lambda cfg: None
-        )  # no keypoints
+        # The sets have no keypoints.
+        monkeypatch.setattr(Trainer, "build_train_loader", classmethod(lambda cls, cfg: None))
+        monkeypatch.setattr("rt_detectron.detection.trainer.check_test_sets", lambda cfg: None)
         cfg = tiny_cfg(tmp_path, "TEST.AUG.ENABLED", True, "MODEL.KEYPOINT_ON", True)
         with pytest.raises(
             InputError, match=r"set TEST.AUG.ENABLED False for GeneralizedRCNN with keypoints"
