@@ -4,6 +4,8 @@ PY := .venv/bin/python
 # Extra words for the set-up and for pytest, e.g. PYTEST_ARGS="-k convert"
 SETUP_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that share the tests, each with one thread; 0 runs them in pytest's own process.
+TEST_WORKERS ?= 2
 
 DEMO_DATA := datasets/demo
 DEMO := output/demo
@@ -16,7 +18,7 @@ DEMO := output/demo
 help:
 	@echo "make setup      create .venv with torch, Detectron2 and rt_detectron (every target does it first)"
 	@echo "make demo       pretrain, convert, fine-tune and compare on embedded data; prints the report's path"
-	@echo "make test       run the tests"
+	@echo "make test       run the tests, in $(TEST_WORKERS) processes (TEST_WORKERS=0: in one)"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make coverage   run the tests and show the lines that none of them runs"
 	@echo "make lint       check style, format and types"
@@ -50,14 +52,15 @@ $(DEMO)/resnet18_standard.pkl: | $(DEMO)/standard/classifier.pth
 $(DEMO)/resnet18_l2.pkl: | $(DEMO)/robust/classifier.pth
 	@$(PY) tools/convert_checkpoint.py $(DEMO)/robust/classifier.pth $@
 
+test coverage: export OMP_NUM_THREADS := 1
 test: setup
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: setup
 	@$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
 coverage: setup
-	@$(PY) -m pytest --cov=rt_detectron --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal --cov=rt_detectron --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 lint: setup
 	@.venv/bin/ruff check .

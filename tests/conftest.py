@@ -14,6 +14,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.utils.env import seed_all_rng
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
+from tool_process import start_server
 
 import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.checkpoint.architectures import build_classifier
@@ -145,6 +146,12 @@ def tiny_datasets(tmp_path_factory) -> Path:
     sizes.update({"classification-train": 10, "classification-val": 10, "classification-size": 32})
     prepare_demo.main(["--output", str(root / "demo"), *[f"--{key}={size}" for key, size in sizes.items()]])
     return root
+
+
+@pytest.fixture(scope="session")
+def tool_server(tiny_datasets):
+    """What processes of tool_process.py are forked from; the demo set is where they look for data."""
+    start_server(DETECTRON2_DATASETS=str(tiny_datasets))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,9 @@ def batch():
         return images, network()(images).argmax(1)  # all are right
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.05), ("linf", 1.0), ("l1", 0.5)])
+@pytest.mark.parametrize(
+    ("norm", "eps"), [("l2", 0.05), ("linf", 1.0), pytest.param("l1", 0.5, marks=pytest.mark.slow)]
+)
 def test_stays_in_the_ball_and_turns_over_what_pgd_does(batch, norm, eps):
     images, labels = batch
     model, threat_model = network().train(), ThreatModel(norm, eps)

@@ -86,28 +86,21 @@ def test_folded_weights_serve_detectron2s_default_preprocessing(
     """The model's own preprocessing included, from a BGR uint8 image under get_cfg()'s values."""
     network = random_classifier(arch)
     torch.save(network.state_dict(), tmp_path / "c.pth")
-    features = {}
-    for input_format in ("RGB", "BGR"):
-        output = str(tmp_path / f"{input_format}.pkl")
-        convert_checkpoint(str(tmp_path / "c.pth"), output, input_format=input_format)
-        cfg = make_cfg(arch, "retinanet")
-        cfg.MODEL.BACKBONE.NAME = "build_retinanet_robust_torchvision_fpn_backbone"
-        if input_format == "BGR":
-            default = get_cfg()
-            cfg.INPUT.FORMAT = default.INPUT.FORMAT
-            cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = default.MODEL.PIXEL_MEAN, default.MODEL.PIXEL_STD
-        cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = list(STAGES)
-        model = build_model(cfg).eval()
-        RobustCheckpointer(model).load(output)
-        image = photograph if input_format == "RGB" else photograph.flip(0)
-        with torch.no_grad():
-            features[input_format] = model.backbone.bottom_up(
-                model.preprocess_image([{"image": image}]).tensor
-            )
+    output = str(tmp_path / "b.pkl")
+    convert_checkpoint(str(tmp_path / "c.pth"), output, input_format="BGR")
+    cfg = make_cfg(arch, "retinanet")
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_robust_torchvision_fpn_backbone"
+    default = get_cfg()
+    cfg.INPUT.FORMAT = default.INPUT.FORMAT
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = default.MODEL.PIXEL_MEAN, default.MODEL.PIXEL_STD
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = list(STAGES)
+    model = build_model(cfg).eval()
+    RobustCheckpointer(model).load(output)
+    with torch.no_grad():
+        found = model.backbone.bottom_up(model.preprocess_image([{"image": photograph.flip(0)}]).tensor)
     # Rounding, which random weights amplify differently with every number of threads and kind of CPU: up to
-    # 1.02e-4 was seen.
-    assert largest_difference(features["BGR"], features["RGB"]) < 5e-4
-    assert largest_difference(features["BGR"], torchvision_features(arch, network, photograph)) < 5e-4
+    # 1.02e-4 was seen. That the RGB weights compute torchvision's features, too, is the test above.
+    assert largest_difference(found, torchvision_features(arch, network, photograph)) < 5e-4
 
 
 def test_folding_an_unusual_normalisation_records_its_own_mean(tmp_path, random_classifier):

@@ -8,7 +8,6 @@ import logging
 import os
 import pickle
 import random
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.utils.file_io import PathManager
+from tool_process import ToolProcess
 
 import rt_detectron  # noqa: F401  (registers the handler)
 from rt_detectron.checkpoint import zoo
@@ -25,7 +25,6 @@ from rt_detectron.checkpoint.architectures import ARCHITECTURES
 from rt_detectron.checkpoint.convert import convert_checkpoint, parse_threat_model
 from rt_detectron.utils.errors import InputError
 
-REPOSITORY = Path(__file__).parents[2]
 HUB = "madrylab/robust-imagenet-models"
 NAME = "shufflenet_l2_eps3"  # the smallest of the published networks
 FILE = f"{NAME}.ckpt"
@@ -635,31 +634,25 @@ class TestHub:
         refused(r'pip install "huggingface_hub>=0\.30"; or download http.* to FOLDER')
 
 
-def test_processes_that_ask_at_once_download_and_convert_once(hub, cache, content, expected):
+@pytest.mark.usefixtures("tool_server")
+def test_processes_that_ask_at_once_download_and_convert_once(hub, cache, content, expected, tmp_path):
     """In processes of their own, which take HF_ENDPOINT and HF_HOME from the environment."""
     hub.files[ON_HUB] = content
     hub.delay = 2  # so that all of them ask while the first one downloads
-    code = f"""
+    script = tmp_path / "ask.py"
+    script.write_text(f"""
 import logging
 from rt_detectron.checkpoint import zoo
 logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
 print(zoo.backbone({NAME!r}))
-"""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for _ in range(3)
-    ]
-    printed = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], printed
-    assert len({output for output, _ in printed}) == 1
-    assert_same(printed[0][0].strip(), expected[NAME])
-    assert sum("converting" in log for _, log in printed) == 1
+""")
+    folders = [tmp_path / str(number) for number in range(3)]
+    for folder in folders:
+        folder.mkdir()
+    processes = [ToolProcess([script], folder) for folder in folders]
+    assert [process.wait(120) for process in processes] == [0, 0, 0], processes[0].stderr
+    assert len({process.stdout for process in processes}) == 1
+    assert_same(processes[0].stdout.strip(), expected[NAME])
+    assert sum("converting" in process.stderr for process in processes) == 1
     assert hub.downloads == [ON_HUB]
     assert files(cache) == {f"rt_detectron/hub/{NAME}.pkl"}

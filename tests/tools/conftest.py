@@ -2,7 +2,7 @@ import runpy
 import sys
 
 import pytest
-from tool_process import run_tool, start_server
+from tool_process import run_tool
 
 
 @pytest.fixture
@@ -18,12 +18,6 @@ def run_here(request, monkeypatch, capfd):
         return end.value.code, *capfd.readouterr()
 
     return run
-
-
-@pytest.fixture(scope="session")
-def tool_server(tiny_datasets):
-    """What processes of tool_process.py are forked from; the demo set is where they look for data."""
-    start_server(DETECTRON2_DATASETS=str(tiny_datasets))
 
 
 @pytest.fixture
