@@ -24,6 +24,7 @@ _BUILDERS = {
     None: "build_robust_{}_backbone",
     "fpn": "build_robust_{}_fpn_backbone",
     "retinanet": "build_retinanet_robust_{}_fpn_backbone",
+    "sfp": "build_robust_{}_sfp_backbone",
 }
 
 
@@ -46,13 +47,20 @@ class Family:
     translate: "Callable[[Architecture, dict[str, Tensor]], dict[str, Tensor]]" = lambda _, tensors: tensors
 
     def builder(self, detector: str | None = None) -> str:
-        """The builder in Detectron2's BACKBONE_REGISTRY: bare, or with the pyramid of "fpn", "retinanet".
+        """The builder in Detectron2's BACKBONE_REGISTRY: bare, or with a pyramid.
+
+        Args:
+            detector: None, "fpn", "retinanet", or "sfp", ViTDet's simple pyramid on plain transformers.
 
         Raises:
-            InputError: for another detector.
+            InputError: for another detector, and for a simple pyramid on a network that has none.
         """
         if detector not in _BUILDERS:
-            raise InputError(f"unknown detector {detector!r}: None, 'fpn' or 'retinanet'")
+            raise InputError(f"unknown detector {detector!r}: None, 'fpn', 'retinanet' or 'sfp'")
+        if detector == "sfp" and self.name != "timm":
+            raise InputError(
+                f"the simple pyramid is for plain vision transformers: take 'fpn' on a {self.title}"
+            )
         return _BUILDERS[detector].format(self.name)
 
 

@@ -31,16 +31,18 @@ def load_backbone(
 
     Args:
         name: of the zoo, such as "resnet50_l2_eps3" (or "resnet50_l2_eps3-bgr"), or a backbone's ``.pkl``.
-        detector: None for the bare network, "fpn" or "retinanet" for the pyramid of that detector, whose
-            own layers are randomly initialised.
+        detector: None for the bare network, "fpn" or "retinanet" for the pyramid of that detector, "sfp" for
+            ViTDet's simple pyramid on a plain vision transformer. A pyramid's own layers are randomly
+            initialised.
         norm: "FrozenBN", "BN" or "SyncBN".
         freeze_at: 1 freezes the stem, 2 also res2, ... 5 everything; 0 nothing.
 
     Returns:
         A module from images (N, 3, H, W) to a dict of features: "res2" ... "res5" at strides 4 to 32,
-        "p2" ... "p6" at 4 to 64 for "fpn", "p3" ... "p7" at 8 to 128 for "retinanet". It takes what its
-        ``metadata``, a :class:`.Metadata`, says: colours in the order ``input_format``, as floats of 0..255,
-        minus ``pixel_mean``, divided by ``pixel_std``; H and W multiples of ``size_divisibility``, if not 0.
+        "p2" ... "p6" at 4 to 64 for "fpn" and "sfp", "p3" ... "p7" at 8 to 128 for "retinanet". It
+        takes what its ``metadata``, a :class:`.Metadata`, says: colours in the order ``input_format``, as
+        floats of 0..255, minus ``pixel_mean``, divided by ``pixel_std``; H and W multiples of
+        ``size_divisibility``, if not 0.
 
     Raises:
         InputError: for an unknown name, detector or norm, a network without these strides, and for what

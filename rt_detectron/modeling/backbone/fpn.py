@@ -26,12 +26,12 @@ def register_pyramids(build: Builder, network: str) -> None:
     """
 
     def fpn(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-        return _pyramid(_bottom_up(build, cfg, input_shape), cfg, LastLevelMaxPool())
+        return _pyramid(_contiguous(build, cfg, input_shape), cfg, LastLevelMaxPool())
 
     def retinanet(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-        bottom_up = _bottom_up(build, cfg, input_shape)
-        channels = bottom_up.output_shape()["res5"].channels
-        return _pyramid(bottom_up, cfg, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+        stages = _contiguous(build, cfg, input_shape)
+        channels = stages.output_shape()["res5"].channels
+        return _pyramid(stages, cfg, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
 
     name = build.__name__.removesuffix("_backbone")
     fpn.__name__ = f"{name}_fpn_backbone"
@@ -43,7 +43,7 @@ def register_pyramids(build: Builder, network: str) -> None:
         BACKBONE_REGISTRY.register(pyramid)
 
 
-def _bottom_up(build: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+def _contiguous(build: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """The backbone with just the features that the pyramid stands on, MODEL.FPN.IN_FEATURES.
 
     Raises:
@@ -54,17 +54,22 @@ def _bottom_up(build: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> Backbone
         raise InputError(
             f"MODEL.FPN.IN_FEATURES {wanted}: a pyramid needs {known}, or fewer of them that end with res5"
         )
+    return bottom_up(build, cfg, input_shape, wanted)
+
+
+def bottom_up(build: Builder, cfg: CfgNode, input_shape: ShapeSpec, features: list[str]) -> Backbone:
+    """The backbone with just these features, whatever MODEL.RESNETS.OUT_FEATURES says."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.RESNETS.OUT_FEATURES = wanted
+    cfg.MODEL.RESNETS.OUT_FEATURES = features
     # Detectron2's default, a C4 head, stands on no pyramid, so its demands do not count.
     cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
     return build(cfg, input_shape)
 
 
-def _pyramid(bottom_up: Backbone, cfg: CfgNode, top_block: LastLevelMaxPool | LastLevelP6P7) -> FPN:
+def _pyramid(stages: Backbone, cfg: CfgNode, top_block: LastLevelMaxPool | LastLevelP6P7) -> FPN:
     return FPN(
-        bottom_up=bottom_up,
+        bottom_up=stages,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,

@@ -1,6 +1,9 @@
 """timm's networks as Detectron2 backbones, by timm's own features_only models."""
 
+import logging
+
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -17,6 +20,8 @@ from rt_detectron.modeling.backbone.trunk import (
 )
 from rt_detectron.utils.errors import InputError, one_line
 
+logger = logging.getLogger(__name__)
+
 # Multiples of 32 that no window, patch grid or pretraining size of another number divides.
 PROBE = (96, 160)
 # What lets a network take images of any size, tried in this order. always_partition is Swin's: its res5 at
@@ -28,8 +33,24 @@ ANY_SIZE: tuple[dict[str, bool], ...] = (
 )
 
 
+PLAIN_STRIDE = 16  # of the one feature of plain vision transformers, as the detectors have it
+
+
 class TimmTrunk(Trunk):
-    """A :class:`Trunk` whose network gives its features as a list, some networks with channels last."""
+    """A :class:`Trunk` whose network gives its features as a list, some networks with channels last.
+
+    Args:
+        trunk, shapes: as for :class:`Trunk`.
+        patch: side of a plain vision transformer's patches. Images are resized by ``patch / 16`` in front of
+            it, so that a patch covers 16 pixels of the image and the weights stay as they are.
+    """
+
+    def __init__(self, trunk: nn.Module, shapes: dict[str, ShapeSpec], patch: int = PLAIN_STRIDE):
+        super().__init__(trunk, shapes)
+        self.patch = patch
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return super().forward(resized(images, self.patch))
 
     def features(self, output: list[Tensor]) -> dict[str, Tensor]:
         names = sorted(self._out_features, key=STAGES.index)
@@ -53,13 +74,45 @@ def build_robust_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmTrun
     wanted = checked_features(cfg, arch)
     with torch.device("meta"):  # shapes alone, at no cost
         info = timm_features(arch).feature_info.info
+        patch = _patch(arch, info)
         indices = _indices(arch, info, wanted)
-        shapes = _shapes(arch, timm_features(arch, out_indices=indices), wanted)
+        shapes = _shapes(arch, timm_features(arch, out_indices=indices), wanted, patch)
     trunk = timm_features(arch, out_indices=indices)
     _drop_unused_blocks(trunk)
     stages = _stage_modules(arch, trunk, info[: indices[-1] + 1]) if cfg.MODEL.BACKBONE.FREEZE_AT > 0 else {}
     set_norms(trunk, stages, cfg)
-    return TimmTrunk(trunk, shapes)
+    if patch != PLAIN_STRIDE:
+        logger.info("%s has patches of %d pixels: images are resized by %d/16", arch, patch, patch)
+    return TimmTrunk(trunk, shapes, patch)
+
+
+def resized(images: Tensor, patch: int) -> Tensor:
+    """(N, 3, H, W) to (N, 3, H * patch / 16, W * patch / 16); ``images`` themselves for patches of 16."""
+    if patch == PLAIN_STRIDE:
+        return images
+    size = [side * patch // PLAIN_STRIDE for side in images.shape[2:]]
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def is_plain(info: list[dict]) -> bool:
+    """Whether all of timm's features have one stride, as in plain vision transformers."""
+    return len({feature["reduction"] for feature in info}) == 1
+
+
+def _patch(arch: str, info: list[dict]) -> int:
+    """The side of a plain transformer's patches, whose features then count as of stride 16; else 16.
+
+    Raises:
+        InputError: for patches that are neither of 14 nor of 16 pixels.
+    """
+    patch = info[0]["reduction"]
+    if not is_plain(info) or patch == PLAIN_STRIDE:
+        return PLAIN_STRIDE
+    if patch != 14:
+        raise InputError(f"{arch} has patches of {patch} pixels: choose a network with patches of 16 or 14")
+    for feature in info:
+        feature["reduction"] = PLAIN_STRIDE
+    return patch
 
 
 def timm_features(arch: str, **kwargs) -> nn.Module:
@@ -97,10 +150,10 @@ def _indices(arch: str, info: list[dict], wanted: list[str]) -> list[int]:
     return sorted(last[STRIDES[name]] for name in wanted)
 
 
-def _shapes(arch: str, network: nn.Module, wanted: list[str]) -> dict[str, ShapeSpec]:
+def _shapes(arch: str, network: nn.Module, wanted: list[str], patch: int) -> dict[str, ShapeSpec]:
     """Channels and strides of the wanted features, on an image as detectors have them."""
     try:
-        features = network.eval()(torch.zeros(1, 3, *PROBE))
+        features = network.eval()(resized(torch.zeros(1, 3, *PROBE), patch))
     except Exception as error:  # each network refuses in its own way
         raise InputError(
             f"{arch} does not take images of any size ({one_line(error)}): choose another network"
