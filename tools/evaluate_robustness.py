@@ -7,12 +7,13 @@ Config keys, in the config file or after the options, say what to measure:
   TEST.PICTURES 4                            pictures of this many images, before and after each change
 
 Writes OUTPUT_DIR/robustness.json once everything is measured, prints a table, and puts all other files into
-OUTPUT_DIR/robustness. With --resume, an interrupted run with the same config and weights is continued.
+OUTPUT_DIR/robustness. What is finished there is not measured again: an interrupted run goes on with the next
+image, and one more eps measures that one only. (--resume changes nothing.)
 
 examples:
   tools/evaluate_robustness.py --config-file configs/robust_r50_eps3.yaml --num-gpus 8 \\
       MODEL.WEIGHTS output/model_final.pth TEST.ATTACK.LINF_EPS "[1,2,4,8]" TEST.ATTACK.MAX_IMAGES 500
-  tools/evaluate_robustness.py --config-file configs/robust_r50_eps3.yaml --resume \\
+  tools/evaluate_robustness.py --config-file configs/robust_r50_eps3.yaml \\
       MODEL.WEIGHTS output/model_final.pth TEST.CORRUPTION.NAMES "['common']"
 """
 
@@ -47,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     setup_logger(own.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="rt_detectron")
     model = Trainer.build_model(cfg)
     RobustCheckpointer(model, own.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
-    content = evaluate_robustness(cfg, model, resume=args.resume)
+    content = evaluate_robustness(cfg, model)
     if comm.is_main_process():
         print(robustness_table(content))
         print(f"Wrote {cfg.OUTPUT_DIR}/robustness.json")

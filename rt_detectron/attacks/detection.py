@@ -81,7 +81,8 @@ class DetectorAttack(ABC):
             The same dicts with other images: float32, in [0, 255], not rounded, on the model's device.
 
         Raises:
-            InputError: for a detector that the attack does not work on, or images without "instances".
+            InputError: for a detector that the attack does not work on, images without "instances", or
+                images that are not in 0..255.
         """
 
     @property
@@ -94,6 +95,7 @@ class DetectorAttack(ABC):
             "loss": self.name,
             "steps": self.pgd.steps,
             "restarts": self.pgd.restarts,
+            "seed": self.seed,
         }
 
 
@@ -263,7 +265,19 @@ def _one_of(images: ImageList, i: int) -> ImageList:
 
 
 def _unit_images(model: nn.Module, inputs: Sequence[dict]) -> list[Tensor]:
-    """(1, C, H, W) each, in [0, 1], without padding: the network pads after normalisation."""
+    """(1, C, H, W) each, in [0, 1], without padding: the network pads after normalisation.
+
+    Raises:
+        InputError: for an image that is not in 0..255, or that seems to be in [0, 1] already.
+    """
+    for each in inputs:
+        low, high = (float(end) for end in each["image"].aminmax())
+        fractions = each["image"].is_floating_point() and bool((each["image"] % 1).any())
+        if not (low >= 0 and high <= 255) or (high <= 1 and fractions):
+            raise InputError(
+                f"attack: image {each.get('image_id')} has values from {low:g} to {high:g}; a detector's "
+                "input is in 0..255, before it is normalised"
+            )
     return [each["image"].to(model.device).float()[None] / 255 for each in inputs]
 
 

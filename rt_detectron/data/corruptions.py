@@ -39,7 +39,7 @@ COMMON_CORRUPTIONS = (
 )
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
-_SMALLEST_SIDE = 32  # pixels; imagecorruptions' own bound
+SMALLEST_SIDE = 32  # pixels; imagecorruptions' own bound
 
 
 def corruption_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -74,11 +74,11 @@ def corrupt(
     function = _function(name)
     if severity not in SEVERITIES:
         raise InputError(f"corruption severity {severity!r}: severities are 1, 2, 3, 4 and 5")
-    if min(image.shape[:2]) < _SMALLEST_SIDE:
+    if min(image.shape[:2]) < SMALLEST_SIDE:
         height, width = image.shape[:2]
         raise InputError(
             f"an image of {width} x {height} pixels is too small to be corrupted: leave out images with a "
-            f"side shorter than {_SMALLEST_SIDE} pixels"
+            f"side shorter than {SMALLEST_SIDE} pixels"
         )
     # imagecorruptions uses numpy's global generator, and prints a line if it crops by a pixel.
     with _numpy_seeded(seed, image_id, name, severity), contextlib.redirect_stdout(None):
@@ -131,7 +131,7 @@ class CorruptionMapper:
     """
 
     def __init__(self, mapper: DatasetMapper, name: str, severity: int, seed: int = 0):
-        corrupt(np.zeros((_SMALLEST_SIDE, _SMALLEST_SIDE, 3), np.uint8), name, severity)  # fails early
+        corrupt(np.zeros((SMALLEST_SIDE, SMALLEST_SIDE, 3), np.uint8), name, severity)  # fails early
         self.mapper, self.name, self.severity, self.seed = mapper, name, severity, seed
 
     def __call__(self, dataset_dict: dict) -> dict:

@@ -24,6 +24,7 @@ from rt_detectron.evaluation.matching import (
     keypoint_similarity,
     mask_iou,
     precision_and_recall,
+    write_matches,
 )
 from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import replaced_atomically
@@ -36,6 +37,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
 
     Arguments, files and results are the same, but for an annotation with id 0: pycocotools stores a match as
     the annotation's id, and so takes one with that object for none. Here it counts like any other.
+    ``matches.npz`` (:class:`~.matching.Matches`) is written beside ``coco_instances_results.json``.
     ``use_fast_impl=False`` uses pycocotools instead.
 
     Raises:
@@ -82,19 +84,24 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         if not self._do_evaluation:
             self._logger.info("Annotations are not available for evaluation.")
             return
-        for task in sorted(tasks):
-            evaluation = None
-            if results:
-                evaluation = evaluate_detections(
-                    self._coco_api,
-                    results,
-                    task,
-                    max_dets=self._max_dets_per_image,
-                    kpt_oks_sigmas=self._kpt_oks_sigmas,
-                    img_ids=img_ids,
-                )
+        evaluations = {
+            task: evaluate_detections(
+                self._coco_api,
+                results,
+                task,
+                max_dets=self._max_dets_per_image,
+                kpt_oks_sigmas=self._kpt_oks_sigmas,
+                img_ids=img_ids,
+            )
+            for task in sorted(tasks)
+        }
+        if self._output_dir:
+            write_evaluations(evaluations, os.path.join(self._output_dir, "matches.npz"))
+        for task, evaluation in evaluations.items():
             self._results[task] = self._derive_coco_results(
-                evaluation, task, class_names=self._metadata.get("thing_classes")
+                evaluation if results else None,  # Detectron2's AP of nothing at all is undefined
+                task,
+                class_names=self._metadata.get("thing_classes"),
             )
 
 
@@ -122,7 +129,7 @@ def evaluate_detections(
         img_ids: the images to evaluate on; None is all.
 
     Returns:
-        A COCOeval with ``params``, ``eval`` ("precision", "recall", "scores") and ``stats``.
+        A COCOeval with ``params``, ``eval`` ("precision", "recall", "scores", "matches") and ``stats``.
 
     Raises:
         InputError: for detections or annotations without what the task needs.
@@ -156,6 +163,19 @@ def evaluate_detections(
     evaluation.eval["counts"] = list(evaluation.eval["precision"].shape)
     evaluation.summarize()
     return evaluation
+
+
+def write_evaluations(evaluations: dict[str, COCOeval], path: str) -> None:
+    """Write what :func:`evaluate_detections` matched in each task as ``matches.npz``."""
+    params = next(iter(evaluations.values())).params
+    write_matches(
+        path,
+        {task: evaluation.eval["matches"] for task, evaluation in evaluations.items()},
+        image_ids=np.array(params.imgIds),
+        category_ids=np.array(params.catIds),
+        iou_thrs=np.array(params.iouThrs),
+        area_rng=np.array(params.areaRng),
+    )
 
 
 def restore_category_ids(results: list[dict], originals: dict[int, int]) -> None:

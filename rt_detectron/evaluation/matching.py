@@ -2,10 +2,13 @@
 
 The matching itself is faster-coco-eval's C++ code. Its Python loop is replaced: that one holds the matches of
 all images times all categories in memory, this one those of a single category, with the same result.
+
+What was matched is kept as :class:`Matches`: from it AP can be computed again on any choice of the images, as
+intervals over test images need it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +17,103 @@ import numpy as np
 from faster_coco_eval import faster_eval_api_cpp as cpp
 from pycocotools import mask as rle_masks
 
+from rt_detectron.utils.files import replaced_atomically
+
 # From shapes of detections, shapes of annotations, and which of these are crowds: (detections, annotations).
 Overlap = Callable[[np.ndarray, np.ndarray, list[bool]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which of D detections hit which of G objects, on I images and K categories, as COCO's AP counts it.
+
+    A file, ``matches.npz``, holds one of each task ("bbox", "segm", "keypoints"): the array ``FIELD`` of a
+    task is ``TASK/FIELD`` there. Beside them are ``image_ids`` (I,) and ``category_ids`` (K,), as in the
+    annotation file, ``iou_thrs`` (T,), the thresholds of the overlap, and ``area_rng`` (A, 2), the ranges of
+    the area in pixels, of which the first is all areas. Nothing in it is pickled.
+
+    Categories without an object are left out: their AP is undefined. Crowd regions, and objects of another
+    size than the area range's, are ignored.
+
+    Attributes:
+        image: (D,) index into ``image_ids``, ascending within a category.
+        category: (D,) index into ``category_ids``, ascending.
+        score: (D,) falling within an image and category, the limit of detections already applied.
+        hit: (A, T, D) bool, whether the detection is a true positive.
+        ignored: (A, T, D) bool, whether it counts as neither a true nor a false positive.
+        object_image: (G,) as ``image``.
+        object_category: (G,) as ``category``.
+        object_ignored: (A, G) bool, whether the object does not count.
+    """
+
+    image: np.ndarray
+    category: np.ndarray
+    score: np.ndarray
+    hit: np.ndarray
+    ignored: np.ndarray
+    object_image: np.ndarray
+    object_category: np.ndarray
+    object_ignored: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence["Matches"], areas: int, thresholds: int) -> "Matches":
+        """Those of several categories, in their order; with none, of nothing at all."""
+        integers, reals = np.zeros(0, np.int64), np.zeros(0)
+        flags = np.zeros((areas, thresholds, 0), bool)
+        nothing = cls(integers, integers, reals, flags, flags, integers, integers, flags[:, 0])
+        return cls(
+            *(
+                np.concatenate([getattr(part, field.name) for part in (nothing, *parts)], axis=-1)
+                for field in fields(cls)
+            )
+        )
+
+    def of_images(self, images: Sequence[int]) -> "Matches":
+        """Those of some images, by their indices."""
+        objects = np.isin(self.object_image, images)
+        return replace(
+            self._of_detections(np.isin(self.image, images)),
+            object_image=self.object_image[objects],
+            object_category=self.object_category[objects],
+            object_ignored=self.object_ignored[:, objects],
+        )
+
+    def without_detections(self) -> "Matches":
+        """The same objects, of which none is found."""
+        return self._of_detections(np.zeros(0, int))
+
+    def _of_detections(self, rows: np.ndarray) -> "Matches":
+        return replace(
+            self,
+            image=self.image[rows],
+            category=self.category[rows],
+            score=self.score[rows],
+            hit=self.hit[..., rows],
+            ignored=self.ignored[..., rows],
+        )
+
+
+def write_matches(path: str, matches: dict[str, Matches], **common: np.ndarray) -> None:
+    """Write ``matches.npz``, see :class:`Matches`; ``common`` are the arrays that its tasks share."""
+    arrays = {
+        f"{task}/{field.name}": getattr(found, field.name)
+        for task, found in matches.items()
+        for field in fields(Matches)
+    }
+    with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **common, **arrays)
+
+
+def read_matches(path: str) -> tuple[dict[str, Matches], dict[str, np.ndarray]]:
+    """The matches of each task in ``matches.npz``, and the arrays that they share."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    tasks = dict.fromkeys(name.partition("/")[0] for name in arrays if "/" in name)
+    matches = {
+        task: Matches(**{field.name: arrays[f"{task}/{field.name}"] for field in fields(Matches)})
+        for task in tasks
+    }
+    return matches, {name: array for name, array in arrays.items() if "/" not in name}
 
 
 @dataclass(frozen=True)
@@ -110,7 +208,7 @@ def precision_and_recall(
     rec_thrs: Sequence[float],
     area_rng: Sequence[Sequence[float]],
     max_dets: Sequence[int],
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """The arrays of pycocotools' COCOeval.accumulate(); -1 where a category has no annotation.
 
     Each of the K categories is matched by itself, on the images where it was annotated or detected.
@@ -127,30 +225,73 @@ def precision_and_recall(
         max_dets: M limits on the number of detections of a category in an image, ascending.
 
     Returns:
-        "precision" and "scores" of shape (T, R, K, A, M), "recall" of shape (T, K, A, M).
+        "precision" and "scores" of shape (T, R, K, A, M), "recall" of shape (T, K, A, M), and the "matches".
     """
-    settings: dict[str, list] = {
-        "iouThrs": list(iou_thrs),
-        "recThrs": list(rec_thrs),
-        "areaRng": [tuple(map(float, limits)) for limits in area_rng],
-        "maxDets": list(map(int, max_dets)),
-    }
-    t, r, a, m = map(len, settings.values())
+    settings = SimpleNamespace(  # as the C++ code names them
+        iouThrs=list(iou_thrs),
+        recThrs=list(rec_thrs),
+        areaRng=[tuple(map(float, limits)) for limits in area_rng],
+        maxDets=list(map(int, max_dets)),
+        catIds=[0],
+        useCats=1,
+    )
+    t, r, a, m = map(len, (settings.iouThrs, settings.recThrs, settings.areaRng, settings.maxDets))
     precision, scores = (np.full((t, r, num_categories, a, m), -1.0) for _ in range(2))
     recall = np.full((t, num_categories, a, m), -1.0)
+    matches = []
     annotations, detections = annotations.grouped(), detections.grouped(max_dets[-1])
     for k in np.unique(annotations.category):
         wanted, found = (
             o[slice(*np.searchsorted(o.category, [k, k + 1]))] for o in (annotations, detections)
         )
-        curves = _match(wanted, found, overlap, settings)
+        curves, matched = _match(wanted, found, overlap, settings)
         precision[:, :, k], scores[:, :, k] = curves["precision"][:, :, 0], curves["scores"][:, :, 0]
         recall[:, k] = curves["recall"][:, 0]
-    return {"precision": precision, "recall": recall, "scores": scores}
+        matches.append(matched)
+    return {
+        "precision": precision,
+        "recall": recall,
+        "scores": scores,
+        "matches": Matches.joined(matches, a, t),
+    }
 
 
-def _match(annotations: Objects, detections: Objects, overlap: Callable, settings: dict) -> dict[str, Any]:
-    """Precision, recall and scores of one category."""
+def curves_of(
+    matches: Matches, num_categories: int, rec_thrs: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall as pycocotools' COCOeval.accumulate() computes them, from what was matched.
+
+    Returns:
+        Precision (T, R, K, A) and recall (T, K, A), at the largest limit of detections. -1 where a category
+        has no object.
+    """
+    areas, thresholds = matches.hit.shape[:2]
+    precision = np.full((thresholds, len(rec_thrs), num_categories, areas), -1.0)
+    recall = np.full((thresholds, num_categories, areas), -1.0)
+    for k in np.unique(matches.object_category):
+        rows = np.flatnonzero(matches.category == k)
+        # Equal scores are ranked by the image.
+        rows = rows[np.lexsort((matches.image[rows], -matches.score[rows]))]
+        for a in range(areas):
+            objects = np.count_nonzero(~matches.object_ignored[a, matches.object_category == k])
+            if not objects:
+                continue
+            hit = matches.hit[a][:, rows]
+            true = np.cumsum(hit, axis=1)
+            false = np.cumsum(~hit & ~matches.ignored[a][:, rows], axis=1)
+            best = np.maximum.accumulate((true / np.maximum(true + false, 1))[:, ::-1], axis=1)[:, ::-1]
+            found = true / objects
+            recall[:, k, a] = found[:, -1] if len(rows) else 0
+            for t in range(thresholds):
+                reached = np.searchsorted(found[t], rec_thrs)
+                precision[t, :, k, a] = np.append(best[t], 0)[reached]
+    return precision, recall
+
+
+def _match(
+    annotations: Objects, detections: Objects, overlap: Callable, settings: SimpleNamespace
+) -> tuple[dict[str, Any], Matches]:
+    """Precision, recall and scores of one category, and what matched."""
     images = np.union1d(annotations.image, detections.image)
     datasets, bounds = [], []
     for objects in (annotations, detections):
@@ -168,6 +309,39 @@ def _match(annotations: Objects, detections: Objects, overlap: Callable, setting
             found, wanted = detections.shape[best:worst], annotations.shape[first:last]
             table = overlap(found, wanted, crowd[first:last]).tolist()
         overlaps.append([table])
-    numbers = list(range(len(images)))
-    parameters = SimpleNamespace(imgIds=numbers, catIds=[0], useCats=1, **settings)
-    return cpp.COCOevalEvaluateAccumulate(parameters, overlaps, *datasets, numbers, [0], True)
+    settings = SimpleNamespace(**vars(settings), imgIds=list(range(len(images))))
+    evaluated = cpp.COCOevalEvaluateImages(
+        settings.areaRng, settings.maxDets[-1], settings.iouThrs, overlaps, *datasets,
+        settings.imgIds, settings.catIds, True,
+    )  # fmt: skip
+    return cpp.COCOevalAccumulate(settings, evaluated), _matches(annotations, detections, evaluated, settings)
+
+
+def _matches(
+    annotations: Objects, detections: Objects, evaluated: list, settings: SimpleNamespace
+) -> Matches:
+    """From the C++ code's results of all images at the first area range, then at the next."""
+    areas, thresholds, images = len(settings.areaRng), len(settings.iouThrs), len(settings.imgIds)
+    matched: list[np.ndarray] = []
+    ignored: list[np.ndarray] = []
+    ignored_objects = []
+    for area in range(areas):
+        # Which objects and scores were matched is not needed.
+        states = [one.__getstate__()[:5] for one in evaluated[area * images : (area + 1) * images]]
+        for parts, place in ((matched, 0), (ignored, 4)):
+            parts.append(
+                np.concatenate([np.array(state[place], bool).reshape(thresholds, -1) for state in states], 1)
+            )
+        ignored_objects.append(np.concatenate([np.array(state[3], bool) for state in states]))
+    ignores = np.stack(ignored)
+    return Matches(
+        image=detections.image,
+        category=detections.category,
+        score=detections.score,
+        hit=np.stack(matched) & ~ignores,
+        ignored=ignores,
+        # In each image the C++ code puts the objects that do not count last.
+        object_image=annotations.image,
+        object_category=annotations.category,
+        object_ignored=np.stack(ignored_objects),
+    )

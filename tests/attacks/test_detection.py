@@ -334,6 +334,19 @@ class TestMistakes:
         with pytest.raises(InputError, match="has no annotations"):
             build_detector_attack("all", PGD(BALLS[0], steps=1))(make_detector("fpn"), [picture])
 
+    @pytest.mark.parametrize(
+        "change", [lambda x: x / 255, lambda x: (x - 120) / 58, lambda x: x * 2, lambda x: x * float("nan")]
+    )
+    def test_images_that_are_not_in_0_to_255(self, make_detector, picture, change):
+        model, given = make_detector("fpn"), {**picture, "image": change(picture["image"].float())}
+        for attack in (build_detector_attack("all", PGD(BALLS[0], steps=1)), RandomNoise(BALLS[0])):
+            with pytest.raises(InputError, match=r"image 7 has values from .* is in 0..255, before"):
+                attack(model, [given])
+
+    def test_a_black_image_is_fine(self, make_detector):
+        black = {"image": torch.zeros(3, 32, 32), "image_id": 1}
+        assert RandomNoise(BALLS[0])(make_detector("fpn"), [black])[0]["image"].max() > 0
+
     def test_a_network_of_another_kind(self, picture):
         with pytest.raises(InputError, match="Identity is no GeneralizedRCNN"):
             build_detector_attack("all", PGD(BALLS[0], steps=1))(torch.nn.Identity(), [picture])

@@ -15,6 +15,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rt_detectron.evaluation import COCOEvaluator, evaluate_detections
+from rt_detectron.evaluation.coco import write_evaluations
+from rt_detectron.evaluation.matching import curves_of, read_matches
 from rt_detectron.utils.errors import InputError
 
 SEEDS = range(20)
@@ -375,3 +377,49 @@ class TestBrokenAnnotations:
         number = dataset["annotations"][3]["id"]
         with pytest.raises(InputError, match=rf"annotation {number} needs a 'bbox' .* and an 'area'"):
             COCOEvaluator(register(dataset))
+
+
+class TestMatches:
+    @pytest.mark.parametrize("task", TASKS)
+    def test_hold_all_that_precision_is_made_of(self, draw, task, tmp_path):
+        for seed in SEEDS[::5]:
+            drawn = draw(seed, task)
+            evaluation = evaluate_detections(coco_of(drawn.dataset), drawn.results, task)
+            write_evaluations({task: evaluation}, str(tmp_path / "matches.npz"))
+            tasks, common = read_matches(str(tmp_path / "matches.npz"))
+            assert common["image_ids"].tolist() == evaluation.params.imgIds
+            assert common["category_ids"].tolist() == evaluation.params.catIds
+            assert common["iou_thrs"].tolist() == evaluation.params.iouThrs.tolist()
+            assert common["area_rng"].tolist() == evaluation.params.areaRng
+            matches = tasks[task]
+            precision, recall = curves_of(matches, len(evaluation.params.catIds), evaluation.params.recThrs)
+            expected = pycocotools_of(drawn.dataset, drawn.results, task).eval
+            np.testing.assert_allclose(precision, expected["precision"][..., -1], atol=1e-9)
+            np.testing.assert_allclose(recall, expected["recall"][..., -1], atol=1e-9)
+            nothing, _ = curves_of(
+                matches.without_detections(), precision.shape[2], evaluation.params.recThrs
+            )
+            assert ((nothing == -1) == (precision == -1)).all()
+            assert nothing.max() == 0
+
+    def test_image_by_image(self, draw):
+        """Those of a single image are as if it had been evaluated alone."""
+        for seed in SEEDS[::5]:
+            drawn = draw(seed)
+            coco = coco_of(drawn.dataset)
+            whole = evaluate_detections(coco, drawn.results, "bbox")
+            matches, params = whole.eval["matches"], whole.params
+            for number, image in enumerate(params.imgIds):
+                alone = evaluate_detections(coco, drawn.results, "bbox", img_ids=[image])
+                precision, _ = curves_of(matches.of_images([number]), len(params.catIds), params.recThrs)
+                np.testing.assert_allclose(precision, alone.eval["precision"][..., -1], atol=1e-9)
+
+    def test_lie_beside_the_predictions_also_where_there_are_none(self, draw, register, tmp_path):
+        drawn = draw(7)
+        evaluator = COCOEvaluator(register(drawn.dataset, **drawn.metadata()), output_dir=str(tmp_path))
+        inputs, outputs = drawn.outputs()
+        for found in (outputs, [{"instances": output["instances"][:0]} for output in outputs]):
+            evaluated(evaluator, inputs, found)
+            tasks, _ = read_matches(str(tmp_path / "matches.npz"))
+            assert bool(len(tasks["bbox"].image)) == (found is outputs)
+            assert len(tasks["bbox"].object_image) == len(drawn.dataset["annotations"])

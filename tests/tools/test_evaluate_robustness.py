@@ -10,7 +10,7 @@ TOOL = str(REPOSITORY / "tools" / "evaluate_robustness.py")
 CONFIG = str(REPOSITORY / "configs" / "demo" / "mask_rcnn_r18_fpn.yaml")
 
 
-def test_two_processes_measure_then_one_resumes(run, two_processes, tiny_opts, tmp_path):
+def test_two_processes_measure_then_one_has_nothing_left_to_do(run, two_processes, tiny_opts, tmp_path):
     opts = [*tiny_opts, "OUTPUT_DIR", "out", "TEST.ATTACK.L2_EPS", "[0.5]", "TEST.ATTACK.STEPS", 1]
     opts += ["TEST.ATTACK.MAX_IMAGES", 3, "TEST.CORRUPTION.NAMES", "['fog']", "TEST.PICTURES", 3]
     opts += ["TEST.CORRUPTION.SEVERITIES", "[3]"]
@@ -27,19 +27,19 @@ def test_two_processes_measure_then_one_resumes(run, two_processes, tiny_opts, t
     assert all((tmp_path / "out" / file).is_file() for file in files)
     assert "building resnet18" in (tmp_path / "out" / "robustness" / "log.txt").read_text()
 
-    again = run("--resume", *opts)
+    again = run(*opts)
     assert again.returncode == 0, again.stderr
     assert "Inference done" not in again.stdout
     resumed = json.loads((tmp_path / "out" / "robustness.json").read_text())
     assert resumed["attack"] == content["attack"]
-    assert resumed["wall_time_s"] > content["wall_time_s"]
+    assert resumed["wall_time_s"] == content["wall_time_s"]
 
 
 def test_help_teaches(run_here):
     status, out, _ = run_here("--help")
     assert status == 0
     assert "TEST.ATTACK.LINF_EPS" in out
-    assert "tools/evaluate_robustness.py --config-file configs/robust_r50_eps3.yaml --resume" in out
+    assert "tools/evaluate_robustness.py --config-file configs/robust_r50_eps3.yaml " in out
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from rt_detectron.evaluation.robustness.evaluation import (
     register_evaluation,
     unique,
 )
+from rt_detectron.evaluation.robustness.measurement import Measured
 from rt_detectron.evaluation.robustness.session import Session
-from rt_detectron.evaluation.robustness.test_set import DetectionTestSet, Metrics, annotated_test_mapper
+from rt_detectron.evaluation.robustness.test_set import DetectionTestSet, annotated_test_mapper
 from rt_detectron.utils.errors import InputError
 
 NORMS = {"l2": "L2", "linf": "Linf"}
@@ -67,32 +68,47 @@ class AttackEvaluation(Evaluation):
         return [self._measure(session, images, clean, attack) for attack in self.attacks]
 
     def _measure(
-        self, session: Session, images: DetectionTestSet, clean: Metrics, attack: DetectorAttack
+        self, session: Session, images: DetectionTestSet, clean: Measured, attack: DetectorAttack
     ) -> dict:
         ball = attack.pgd.threat_model
         size = f"{ball.norm}-{ball.eps:g}"
         noise = None
         if self.noise:  # measured once for each threat model: the session keeps it
-            random_noise = RandomNoise(ball, attack.seed)
-            noise = session.measure(f"noise-{size}", images, clean=clean, perturb=random_noise)
-        metrics = session.measure(
-            f"attack-{size}" + (f"-{attack.name}" if attack.name != "all" else ""),
+            noise = session.measure(
+                f"noise-{size}",
+                images,
+                settings={"norm": ball.norm, "eps": ball.eps, "seed": attack.seed},
+                clean=clean,
+                perturb=RandomNoise(ball, attack.seed),
+            )
+        measured = session.measure(
+            f"attack-{size}-{attack.name}",
             images,
+            settings=attack.settings,
             clean=clean,
             perturb=attack,
             change=f"attacked, {_label(ball.norm, ball.eps)}",
         )
         return {
             **attack.settings,
+            "requested": True,
             "images": len(images.dicts),
-            "metrics": metrics,
-            "clean": clean,
-            "noise": noise,
+            "metrics": measured.metrics,
+            "matches": measured.matches,
+            "clean": clean.metrics,
+            "clean_matches": clean.matches,
+            "noise": noise and noise.metrics,
+            "noise_matches": noise and noise.matches,
         }
 
     @staticmethod
+    def merged(earlier: list[dict], results: list[dict]) -> list[dict]:
+        asked_for = [_what(entry) for entry in results]
+        return results + [{**entry, "requested": False} for entry in earlier if _what(entry) not in asked_for]
+
+    @staticmethod
     def rows(results: list[dict]) -> Iterator[Row]:
-        for entry in results:
+        for entry in (entry for entry in results if entry["requested"]):
             label, images = _label(entry["norm"], entry["eps"]), entry["images"]
             yield Row("clean", images, entry["clean"])
             if entry["noise"] is not None:
@@ -117,6 +133,12 @@ def _attacks(cfg: CfgNode) -> Iterator[DetectorAttack]:
                     yield attack
     except InputError as error:
         raise InputError(f"TEST.ATTACK: {error}") from None
+
+
+def _what(entry: dict) -> dict:
+    """What was measured: an entry without its outcome."""
+    outcome = {"requested", "noise", "noise_matches", "metrics", "clean"}
+    return {key: value for key, value in entry.items() if key not in outcome}
 
 
 def _label(norm: str, eps: float) -> str:

@@ -23,7 +23,9 @@ class CleanEvaluation(Evaluation):
         return False
 
     def measure(self, session: Session) -> dict:
-        return {"images": len(session.test_set.dicts), "metrics": session.clean(session.test_set)}
+        clean = session.clean(session.test_set)
+        images = len(session.test_set.dicts)
+        return {"images": images, "metrics": clean.metrics, "matches": clean.matches}
 
     @staticmethod
     def rows(results: dict) -> Iterator[Row]:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
 
-from rt_detectron.data.corruptions import SEVERITIES, CorruptionMapper, corruption_names
+from rt_detectron.data.corruptions import SEVERITIES, SMALLEST_SIDE, CorruptionMapper, corruption_names
 from rt_detectron.evaluation.robustness.evaluation import (
     Evaluation,
     Row,
@@ -15,8 +15,8 @@ from rt_detectron.evaluation.robustness.evaluation import (
     register_evaluation,
     unique,
 )
+from rt_detectron.evaluation.robustness.measurement import Metrics
 from rt_detectron.evaluation.robustness.session import Session
-from rt_detectron.evaluation.robustness.test_set import Metrics
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.numbers import is_number
 
@@ -52,6 +52,18 @@ class CorruptionEvaluation(Evaluation):
     def is_requested(self) -> bool:
         return bool(self.corruptions)
 
+    def check(self, session: Session) -> None:
+        if not self.corruptions:
+            return
+        images = session.images(self.max_images).dicts
+        small = [each for each in images if min(each["width"], each["height"]) < SMALLEST_SIDE]
+        if small:
+            raise InputError(
+                f"{small[0]['file_name']}: {small[0]['width']} x {small[0]['height']} pixels are too few to "
+                f"be corrupted, as in {len(small)} of {len(images)} images: leave out images with a side "
+                f"shorter than {SMALLEST_SIDE} pixels"
+            )
+
     def measure(self, session: Session) -> dict | None:
         if not self.corruptions:
             return None
@@ -59,32 +71,54 @@ class CorruptionEvaluation(Evaluation):
         clean = session.clean(images)
         results: list[dict[str, Any]] = []
         for corruption, severity in self.corruptions:
-            metrics = session.measure(
+            settings = {"corruption": corruption, "severity": severity}
+            measured = session.measure(
                 f"{corruption}-{severity}",
                 images,
+                settings={**settings, "seed": self.seed},
                 clean=clean,
                 mapper=CorruptionMapper(images.mapper, corruption, severity, self.seed),
                 change=f"{corruption} {severity}".replace("_", " "),
             )
-            results.append({"corruption": corruption, "severity": severity, "metrics": metrics})
-        mean, relative = performance_under_corruption(clean, [result["metrics"] for result in results])
+            results.append(
+                {**settings, "requested": True, "metrics": measured.metrics, "matches": measured.matches}
+            )
+        mean, relative = performance_under_corruption(
+            clean.metrics, [result["metrics"] for result in results]
+        )
         return {
             "images": len(images.dicts),
+            "seed": self.seed,
             "names": list(unique(result["corruption"] for result in results)),
             "severities": list(unique(result["severity"] for result in results)),
-            "clean": clean,
+            "clean": clean.metrics,
+            "clean_matches": clean.matches,
             "results": results,
             "mPC": mean,
             "rPC": relative,
         }
 
     @staticmethod
-    def rows(results: dict | None) -> Iterator[Row]:
+    def merged(earlier: dict | None, results: dict | None) -> dict | None:
+        if earlier is None:
+            return results
+        kept = [{**result, "requested": False} for result in earlier["results"]]
         if results is None:
+            return {**earlier, "results": kept}
+        if any(earlier[key] != results[key] for key in ("clean_matches", "seed")):  # of other images
+            return results
+        asked_for = {(result["corruption"], result["severity"]) for result in results["results"]}
+        kept = [result for result in kept if (result["corruption"], result["severity"]) not in asked_for]
+        return {**results, "results": results["results"] + kept}
+
+    @staticmethod
+    def rows(results: dict | None) -> Iterator[Row]:
+        requested = [result for result in (results or {}).get("results", []) if result["requested"]]
+        if results is None or not requested:
             return
         images = results["images"]
         yield Row("clean", images, results["clean"])
-        for result in results["results"]:
+        for result in requested:
             yield Row(f"{result['corruption']} {result['severity']}", images, result["metrics"])
         for key, label in (("mPC", "mPC"), ("rPC", "rPC (%)")):
             yield Row(label, images, {task: {"AP": value} for task, value in results[key].items()})

@@ -1,5 +1,7 @@
 """Run all evaluations that a config asks for, write robustness.json and print its table."""
 
+import json
+import logging
 import os
 import tempfile
 
@@ -10,47 +12,77 @@ from torch import nn
 
 from rt_detectron.evaluation.results import provenance
 from rt_detectron.evaluation.robustness.evaluation import EVALUATIONS, Row, robustness_evaluations, unique
+from rt_detectron.evaluation.robustness.measurement import digest
 from rt_detectron.evaluation.robustness.session import Session, robustness_config
 from rt_detectron.utils.files import write_json
 from rt_detectron.utils.numbers import is_number
 
+logger = logging.getLogger(__name__)
 _TASKS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}
 
 
-def evaluate_robustness(cfg: CfgNode, model: nn.Module, resume: bool = False) -> dict:
+def evaluate_robustness(cfg: CfgNode, model: nn.Module) -> dict:
     """Run the evaluations that ``cfg`` asks for and write ``OUTPUT_DIR/robustness.json``.
 
-    The clean predictions, pictures and the progress so far go to ``OUTPUT_DIR/robustness``.
+    Each number is measured once. What an earlier run in this folder has finished, of a detector with the same
+    weights, on the same images and under the same settings, is taken over, and an interrupted measurement
+    goes on with the next image. The file is written once everything is measured. What is asked for has
+    ``"requested": true`` there; what else is known of this detector stays in it, with false. A file of
+    another detector or test set is moved to ``OUTPUT_DIR/robustness`` before.
+
+    For intervals over the test images every result names its ``matches.npz``, relative to OUTPUT_DIR:
+    "matches" is that of "metrics", "clean_matches" that of "clean", and "noise_matches" that of "noise". See
+    :class:`rt_detectron.evaluation.matching.Matches` for what is in it, and
+    :mod:`rt_detectron.evaluation.robustness.measurement` for the other files.
 
     Args:
         cfg: read with :func:`rt_detectron.detection.load_detector_config`.
         model: the detector with its weights, on its device.
-        resume: skip what an earlier, interrupted run with the same config and weights has measured.
 
     Returns:
         In the first process the content of the file, in the others {}.
 
     Raises:
-        InputError: see :func:`robustness_evaluations`.
+        InputError: see :func:`robustness_evaluations`, and for a detector or an image that cannot be
+            evaluated.
     """
     evaluations = robustness_evaluations(cfg)
-    path = os.path.join(cfg.OUTPUT_DIR, "robustness.json")
-    if comm.is_main_process() and os.path.isfile(path):
-        os.remove(path)  # the file exists only once everything is measured
     with tempfile.TemporaryDirectory() as scratch:
         session = Session(cfg, model, scratch)
-        if resume:
-            session.progress.resume()
+        for evaluation in evaluations:
+            evaluation.check(session)
         results = {evaluation.name: evaluation.measure(session) for evaluation in evaluations}
     if not comm.is_main_process():
         return {}
+    path = os.path.join(cfg.OUTPUT_DIR, "robustness.json")
+    earlier = _earlier(path, session)
     content = {
-        **results,
+        **{
+            evaluation.name: evaluation.merged(earlier[evaluation.name], results[evaluation.name])
+            if evaluation.name in earlier
+            else results[evaluation.name]
+            for evaluation in evaluations
+        },
         "pictures": session.pictures,
-        **provenance(robustness_config(cfg), session.progress.wall_time_s),
+        "identity": session.identity,
+        **provenance(robustness_config(cfg), session.seconds),
     }
     write_json(path, content)
     return content
+
+
+def _earlier(path: str, session: Session) -> dict:
+    """The content of the robustness.json that is there; that of another detector is moved away."""
+    if not os.path.isfile(path):
+        return {}
+    with open(path) as file:
+        content = json.load(file)
+    if content.get("identity") == session.identity:
+        return content
+    kept = os.path.join(session.folder, f"robustness-{digest(content)}.json")
+    logger.warning("%s is of another detector or test set: moved to %s", path, kept)
+    os.replace(path, kept)
+    return {}
 
 
 def robustness_table(content: dict) -> str:

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from detectron2.config import CfgNode
 
+from rt_detectron.evaluation.robustness.measurement import Metrics
 from rt_detectron.evaluation.robustness.session import Session
-from rt_detectron.evaluation.robustness.test_set import Metrics
 from rt_detectron.utils.errors import InputError
 
 EVALUATIONS: dict[str, type["Evaluation"]] = {}  # by name, in the order of robustness.json and of the table
@@ -51,9 +51,27 @@ class Evaluation(ABC):
     def is_requested(self) -> bool:
         """Whether the config asks for anything that is not always measured."""
 
+    def check(self, session: Session) -> None:
+        """Called before anything is measured.
+
+        Raises:
+            InputError: if this evaluation would stop at the detector or at an image of the test set.
+        """
+        return
+
     @abstractmethod
     def measure(self, session: Session) -> Any:
         """Measure everything that is requested. Return the results for robustness.json."""
+
+    @staticmethod
+    def merged(earlier: Any, results: Any) -> Any:
+        """``results`` and what an earlier run measured of the same detector, which has not been asked for.
+
+        Args:
+            earlier: its results in the robustness.json that is there already.
+            results: what :meth:`measure` returned.
+        """
+        return results
 
     @staticmethod
     @abstractmethod

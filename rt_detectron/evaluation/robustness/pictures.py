@@ -1,5 +1,6 @@
 """Pictures of a detector's input and detections, before and after a change."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 
@@ -18,7 +19,7 @@ _JPEG_QUALITY = 85
 
 
 class BeforeAfter:
-    """Watches an evaluation and saves pictures of some images: the original beside the changed one.
+    """Saves pictures of some images of a test set: the original beside the changed one.
 
     Args:
         model: the detector that is evaluated.
@@ -26,7 +27,7 @@ class BeforeAfter:
         mapper: from such a dict to the unchanged input.
         image_format: of the detector's input, "RGB" or "BGR".
         class_names: by class index.
-        stem: folder and beginning of the file names: ``STEM-imageID.jpg``.
+        folder: of the pictures, ``imageID.jpg``.
         change: what happened to the images, such as "L2 eps 0.5".
         perturbation: whether to also show the difference, amplified.
     """
@@ -38,7 +39,7 @@ class BeforeAfter:
         mapper: Callable[[dict], dict],
         image_format: str,
         class_names: Sequence[str],
-        stem: str,
+        folder: str,
         change: str,
         perturbation: bool = False,
     ):
@@ -47,7 +48,7 @@ class BeforeAfter:
         self.mapper = mapper
         self.image_format = image_format
         self.class_names = class_names
-        self.stem = stem
+        self.folder = folder
         self.change = change
         self.perturbation = perturbation
         self.saved: list[dict[str, str]] = []  # {"file": path, "caption": text}
@@ -75,7 +76,7 @@ class BeforeAfter:
             views.append(draw_instances(self._picture(128 + factor * difference, given), []))
             captions.append(f"perturbation x {factor:.0f}")
         image_id = re.sub(r"[^A-Za-z0-9_.-]", "_", str(given["image_id"]))
-        path = f"{self.stem}-image{image_id}.jpg"
+        path = os.path.join(self.folder, f"image{image_id}.jpg")
         panel(views, captions).save(path, quality=_JPEG_QUALITY)
         caption = f"image {given['image_id']}; detections of score {SCORE_THRESHOLD:g} and more; "
         self.saved.append({"file": path, "caption": caption + "; ".join(captions)})

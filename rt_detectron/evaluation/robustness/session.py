@@ -1,24 +1,35 @@
-"""What the evaluations of one run share, and a record of it that survives an interruption."""
+"""What the evaluations of one run share. Each measurement is made once, also over several runs."""
 
 import json
 import logging
 import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from rt_detectron.data import load_test_set
-from rt_detectron.evaluation.build import build_evaluator
-from rt_detectron.evaluation.results import config_sha256
+from rt_detectron.evaluation.build import build_evaluator, inference_folder
+from rt_detectron.evaluation.matching import read_matches, write_matches
+from rt_detectron.evaluation.robustness.identity import detector_identity
+from rt_detectron.evaluation.robustness.measurement import (
+    ImageByImage,
+    Measured,
+    digest,
+    from_main,
+    read_result,
+    wait_for_all,
+    write_result,
+)
 from rt_detectron.evaluation.robustness.pictures import BeforeAfter
-from rt_detectron.evaluation.robustness.test_set import DetectionTestSet, Metrics, spread
-from rt_detectron.utils.files import file_sha256, write_json
+from rt_detectron.evaluation.robustness.test_set import DetectionTestSet, Perturb, spread
+from rt_detectron.utils.files import write_json
+from rt_detectron.utils.modes import eval_mode
 from rt_detectron.utils.numbers import finite
 
 logger = logging.getLogger(__name__)
@@ -37,17 +48,19 @@ def robustness_config(cfg: CfgNode) -> CfgNode:
 
 
 class Session:
-    """A detector, its test set, and what was measured so far.
+    """A detector, its test set, and what was measured of them.
 
     Args:
         cfg: the config; DATASETS.TEST has one set.
         model: the detector with its weights, on its device.
         scratch: a folder for the predictions on changed images. There are as many as there are settings, so
-            they are not kept.
+            only what was matched is kept of them.
 
     Attributes:
         test_set: the whole test set. Its predictions are kept in OUTPUT_DIR/robustness.
-        progress: the record of what was measured.
+        identity: of the detector and its test set, see :func:`detector_identity`.
+        pictures: in the order of the measurements: "file", relative to OUTPUT_DIR, and "caption".
+        seconds: how long the measurements took, those of earlier runs included.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module, scratch: str):
@@ -64,9 +77,18 @@ class Session:
             build_evaluator(own, self.dataset),
             DatasetMapper(cfg, is_train=False),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
+            folder=inference_folder(own, self.dataset),
         )
-        self._changed = replace(self.test_set, evaluator=build_evaluator(cfg, self.dataset, scratch))
-        self.progress = Progress(os.path.join(self.folder, "progress.json"), _identity(cfg))
+        self._changed = replace(
+            self.test_set, evaluator=build_evaluator(cfg, self.dataset, scratch), folder=scratch
+        )
+        self.identity = from_main(detector_identity(cfg, model, dicts) if comm.is_main_process() else None)
+        self.pictures: list[dict[str, str]] = []
+        self._measured: dict[str, Measured] = {}
+
+    @property
+    def seconds(self) -> float:
+        return sum(measured.seconds for measured in self._measured.values())
 
     def images(self, max_images: int = 0) -> DetectionTestSet:
         """Images to change: so many of the test set, evenly spread, or all for 0.
@@ -76,7 +98,7 @@ class Session:
         """
         return self._changed.spread(max_images)
 
-    def clean(self, images: DetectionTestSet) -> Metrics:
+    def clean(self, images: DetectionTestSet) -> Measured:
         """AP on these images as they are."""
         return self.measure(f"clean-{len(images.dicts)}", images)
 
@@ -85,112 +107,129 @@ class Session:
         name: str,
         images: DetectionTestSet,
         *,
-        clean: Metrics | None = None,
-        perturb: Callable[[nn.Module, list[dict]], list[dict]] | None = None,
+        settings: dict[str, Any] | None = None,
+        clean: Measured | None = None,
+        perturb: Perturb | None = None,
         mapper: Callable[[dict], dict] | None = None,
         change: str = "",
-    ) -> Metrics:
-        """The detector's AP, measured at most once for each name, also after an interruption.
+    ) -> Measured:
+        """The detector's AP, measured at most once, also over several runs.
 
         Args:
-            name: of this measurement, unique; its pictures' names begin with it.
-            images, clean, perturb, mapper: see :meth:`DetectionTestSet.evaluate`.
+            name: of this measurement; its folder and its progress bar have it.
+            images, perturb, mapper: see :meth:`DetectionTestSet.evaluate`.
+            settings: all that defines the change, beside its name, as JSON values: a finished measurement of
+                the same detector on the same images under the same settings is taken over.
+            clean: on the same images. What it finds and this measurement does not is AP 0, see
+                :func:`~.test_set.zero_where_nothing_is_found`.
             change: what happened to the images, such as "fog 3". If given, TEST.PICTURES pictures are saved.
-
-        Returns:
-            In the first process task -> metric -> percent, None where undefined. In the others {}.
         """
-
-        def found() -> dict:
-            pictures = self._pictures(name, images, change, perturb) if change else None
-            metrics = finite(
-                images.evaluate(self.model, name, perturb=perturb, mapper=mapper, clean=clean, watch=pictures)
+        identity = {
+            **self.identity,
+            "name": name,
+            "images": digest([each["image_id"] for each in images.dicts]),
+            "settings": settings or {},
+        }
+        key = digest(identity)
+        folder = os.path.join(self.folder, "measured", f"{name}-{key}")
+        if key not in self._measured:
+            result = read_result(folder) or self._evaluate(
+                name, images, folder, identity, perturb=perturb, mapper=mapper, clean=clean
             )
+            matches = os.path.join(folder, "matches.npz") if result["has_matches"] else None
+            relative = matches and os.path.relpath(matches, self.cfg.OUTPUT_DIR)
+            self._measured[key] = Measured(result["metrics"], relative, result["seconds"])
+            if change:
+                self.pictures += self._pictures(folder, images, change, perturb, mapper or images.mapper)
+        return self._measured[key]
+
+    def _evaluate(
+        self,
+        name: str,
+        images: DetectionTestSet,
+        folder: str,
+        identity: dict[str, Any],
+        clean: Measured | None,
+        **changes,
+    ) -> dict[str, Any]:
+        """The content of the measurement's ``result.json``, in all processes."""
+        kept = ImageByImage(images.evaluator, folder)
+        if kept.done:
+            logger.info("%s: goes on after %d of %d images", name, len(kept.done), len(images.dicts))
+        found = images.evaluate(
+            self.model, name, clean=clean.metrics if clean else None, kept=kept, **changes
+        )
+        metrics = finite(found)
+        result = None
+        if comm.is_main_process():
             for task, values in metrics.items():
                 logger.info("%s: %s AP %s", name, task, values.get("AP"))
-            return {"metrics": metrics, "pictures": self._saved(pictures)}
+            os.makedirs(folder, exist_ok=True)
+            result = {
+                "identity": identity,
+                "metrics": metrics,
+                "has_matches": self._keep_matches(images, folder, clean),
+                "seconds": round(kept.seconds, 3),
+            }
+            write_result(folder, result)
+        return from_main(result)
 
-        return self.progress.get(name, found)["metrics"]
-
-    @property
-    def pictures(self) -> list[dict[str, str]]:
-        """All pictures in the order of the measurements: "file", relative to OUTPUT_DIR, and "caption"."""
-        return [picture for found in self.progress.measured.values() for picture in found["pictures"]]
+    def _keep_matches(self, images: DetectionTestSet, folder: str, clean: Measured | None) -> bool:
+        """Whether the evaluator wrote a ``matches.npz``, which is then in the measurement's folder, too."""
+        path = os.path.join(images.folder, "matches.npz")
+        if not os.path.isfile(path):
+            return False
+        matches, common = read_matches(path)
+        if clean and clean.matches:  # without any detection the evaluator only knows of boxes
+            of_clean, _ = read_matches(os.path.join(self.cfg.OUTPUT_DIR, clean.matches))
+            matches = {task: found.without_detections() for task, found in of_clean.items()} | matches
+        write_matches(os.path.join(folder, "matches.npz"), matches, **common)
+        return True
 
     def _pictures(
-        self, name: str, images: DetectionTestSet, change: str, perturb: Callable | None
-    ) -> BeforeAfter | None:
-        if not self.cfg.TEST.PICTURES:
-            return None
-        return BeforeAfter(
-            self.model,
-            spread(images.dicts, self.cfg.TEST.PICTURES),
-            self.test_set.mapper,
-            self.cfg.INPUT.FORMAT,
-            MetadataCatalog.get(self.dataset).thing_classes,
-            os.path.join(self.folder, name),
-            change,
-            perturbation=perturb is not None,
-        )
+        self,
+        folder: str,
+        images: DetectionTestSet,
+        change: str,
+        perturb: Perturb | None,
+        mapper: Callable[[dict], dict],
+    ) -> list[dict[str, str]]:
+        """TEST.PICTURES pictures before and after the change, unless the folder has as many already."""
+        count, path = self.cfg.TEST.PICTURES, os.path.join(folder, "pictures.json")
+        if not count:
+            return []
+        found = None
+        if comm.is_main_process() and os.path.isfile(path):
+            with open(path) as file:
+                found = json.load(file)
+        found = from_main(found)
+        if found is None or found["count"] < count:
+            shown = spread(images.dicts, count)
+            pictures = BeforeAfter(
+                self.model,
+                shown,
+                self.test_set.mapper,
+                self.cfg.INPUT.FORMAT,
+                MetadataCatalog.get(self.dataset).thing_classes,
+                folder,
+                change,
+                perturbation=perturb is not None,
+            )
+            with eval_mode(self.model), torch.no_grad():
+                for each in shown[comm.get_rank() :: comm.get_world_size()]:
+                    inputs = [mapper(each)]
+                    inputs = inputs if perturb is None else perturb(self.model, inputs)
+                    pictures(inputs, self.model(inputs))
+            found = {"count": count, "pictures": self._saved(pictures)}
+            if comm.is_main_process():
+                write_json(path, found)
+        return found["pictures"]
 
-    def _saved(self, pictures: BeforeAfter | None) -> list[dict[str, str]]:
+    def _saved(self, pictures: BeforeAfter) -> list[dict[str, str]]:
         """What all processes saved, with paths relative to OUTPUT_DIR."""
-        saved = comm.gather(pictures.saved) if pictures else []
+        wait_for_all()
         return [
             {**picture, "file": os.path.relpath(picture["file"], self.cfg.OUTPUT_DIR)}
-            for part in saved
+            for part in comm.all_gather(pictures.saved)
             for picture in part
         ]
-
-
-@dataclass
-class Progress:
-    """What was measured so far, kept in a file, so that an interrupted run can go on.
-
-    Attributes:
-        path: of the file.
-        identity: of config and weights; the results of others are not taken over.
-        measured: "metrics" and "pictures", by the measurement's name.
-        seconds: the time of earlier runs.
-    """
-
-    path: str
-    identity: dict[str, str | None]
-    measured: dict[str, dict] = field(default_factory=dict)
-    seconds: float = 0.0
-    start: float = field(default_factory=time.perf_counter)
-
-    def resume(self) -> None:
-        """Load the file; all processes take over what the first one finds."""
-        found = None
-        if comm.is_main_process() and os.path.isfile(self.path):
-            with open(self.path) as file:
-                found = json.load(file)
-            if found["identity"] != self.identity:
-                logger.warning("%s is of another config or weights: everything is measured again", self.path)
-                found = None
-        found = comm.all_gather(found)[0]
-        if found is not None:
-            self.measured, self.seconds = found["measured"], found["seconds"]
-
-    def get(self, name: str, measure: Callable[[], dict]) -> dict:
-        """The result of ``measure``, called at most once for each name. The first process's counts."""
-        if name not in self.measured:
-            self.measured[name] = measure()
-            if comm.is_main_process():
-                content = {
-                    "identity": self.identity,
-                    "seconds": self.wall_time_s,
-                    "measured": self.measured,
-                }
-                write_json(self.path, content)
-        return self.measured[name]
-
-    @property
-    def wall_time_s(self) -> float:
-        return self.seconds + time.perf_counter() - self.start
-
-
-def _identity(cfg: CfgNode) -> dict[str, str | None]:
-    weights = cfg.MODEL.WEIGHTS and PathManager.get_local_path(cfg.MODEL.WEIGHTS)
-    return {"config_sha256": config_sha256(cfg), "weights_sha256": file_sha256(weights) if weights else None}

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,14 +14,13 @@ from torch import nn
 from tqdm import tqdm
 
 from rt_detectron.data import CheckedMapper
+from rt_detectron.evaluation.robustness.measurement import ImageByImage, Metrics
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.modes import eval_mode
 from rt_detectron.utils.numbers import is_number
 
-# {"bbox": {"AP": 38.6, ...}, "segm": {...}}, in percent; NaN or None where undefined
-Metrics = dict[str, dict[str, Any]]
-# Called after each batch with the detector's inputs and outputs.
-Watcher = Callable[[list[dict], list[dict]], None]
+# Changes a batch of a detector's inputs before it sees them, as an attack does.
+Perturb = Callable[[nn.Module, list[dict]], list[dict]]
 
 
 def annotated_test_mapper(cfg: CfgNode) -> DatasetMapper:
@@ -47,6 +46,7 @@ class DetectionTestSet:
         mapper: from such a dict to a detector's input.
         whole: whether ``dicts`` are all images of the evaluator.
         num_workers: of the data loader.
+        folder: where the evaluator writes its files.
     """
 
     dicts: Sequence[dict]
@@ -54,6 +54,7 @@ class DetectionTestSet:
     mapper: Callable[[dict], dict]
     whole: bool = True
     num_workers: int = 0
+    folder: str = ""
 
     def spread(self, count: int) -> "DetectionTestSet":
         """``count`` of its images, evenly spread; the set itself if ``count`` is 0 or at least its size.
@@ -75,48 +76,51 @@ class DetectionTestSet:
         model: nn.Module,
         label: str = "",
         *,
-        perturb: Callable[[nn.Module, list[dict]], list[dict]] | None = None,
+        perturb: Perturb | None = None,
         mapper: Callable[[dict], dict] | None = None,
         clean: Metrics | None = None,
-        watch: Watcher | None = None,
+        kept: ImageByImage | None = None,
     ) -> Metrics:
         """The evaluator's metrics of a detector in eval mode. Its modes are restored afterwards.
 
         Args:
             model: a detector of Detectron2.
             label: of the progress bar.
-            perturb: changes a batch of inputs before the detector sees them, as an attack does. An attack
-                with the detector's losses needs :func:`annotated_test_mapper`.
+            perturb: an attack with the detector's losses needs :func:`annotated_test_mapper`.
             mapper: replaces this set's own, to change images as they are loaded.
             clean: metrics on the same images without a change, see :func:`zero_where_nothing_is_found`.
-            watch: called after each batch.
+            kept: the evaluator with the predictions of earlier runs, whose images are left out.
 
         Returns:
             In the first process the metrics, in the others {}.
         """
-        loader = build_detection_test_loader(
-            self.dicts, mapper=CheckedMapper(mapper or self.mapper, skipping=""), num_workers=self.num_workers
-        )
-        bar = tqdm(loader, label, unit="batch", leave=False, disable=None if comm.is_main_process() else True)
+        evaluator = kept or self.evaluator
+        done = kept.done if kept else ()
+        loader = self._loader([each for each in self.dicts if each["image_id"] not in done], mapper)
+        bar = tqdm(loader, label, unit="image", leave=False, disable=None if comm.is_main_process() else True)
 
         def detect(inputs: list[dict]) -> list[dict]:
-            if perturb is not None:
-                inputs = perturb(model, inputs)
-            outputs = model(inputs)
-            if watch is not None:
-                watch(inputs, outputs)
-            return outputs
+            return model(inputs if perturb is None else perturb(model, inputs))
 
+        if not self.whole:
+            evaluator = _OfImages(evaluator, [image["image_id"] for image in self.dicts])
         with eval_mode(model):
-            metrics = inference_on_dataset(detect, bar, self._restricted_evaluator())
+            metrics = inference_on_dataset(detect, bar, evaluator)
         if clean is None or not comm.is_main_process():
             return metrics
         return zero_where_nothing_is_found(metrics, clean)
 
-    def _restricted_evaluator(self) -> DatasetEvaluator:
-        if self.whole:
-            return self.evaluator
-        return _OfImages(self.evaluator, [image["image_id"] for image in self.dicts])
+    def _loader(self, dicts: list[dict], mapper: Callable[[dict], dict] | None) -> Collection:
+        """The share of this process; images that lie side by side, and may be alike, go to different ones."""
+        if not dicts:  # which Detectron2's loader cannot do
+            return []
+        processes = comm.get_world_size()
+        interleaved = [each for first in range(processes) for each in dicts[first::processes]]
+        return build_detection_test_loader(
+            interleaved,
+            mapper=CheckedMapper(mapper or self.mapper, skipping=""),
+            num_workers=self.num_workers,
+        )
 
 
 class _OfImages(DatasetEvaluator):

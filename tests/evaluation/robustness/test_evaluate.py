@@ -1,13 +1,18 @@
 import json
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from rt_detectron.evaluation.matching import curves_of, read_matches
 from rt_detectron.evaluation.results import config_sha256
 from rt_detectron.evaluation.robustness import evaluate_robustness, robustness_table
+from rt_detectron.evaluation.robustness.measurement import ImageByImage
 from rt_detectron.evaluation.robustness.test_set import DetectionTestSet
 
 
@@ -79,17 +84,15 @@ def test_predictions_are_the_clean_ones_and_nothing_lies_where_a_training_writes
 
 def test_pictures(finished):
     cfg, content = finished
-    names = [Path(picture["file"]).name for picture in content["pictures"]]
-    assert names == [
-        f"{setting}-image1.jpg"
-        for setting in (
-            "attack-linf-4",
-            "attack-linf-4-vanishing",
-            "attack-linf-16",
-            "attack-linf-16-vanishing",
-            "contrast-2",
-            "brightness-2",
-        )
+    files = [Path(picture["file"]) for picture in content["pictures"]]
+    assert {file.name for file in files} == {"image1.jpg"}
+    assert [file.parent.name.rpartition("-")[0] for file in files] == [
+        "attack-linf-4-all",
+        "attack-linf-4-vanishing",
+        "attack-linf-16-all",
+        "attack-linf-16-vanishing",
+        "contrast-2",
+        "brightness-2",
     ]
     widths = [Image.open(Path(cfg.OUTPUT_DIR, picture["file"])).width for picture in content["pictures"]]
     assert all(width > 3 * 480 for width in widths[:4])  # the perturbation, too
@@ -121,60 +124,150 @@ def test_the_attack_depends_on_the_seed_alone(learned, make_cfg, finished, tmp_p
     assert content["pictures"] == []
 
 
-class TestResume:
+def test_what_intervals_over_images_need_lies_beside_every_number(finished):
+    cfg, content = finished
+    attack, corruption = content["attack"][2], content["corruption"]
+    numbers = {
+        content["clean"]["matches"]: (content["clean"]["metrics"], 6),
+        attack["matches"]: (attack["metrics"], 2),
+        attack["clean_matches"]: (attack["clean"], 2),
+        attack["noise_matches"]: (attack["noise"], 2),
+        corruption["clean_matches"]: (corruption["clean"], 3),
+        corruption["results"][1]["matches"]: (corruption["results"][1]["metrics"], 3),
+    }
+    assert len(numbers) == 6
+    for file, (metrics, images) in numbers.items():
+        matches, common = read_matches(str(Path(cfg.OUTPUT_DIR, file)))
+        assert len(common["image_ids"]) == images
+        assert matches.keys() == {"bbox", "segm"}
+        for task, found in matches.items():
+            precision, _ = curves_of(found, len(common["category_ids"]), np.linspace(0, 1, 101))
+            of_all_areas = precision[..., 0]
+            ap = 100 * of_all_areas[of_all_areas > -1].mean()
+            assert ap == pytest.approx(metrics[task]["AP"], abs=1e-6)
+
+
+class TestKept:
+    """What was measured once is not measured again, whatever else the config asks for."""
+
     @pytest.fixture
     def ran(self, monkeypatch):
-        """What was measured on changed images, in order; the measurement ``ran.fails`` is interrupted."""
-
-        class Names(list):
-            fails = None
-
-        names = Names()
+        """The measurements that were made, in order."""
+        names = []
         original = DetectionTestSet.evaluate
 
         def recorded(images, model, name, **kwargs):
-            if kwargs["perturb"] or kwargs["mapper"]:
-                names.append(name)
-            if name == names.fails:
-                raise KeyboardInterrupt
+            names.append(name)
             return original(images, model, name, **kwargs)
 
         monkeypatch.setattr(DetectionTestSet, "evaluate", recorded)
         return names
 
-    def test_an_interrupted_evaluation_goes_on(self, learned, make_cfg, finished, ran, tmp_path):
-        cfg = make_cfg(tmp_path)
-        ran.fails = "attack-linf-16"
-        with pytest.raises(KeyboardInterrupt):
-            evaluate_robustness(cfg, learned[1])
-        assert not (tmp_path / "robustness.json").exists()  # there is one only of a finished evaluation
-        ran.fails = None
+    def test_one_more_setting_measures_that_one_alone(self, learned, make_cfg, ran, tmp_path):
+        few = ["TEST.PICTURES", 0, "TEST.ATTACK.LOSSES", "('all',)", "TEST.ATTACK.STEPS", 1]
+        few += ["TEST.CORRUPTION.NAMES", "('contrast',)", "TEST.ATTACK.NOISE", False]
+        first = evaluate_robustness(make_cfg(tmp_path, *few, "TEST.ATTACK.LINF_EPS", "(4,)"), learned[1])
+        assert ran == ["clean-6", "clean-2", "attack-linf-4-all", "clean-3", "contrast-2"]
         ran.clear()
-        content = evaluate_robustness(cfg, learned[1], resume=True)
-        assert ran == ["attack-linf-16", "attack-linf-16-vanishing", "contrast-2", "brightness-2"]
-        same = ("clean", "attack", "corruption", "config_sha256")
-        assert {key: content[key] for key in same} == {key: finished[1][key] for key in same}
-        assert len(content["pictures"]) == 6
+        both = evaluate_robustness(make_cfg(tmp_path, *few), learned[1])
+        assert ran == ["attack-linf-16-all"]
+        assert both["attack"][0] == first["attack"][0]
+        assert both["corruption"] == first["corruption"]
         ran.clear()
-        assert evaluate_robustness(cfg, learned[1], resume=True)["attack"] == content["attack"]
+        # What is not asked for any more stays, and the same again costs nothing.
+        opts = ["TEST.ATTACK.LINF_EPS", "(16,)", "TEST.CORRUPTION.NAMES", "('brightness',)"]
+        last = evaluate_robustness(make_cfg(tmp_path, *few, *opts), learned[1])
+        assert ran == ["brightness-2"]
+        assert [(entry["eps"], entry["requested"]) for entry in last["attack"]] == [(16, True), (4, False)]
+        results = last["corruption"]["results"]
+        assert [(each["corruption"], each["requested"]) for each in results] == [
+            ("brightness", True),
+            ("contrast", False),
+        ]
+        assert last["corruption"]["mPC"]["bbox"] == results[0]["metrics"]["bbox"]["AP"]
+        assert "Linf eps 4" not in robustness_table(last)
+        ran.clear()
+        same = evaluate_robustness(make_cfg(tmp_path, *few, *opts), learned[1])
         assert ran == []
+        assert same == last
 
-    def test_not_without_being_asked_nor_with_other_keys_or_weights(
-        self, learned, make_cfg, finished, ran, tmp_path, caplog
+    def test_another_detector_another_set_or_other_settings_are_measured(
+        self, learned, make_cfg, ran, tmp_path, caplog
     ):
-        few = ["TEST.ATTACK.LINF_EPS", "()", "TEST.PICTURES", 0]
-        cfg = make_cfg(tmp_path, *few)
-        evaluate_robustness(cfg, learned[1])
-        evaluate_robustness(cfg, learned[1])
-        assert ran == 2 * ["contrast-2", "brightness-2"]
-        evaluate_robustness(make_cfg(tmp_path, *few, "SEED", 2), learned[1], resume=True)
-        assert ran == 3 * ["contrast-2", "brightness-2"]
-        weights = Path(cfg.MODEL.WEIGHTS)
-        before = weights.read_bytes()
-        weights.write_bytes(before + b" ")
-        try:
-            evaluate_robustness(make_cfg(tmp_path, *few, "SEED", 2), learned[1], resume=True)
-        finally:
-            weights.write_bytes(before)
-        assert ran == 4 * ["contrast-2", "brightness-2"]
-        assert sum("everything is measured again" in message for message in caplog.messages) == 2
+        few = ["TEST.ATTACK.LINF_EPS", "()", "TEST.PICTURES", 0, "TEST.CORRUPTION.NAMES", "('contrast',)"]
+        cfg, model = make_cfg(tmp_path, *few), learned[1]
+        first = evaluate_robustness(cfg, model)
+        every = ["clean-6", "clean-3", "contrast-2"]
+        assert ran == every
+        evaluate_robustness(make_cfg(tmp_path, *few, "SEED", 2), model)
+        assert ran[3:] == ["contrast-2"]  # of other random numbers
+        evaluate_robustness(make_cfg(tmp_path, *few, "MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.4), model)
+        assert ran[4:] == every
+        (weight, *_) = model.parameters()
+        with torch.no_grad():
+            weight[0, 0, 0, 0] += 1e-6
+            try:
+                evaluate_robustness(make_cfg(tmp_path, *few), model)
+            finally:
+                weight[0, 0, 0, 0] -= 1e-6
+        assert ran[7:] == every
+        assert sum("is of another detector or test set" in message for message in caplog.messages) == 2
+        again = evaluate_robustness(cfg, model)
+        assert ran[10:] in ([], every)  # the weight may have been rounded
+        assert again["clean"]["metrics"] == first["clean"]["metrics"]
+        assert len(list(Path(tmp_path, "robustness").glob("robustness-*.json"))) == 3
+
+    def test_pictures_may_be_asked_for_later(self, learned, make_cfg, ran, tmp_path):
+        few = ["TEST.ATTACK.LINF_EPS", "()", "TEST.CORRUPTION.NAMES", "('contrast',)"]
+        assert not evaluate_robustness(make_cfg(tmp_path, *few, "TEST.PICTURES", 0), learned[1])["pictures"]
+        ran.clear()
+        pictures = evaluate_robustness(make_cfg(tmp_path, *few, "TEST.PICTURES", 2), learned[1])["pictures"]
+        assert ran == []
+        assert len(pictures) == 2
+        assert all(Path(tmp_path, picture["file"]).is_file() for picture in pictures)
+
+
+def test_nothing_finished_is_lost_when_the_process_is_killed(learned, make_cfg, finished, tmp_path):
+    """Killed (SIGKILL) after every few files or images until it is finished; the numbers are bit-equal."""
+    cfg, expected = make_cfg(tmp_path), finished[1]
+    killed, before = 0, {}
+    while True:
+        process = multiprocessing.get_context("fork").Process(
+            target=evaluate_until_killed, args=(cfg, learned[1], 11 + killed % 7)
+        )
+        process.start()
+        process.join(300)
+        found = {path: path.read_bytes() for path in Path(tmp_path, "robustness").rglob("result.json")}
+        assert before.items() <= found.items()
+        before = found
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        assert not Path(tmp_path, "robustness.json").exists()
+        killed += 1
+        assert killed < 40
+    assert killed > 3
+    content = json.loads(Path(tmp_path, "robustness.json").read_text())
+    for key in ("clean", "attack", "corruption", "identity", "pictures"):
+        assert content[key] == expected[key]
+    assert not list(Path(tmp_path).rglob("images-*"))
+
+
+def evaluate_until_killed(cfg, model, events):
+    """Evaluate, and be killed when so many images were detected on or files put in place."""
+    torch.set_num_threads(1)
+    left = [events]
+
+    def counted(function):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    os.replace = counted(os.replace)
+    ImageByImage.process = counted(ImageByImage.process)
+    evaluate_robustness(cfg, model)
+    os._exit(0)

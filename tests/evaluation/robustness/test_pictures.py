@@ -33,7 +33,7 @@ def test_original_changed_and_perturbation_side_by_side(tmp_path, image_format):
         lambda dataset_dict: given,
         image_format,
         NAMES,
-        str(tmp_path / "attack-l2-1"),
+        str(tmp_path),
         "attacked",
         perturbation=True,
     )
@@ -41,7 +41,7 @@ def test_original_changed_and_perturbation_side_by_side(tmp_path, image_format):
     assert watch.saved == []
     watch([changed], [output([0.9])])
     (picture,) = watch.saved
-    assert picture["file"] == str(tmp_path / "attack-l2-1-imagea_7.jpg")
+    assert picture["file"] == str(tmp_path / "imagea_7.jpg")
     assert "original: 0 detections; attacked: 1 detection; perturbation x 32" in picture["caption"]
     row = np.asarray(Image.open(picture["file"]))
     third = row.shape[1] // 3

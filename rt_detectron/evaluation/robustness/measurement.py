@@ -1,0 +1,155 @@
+"""One measurement, a detector's AP on some images, kept in a folder of its own.
+
+The folder is ``OUTPUT_DIR/robustness/measured/NAME-KEY``; KEY stands for all that defines the number. In it:
+
+- ``result.json``: "identity", what KEY stands for; "metrics"; "seconds". It is there once the measurement is
+  finished, and is never deleted or measured again.
+- ``matches.npz``: which detections hit which objects, for intervals over the test images; see
+  :class:`rt_detectron.evaluation.matching.Matches`. Evaluators that match nothing, such as Pascal VOC's, give
+  none.
+- ``images-RANK.jsonl``: until it is finished, the predictions of each image, so that an interrupted
+  measurement goes on with the next image.
+- ``pictures.json`` and ``imageID.jpg``: pictures, if the config asks for some.
+"""
+
+import glob
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator
+from detectron2.utils import comm
+from torch import distributed
+
+from rt_detectron.utils.files import text_sha256, write_json
+
+_PATIENCE = timedelta(days=7)  # how long a process waits for another one
+# {"bbox": {"AP": 38.6, ...}, "segm": {...}}, in percent; NaN or None where undefined
+Metrics = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished measurement.
+
+    Attributes:
+        metrics: task -> metric -> percent, None where undefined.
+        matches: the path of its ``matches.npz``, relative to OUTPUT_DIR; None without one.
+        seconds: how long it took, over all runs.
+    """
+
+    metrics: Metrics
+    matches: str | None
+    seconds: float
+
+
+def digest(value: Any) -> str:
+    """A short name for a JSON value."""
+    return text_sha256(json.dumps(value, sort_keys=True))[:12]
+
+
+def wait_for_all() -> None:
+    """Wait until all processes are here; if one has ended, it is an error at once.
+
+    Attacks take their time, and the timeout of Detectron2's own synchronize() is half an hour.
+    """
+    if comm.get_world_size() > 1:
+        distributed.monitored_barrier(comm._get_global_gloo_group(), timeout=_PATIENCE)
+
+
+def from_main(value: Any) -> Any:
+    """In all processes what the first one gives."""
+    wait_for_all()
+    return comm.all_gather(value)[0]
+
+
+def read_result(folder: str) -> dict[str, Any] | None:
+    """The content of a finished measurement's ``result.json``; in all processes what the first one finds."""
+    path, found = os.path.join(folder, "result.json"), None
+    if comm.is_main_process() and os.path.isfile(path):
+        with open(path) as file:
+            found = json.load(file)
+    return from_main(found)
+
+
+def write_result(folder: str, result: dict[str, Any]) -> None:
+    """Write ``result.json``, after which the images' own files are not needed any more."""
+    write_json(os.path.join(folder, "result.json"), result)
+    for path in _image_files(folder):
+        os.remove(path)
+
+
+class ImageByImage(DatasetEvaluator):
+    """An evaluator whose predictions are kept as they come, so that an interrupted evaluation can go on.
+
+    That needs an evaluator of COCO or LVIS; with others every evaluation begins with the first image.
+
+    Attributes:
+        done: the ids of the images that earlier runs have finished; the same in all processes.
+        seconds: how long these runs and this one took.
+    """
+
+    def __init__(self, evaluator: DatasetEvaluator, folder: str):
+        self.evaluator = evaluator
+        self.folder = folder
+        self.keeps = isinstance(evaluator, COCOEvaluator | LVISEvaluator)
+        self._found: list[dict] = []
+        seconds = [0.0]
+        if self.keeps and comm.is_main_process():
+            os.makedirs(folder, exist_ok=True)
+            files = [_read_lines(path) for path in _image_files(folder)]
+            by_image = {line["image_id"]: line["prediction"] for lines in files for line in lines}
+            self._found = list(by_image.values())
+            seconds += [sum(line["seconds"] for line in lines) for lines in files]
+        found_ids = {prediction["image_id"] for prediction in self._found}
+        self.done, self.seconds = from_main((found_ids, max(seconds)))
+        self._last = time.perf_counter()
+
+    def reset(self) -> None:
+        self.evaluator.reset()
+        if self.keeps:
+            self.evaluator._predictions.extend(self._found)
+
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        self.evaluator.process(inputs, outputs)
+        seconds = self._elapsed()
+        if not self.keeps or any("proposals" in output for output in outputs):  # which JSON does not know
+            return
+        lines = [
+            {"image_id": prediction["image_id"], "seconds": seconds / len(inputs), "prediction": prediction}
+            for prediction in self.evaluator._predictions[-len(inputs) :]
+        ]
+        with open(os.path.join(self.folder, f"images-{comm.get_rank()}.jsonl"), "a") as file:
+            # Begins with the end of the line before, which may have been cut off.
+            file.write("".join(f"\n{json.dumps(line)}" for line in lines))
+
+    def evaluate(self, **options) -> Metrics | None:
+        wait_for_all()
+        metrics = self.evaluator.evaluate(**options)
+        self._elapsed()
+        return metrics
+
+    def _elapsed(self) -> float:
+        """Seconds since the last call."""
+        last, self._last = self._last, time.perf_counter()
+        self.seconds += self._last - last
+        return self._last - last
+
+
+def _image_files(folder: str) -> list[str]:
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "images-*.jsonl")))
+
+
+def _read_lines(path: str) -> list[dict[str, Any]]:
+    """The whole lines of the file. Those that were cut off when the process was killed are left out."""
+    lines = []
+    with open(path) as file:
+        for text in file:
+            with suppress(ValueError):
+                lines.append(json.loads(text))
+    return lines
