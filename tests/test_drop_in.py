@@ -23,6 +23,8 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 from detectron2.utils.events import EventStorage
 
 import rt_detectron
+from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
+from rt_detectron.utils.errors import InputError
 
 # Panoptic-DeepLab imports panopticapi, which no package index has, for reading COCO's panoptic pictures only.
 for name in ("panopticapi", "panopticapi.utils"):
@@ -200,8 +202,12 @@ def assert_has_weights(model, network):
 def test_two_changed_keys_are_enough(detector, network, sample):
     cfg = stock_config(detector)
     cfg.MODEL.BACKBONE.NAME = ROBUST_NAME[cfg.MODEL.BACKBONE.NAME]
+    cfg.MODEL.WEIGHTS = WEIGHTS.replace("-bgr", "")
+    with pytest.raises(InputError, match=r'set INPUT\.FORMAT "RGB"; MODEL\.PIXEL_MEAN'):
+        build_model(cfg)
     cfg.MODEL.WEIGHTS = WEIGHTS
     model = build_model(cfg)
+    RobustCheckpointer(model).load(cfg.MODEL.WEIGHTS)  # stops if they do not fit
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     assert_has_weights(model, network)
     backbone = getattr(model.backbone, "bottom_up", model.backbone)
@@ -213,7 +219,11 @@ def test_two_changed_keys_are_enough(detector, network, sample):
 
 def test_lazyconfig(network, sample):
     model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
-    model.backbone = L(rt_detectron.load_backbone)(name="resnet50_l2_eps3-bgr", detector="fpn")
+    given = {key: f"${{..{key}}}" for key in ("input_format", "pixel_mean", "pixel_std")}
+    model.backbone = L(rt_detectron.load_backbone)(name="resnet50_l2_eps3", detector="fpn", **given)
+    with pytest.raises(InputError, match=r'set INPUT\.FORMAT "RGB"; MODEL\.PIXEL_MEAN'):
+        instantiate(model)
+    model.backbone.name += "-bgr"
     model = instantiate(model)
     assert_has_weights(model, network)
     assert fit_and_infer(model, sample, "lazy")["instances"].has("pred_masks")

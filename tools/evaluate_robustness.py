@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     default_setup(own, args)
     setup_logger(own.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="rt_detectron")
     model = Trainer.build_model(cfg)
-    RobustCheckpointer(model, own.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    RobustCheckpointer(model, trained=True, input_format=cfg.INPUT.FORMAT).load(cfg.MODEL.WEIGHTS)
     content = evaluate_robustness(cfg, model)
     if comm.is_main_process():
         print(robustness_table(content))

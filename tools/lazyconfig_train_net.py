@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> None:
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")
     if args.eval_only:
         model = build_lazy_model(cfg)
-        RobustCheckpointer(model).load(cfg.train.init_checkpoint)
+        RobustCheckpointer(model, trained=True).load(cfg.train.init_checkpoint)
         results, iterations = do_test(cfg, model), 0
     else:
         results, iterations = do_train(cfg, args.resume), cfg.train.max_iter

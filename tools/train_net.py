@@ -38,7 +38,8 @@ def main(args: argparse.Namespace) -> None:
     if args.eval_only:
         check_test_sets(cfg)
         model = Trainer.build_model(cfg)
-        RobustCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = RobustCheckpointer(model, cfg.OUTPUT_DIR, trained=True, input_format=cfg.INPUT.FORMAT)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results, iterations = Trainer.test(cfg, model), 0
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_tta(cfg, model))

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
@@ -28,9 +29,13 @@ logger = logging.getLogger(__name__)
 TO_KEEP = 2  # one to fall back on, should the last one turn out damaged
 # What a backbone's file fills, and the stage that a tensor belongs to. A network that is not Detectron2's
 # sits in its backbone as `trunk` with names of its own, of which two words tell one stage from another.
-TRUNK = re.compile(r"(?:^|\.)(stem|res[2-5]|trunk(?:\.\w+){1,2})(?=\.)")
+# DeepLab's decoders have layers `res2` ... of their own.
+TRUNK = re.compile(r"^(?:(?!\w*(?:head|decoder)\.)\w+\.)*?(stem|res[2-5]|trunk(?:\.\w+){1,2})(?=\.)")
 # In the trunk of a model, but in no classifier: BN's counter and a deformable convolution's own layer.
 NOT_FROM_CLASSIFIER = re.compile(r"\.num_batches_tracked$|\.conv2_offset\.")
+# Caffe2's files have batch norms' statistics merged into weight and bias.
+STATISTICS = re.compile(r"\.running_(mean|var)$")
+CONVERT = "convert it with tools/convert_checkpoint.py and set MODEL.WEIGHTS to the .pkl"
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -135,22 +140,40 @@ def remove_leftovers(folder: str) -> None:
 
 
 class RobustCheckpointer(AtomicCheckpointer):
-    """Loads like Detectron2's; a file with ``rt_detectron`` metadata must moreover fit exactly.
+    """Loads like Detectron2's, but stops where weights do not fit: Detectron2 only warns.
 
-    Such a file is compared with the model's preprocessing; then each of its tensors must find its place
-    and each trunk tensor of the model must be filled (Detectron2 only warns). A whole stage that the
-    model does not have may stay unused. A file without matching heuristics, a detector, must have all of
-    the model's tensors. The metadata goes into every checkpoint saved afterwards, so a fine-tuned
-    detector is guarded when it is evaluated, too.
+    - A backbone's file must fill the whole pretrained network (:data:`TRUNK`), a detector's file all of the
+      model. Where a training starts from a detector (``resume_or_load``, which loads no ``checkpointables``),
+      only its pretrained network must fit: other heads start at random, with a warning, for other classes.
+    - A file with ``rt_detectron`` metadata is compared with the model's preprocessing, and each tensor of a
+      backbone's file must find its place. A whole stage that the model does not have may stay unused. The
+      metadata goes into every checkpoint saved afterwards, so a fine-tuned detector is guarded, too.
+    - With ``trained`` any file must fill all of the model.
 
     No code in any file is ever run: a ``.pkl`` may hold arrays in plain containers and nothing else.
+
+    Args:
+        trained: only a whole trained detector will do, as for an evaluation; not a backbone, and not "".
+        input_format: the colour order of the images, such as cfg.INPUT.FORMAT; counts where the model does
+            not know it (semantic segmentation).
+        kwargs: see Detectron2's.
 
     Raises:
         InputError: from ``load``, for a file that is not there, cannot be read, is refused or does not fit.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", **kwargs):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        trained: bool = False,
+        input_format: str | None = None,
+        **kwargs,
+    ):
         super().__init__(model, save_dir, **kwargs)
+        self.trained = trained
+        self.input_format = input_format
         self.metadata: Metadata | None = None
 
     def save(self, name: str, **kwargs) -> None:
@@ -158,11 +181,17 @@ class RobustCheckpointer(AtomicCheckpointer):
             kwargs.setdefault("rt_detectron", self.metadata.to_dict())
         super().save(name, **kwargs)
 
-    def load(self, path: str, *args, **kwargs) -> dict:
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
+        if not path and self.trained:
+            raise InputError(
+                "no weights are given: set MODEL.WEIGHTS (in a LazyConfig train.init_checkpoint) to those of "
+                "a trained detector, such as model_final.pth"
+            )
         if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise InputError(f"there is no weights file {path}: check MODEL.WEIGHTS")
+        self._heads_may_differ = checkpointables == [] and not self.trained
         try:
-            return super().load(path, *args, **kwargs)
+            return super().load(path, checkpointables)
         finally:
             self._parsed_url_during_load = None  # Detectron2 forgets this when loading fails
 
@@ -184,30 +213,31 @@ class RobustCheckpointer(AtomicCheckpointer):
         try:
             loaded = super()._torch_load(f)  # weights_only is torch's default
         except Exception as error:  # damaged and hostile files fail in every way there is
-            raise InputError(unreadable(f, error)) from None
+            raise InputError(f"{unreadable(f, error)}; if it is a classifier, {CONVERT}") from None
         return _dict(loaded, f)
 
     def _load_model(self, checkpoint: dict):
-        if "rt_detectron" not in checkpoint:
-            return super()._load_model(checkpoint)
-        metadata = Metadata.from_dict(checkpoint["rt_detectron"], self._loading)
-        stem = f"{get_architecture(metadata.arch).stem}.weight"
-        if any(name.removeprefix("network.") == stem for name in checkpoint["model"]):
-            raise InputError(
-                "MODEL.WEIGHTS is a classifier: convert it with tools/convert_checkpoint.py and load the .pkl"
-            )
-        check_preprocessing(self.model, metadata)
-        whole_model = not checkpoint.pop("matching_heuristics", False)
-        if not whole_model:
-            self._convert_ndarray_to_tensor(checkpoint["model"])
+        tensors = _dict(checkpoint["model"], self._loading)
+        if not all(isinstance(tensor, Tensor | np.ndarray) for tensor in tensors.values()):
+            raise InputError(f"{self._loading} is no detector and no backbone: {CONVERT}")
+        metadata = None
+        if "rt_detectron" in checkpoint:
+            metadata = Metadata.from_dict(checkpoint["rt_detectron"], self._loading)
+            stem = f"{get_architecture(metadata.arch).stem}.weight"
+            if any(name.removeprefix("network.") == stem for name in tensors):
+                raise InputError(f"{self._loading} is a classifier: {CONVERT}")
+            check_preprocessing(self.model, metadata, self.input_format)
+        is_backbone = checkpoint.pop("matching_heuristics", False)
+        if is_backbone:
+            self._convert_ndarray_to_tensor(tensors)
             checkpoint["model"] = align_and_update_state_dicts(
-                self.model.state_dict(), checkpoint["model"], c2_conversion=False
+                self.model.state_dict(), tensors, c2_conversion=checkpoint.get("__author__") == "Caffe2"
             )
-        self._check_fit(checkpoint["model"], metadata, whole_model)
+        self._check_fit(_without_module(checkpoint["model"]), metadata, is_backbone)
         self.metadata = metadata
         return super()._load_model(checkpoint)
 
-    def _check_fit(self, loaded: dict[str, Tensor], metadata: Metadata, whole_model: bool) -> None:
+    def _check_fit(self, loaded: dict[str, Tensor], metadata: Metadata | None, is_backbone: bool) -> None:
         # Asked here and not of load_state_dict, since FrozenBatchNorm2d fills in statistics that are
         # missing from the file without reporting them.
         model = self.model.state_dict()
@@ -218,24 +248,55 @@ class RobustCheckpointer(AtomicCheckpointer):
             "not in the file": [
                 n
                 for n in model
-                if n not in loaded and (whole_model or TRUNK.search(n)) and not NOT_FROM_CLASSIFIER.search(n)
+                if n not in loaded
+                and not NOT_FROM_CLASSIFIER.search(n)
+                and not (metadata is None and is_backbone and STATISTICS.search(n))
             ],
         }
-        parts = [
-            f"{len(names)} tensors {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        if metadata is None:  # Detectron2's files have more than a model needs: a classifier's layer, anchors
+            problems["not in the model"] = []
+        serious = {
+            problem: [name for name in names if self._is_serious(name, problem, metadata, is_backbone)]
             for problem, names in problems.items()
-            if names
-        ]
-        if parts:
-            way_out = (
-                "load it under the config it was trained with, or start from its backbone's .pkl instead"
-                if whole_model
-                else f"set MODEL.ROBUST.ARCH {metadata.arch} and MODEL.RESNETS.NORM FrozenBN, BN or SyncBN"
-            )
+        }
+        file = f"{self._loading} ({metadata.source}, {metadata.arch})" if metadata else self._loading
+        if any(serious.values()) or not any(name in model for name in loaded):
+            found = _described(serious) or f"none of its {len(loaded)} tensors is in the model"
             raise InputError(
-                f"the weights ({metadata.source}, {metadata.arch}) do not fit the model: "
-                f"{'; '.join(parts)}: {way_out}"
+                f"the weights {file} do not fit the model: {found}: {self._way_out(metadata, is_backbone)}"
             )
+        if not is_backbone and any(problems.values()):
+            logger.warning("Starting without what does not fit of %s: %s", file, _described(problems))
+
+    def _is_serious(self, name: str, problem: str, metadata: Metadata | None, is_backbone: bool) -> bool:
+        """Whether nothing may be trained or evaluated with such a tensor; a head's may start at random."""
+        if self.trained or not (is_backbone or self._heads_may_differ):
+            return True
+        all_is_trunk = is_backbone and metadata is not None and problem != "not in the file"
+        return all_is_trunk or TRUNK.search(name) is not None
+
+    def _way_out(self, metadata: Metadata | None, is_backbone: bool) -> str:
+        if self.trained or (metadata is not None and not is_backbone):
+            return "load a trained detector (model_final.pth) under the config it was trained with, " + (
+                "not a backbone" if is_backbone else "or start from its backbone's .pkl instead"
+            )
+        if metadata is None:
+            return f'if it is a classifier, {CONVERT}; MODEL.WEIGHTS "" starts at random'
+        return f"set MODEL.ROBUST.ARCH {metadata.arch} and MODEL.RESNETS.NORM FrozenBN, BN or SyncBN"
+
+
+def _described(problems: dict[str, list[str]]) -> str:
+    return "; ".join(
+        f"{len(names)} tensors {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for problem, names in problems.items()
+        if names
+    )
+
+
+def _without_module(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By their names outside DistributedDataParallel, as Detectron2 loads them."""
+    wrapped = all(name.startswith("module.") for name in tensors)
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()} if wrapped else tensors
 
 
 def _dict(content, path: str) -> dict:

@@ -1,6 +1,6 @@
 """The guard: a detector must feed a backbone the pixels that it was trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
 from torch import nn
@@ -23,7 +23,7 @@ def preprocessing_lines(metadata: Metadata) -> dict[str, str]:
     return {key: f"{key} {value}" for key, value in values.items()}
 
 
-def check_preprocessing(model: nn.Module, metadata: Metadata) -> None:
+def check_preprocessing(model: nn.Module, metadata: Metadata, input_format: str | None = None) -> None:
     """Compare a built detector with what the weights it is to load were trained on.
 
     Looks at the model and not at its config, so it serves yacs and LazyConfig alike.
@@ -31,26 +31,40 @@ def check_preprocessing(model: nn.Module, metadata: Metadata) -> None:
     Args:
         model: a Detectron2 model. What it does not have (a bare backbone has no mean) is not compared.
         metadata: of the weights.
+        input_format: the colour order of its images, if known; counts where the model does not say.
 
     Raises:
         InputError: listing exactly the config lines to set.
     """
-    wrong = []
-    input_format = getattr(model, "input_format", None)
-    if input_format is not None and input_format != metadata.input_format:
-        wrong.append("INPUT.FORMAT")
-    for name, key in (("pixel_mean", "MODEL.PIXEL_MEAN"), ("pixel_std", "MODEL.PIXEL_STD")):
-        if hasattr(model, name) and not _close(
-            getattr(model, name).flatten().tolist(), getattr(metadata, name)
-        ):
-            wrong.append(key)
-    if not metadata.stride_in_1x1 and any(_strides_in_1x1(module) for module in model.modules()):
-        wrong.append("MODEL.RESNETS.STRIDE_IN_1X1")
+    found = {
+        "INPUT.FORMAT": getattr(model, "input_format", None) or input_format,
+        "MODEL.RESNETS.STRIDE_IN_1X1": _strides_in_1x1(model),
+    }
+    for name in ("pixel_mean", "pixel_std"):
+        if hasattr(model, name):
+            found[f"MODEL.{name.upper()}"] = getattr(model, name).flatten().tolist()
+    compare(found, metadata)
+
+
+def compare(found: Mapping, metadata: Metadata) -> None:
+    """Raise :class:`InputError` for values of config keys that are not what ``metadata`` demands.
+
+    ``found`` may lack keys, and a value that is not known may be None.
+    """
+    agrees = {
+        "INPUT.FORMAT": lambda value: value == metadata.input_format,
+        "MODEL.PIXEL_MEAN": lambda value: _close(value, metadata.pixel_mean),
+        "MODEL.PIXEL_STD": lambda value: _close(value, metadata.pixel_std),
+        "MODEL.RESNETS.STRIDE_IN_1X1": lambda value: value == metadata.stride_in_1x1,
+    }
+    lines = preprocessing_lines(metadata)
+    wrong = [
+        lines[key] for key, fits in agrees.items() if found.get(key) is not None and not fits(found[key])
+    ]
     if wrong:
-        lines = preprocessing_lines(metadata)
         raise InputError(
             f"the weights ({metadata.source}) were trained with other preprocessing than this config's: "
-            f"set {'; '.join(lines[key] for key in wrong)}"
+            f"set {'; '.join(wrong)}"
         )
 
 
@@ -60,5 +74,11 @@ def _close(found: Sequence[float], needed: Sequence[float]) -> bool:
     )
 
 
-def _strides_in_1x1(module: nn.Module) -> bool:
-    return isinstance(module, BottleneckBlock | DeformBottleneckBlock) and module.conv1.stride[0] > 1
+def _strides_in_1x1(model: nn.Module) -> bool | None:
+    """Whether bottlenecks have their stride in the first convolution; None without bottlenecks."""
+    strided = [
+        block.conv1.stride[0] > 1
+        for block in model.modules()
+        if isinstance(block, BottleneckBlock | DeformBottleneckBlock) and block.stride > 1
+    ]
+    return any(strided) if strided else None

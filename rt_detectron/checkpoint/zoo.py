@@ -6,19 +6,22 @@ import functools
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from iopath.common.file_io import PathHandler, get_cache_dir
 
+from rt_detectron.checkpoint.architectures import get_architecture
 from rt_detectron.checkpoint.convert import convert_checkpoint
-from rt_detectron.checkpoint.formats import check_file
+from rt_detectron.checkpoint.formats import check_file, read_pickle
+from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.utils.errors import InputError, did_you_mean, one_line, optional_import
 from rt_detectron.utils.files import file_sha256, locked
 
 logger = logging.getLogger(__name__)
 
 TABLE = Path(__file__).with_name("zoo.json")
+PREFIX = "robust://"
 BGR = "-bgr"  # ends the names of weights that absorb Detectron2's default preprocessing
 
 
@@ -160,6 +163,56 @@ def backbone(name: str) -> str:
     return output
 
 
+def metadata(name: str) -> Metadata:
+    """What the ``.pkl`` that :func:`backbone` gives for ``name`` says of itself; nothing is downloaded.
+
+    Raises:
+        InputError: for an unknown name, and for a file in the folder ``$RT_DETECTRON_ZOO`` that is damaged.
+    """
+    _check_name(name)
+    own = _in_mirror(f"{name}.pkl")
+    if own:
+        return _read_metadata(own)
+    entry = _find_for(name)
+    architecture = get_architecture(entry.arch)
+    rgb = Metadata(
+        arch=entry.arch,
+        norm=entry.norm,
+        eps=entry.eps,
+        input_format=entry.input_format,
+        pixel_mean=architecture.pixel_mean,
+        pixel_std=architecture.pixel_std,
+        stride_in_1x1=False,
+        source=entry.file,
+        sha256=entry.sha256,
+    )
+    if not name.endswith(BGR):
+        return rgb
+    return replace(rgb, input_format="BGR", pixel_mean=rgb.pixel_mean[::-1], pixel_std=(1.0,) * 3)
+
+
+def _read_metadata(path: str) -> Metadata:
+    content = read_pickle(path)
+    if not isinstance(content, dict) or "rt_detectron" not in content:
+        raise InputError(
+            f"{path} was not written by rt_detectron: convert it with tools/convert_checkpoint.py"
+        )
+    return Metadata.from_dict(content["rt_detectron"], path)
+
+
+def name_in(path: str) -> str:
+    """ "NAME" of ``robust://NAME.pkl``.
+
+    Raises:
+        InputError: for another ending.
+    """
+    name = path.removeprefix(PREFIX)
+    if not name.endswith(".pkl"):
+        stem = name.removesuffix(".ckpt").removesuffix(".pth")
+        raise InputError(f"{path} names no backbone: write {PREFIX}{stem}.pkl")
+    return name.removesuffix(".pkl")
+
+
 def _check_name(name: str) -> None:
     if name != os.path.basename(name) or not name:
         raise InputError(f"robust://{name}.pkl: a name of the zoo has no folders: write robust://NAME.pkl")
@@ -263,25 +316,18 @@ def _reason(error: Exception) -> str:
 class RobustPathHandler(PathHandler):
     """Makes ``robust://NAME.pkl`` the file :func:`backbone` gives, wherever Detectron2 takes a path."""
 
-    PREFIX = "robust://"
+    PREFIX = PREFIX
 
     def _get_supported_prefixes(self) -> builtins.list[str]:
         return [self.PREFIX]
 
-    def _name(self, path: str) -> str:
-        name = path.removeprefix(self.PREFIX)
-        if not name.endswith(".pkl"):
-            stem = name.removesuffix(".ckpt").removesuffix(".pth")
-            raise InputError(f"{path} names no backbone: write {self.PREFIX}{stem}.pkl")
-        return name.removesuffix(".pkl")
-
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
-        return backbone(self._name(path))
+        return backbone(name_in(path))
 
     def _isfile(self, path: str, **kwargs) -> bool:
         """Whether the name is in the mirror or was published; downloads nothing."""
         try:
-            name = self._name(path)
+            name = name_in(path)
             _check_name(name)
             return _in_mirror(f"{name}.pkl") is not None or bool(find(name.removesuffix(BGR)))
         except InputError:

@@ -49,7 +49,7 @@ def load_lazy_config(path: str, overrides: list[str]):
     if cfg.train.device == "cpu":
         cfg.train.amp.enabled = False  # Detectron2's AMP is for GPUs only
     check_datasets([*dataset_names(cfg, "train"), *dataset_names(cfg, "test")])
-    loaded = OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
+    loaded = image_format(cfg)
     expected = OmegaConf.select(cfg, "model.input_format")
     if None not in (loaded, expected) and loaded != expected:
         raise InputError(
@@ -74,8 +74,13 @@ def build_lazy_model(cfg) -> nn.Module:
     model = fast(instantiate(cfg.model).to(cfg.train.device))
     metadata = _backbone_metadata(model)
     if metadata is not None:
-        check_preprocessing(model, metadata)
+        check_preprocessing(model, metadata, image_format(cfg))
     return model
+
+
+def image_format(cfg) -> str | None:
+    """The colour order that the loader gives, if it says."""
+    return OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
 
 
 def _backbone_metadata(model: nn.Module) -> Metadata | None:
@@ -109,7 +114,9 @@ def do_train(cfg, resume: bool = False) -> dict:
     average = build_average(model, train.get("ema", 0.0))
     evaluated = average.averaged.module if average else model
     trainer = build_trainer(model, loader, optimizer, train.amp.enabled, **train.ddp)
-    checkpointer = RobustCheckpointer(evaluated, train.output_dir, trainer=trainer)
+    checkpointer = RobustCheckpointer(
+        evaluated, train.output_dir, input_format=image_format(cfg), trainer=trainer
+    )
     checkpointer.metadata = _backbone_metadata(model)
     signals = StopSignals()
     checkpoints = Checkpoints(checkpointer, [train.checkpointer.period], train.checkpointer.max_to_keep)

@@ -29,7 +29,7 @@ class Predictor(DefaultPredictor):
         without_weights.defrost()
         without_weights.MODEL.WEIGHTS = ""
         super().__init__(without_weights)
-        RobustCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
+        RobustCheckpointer(self.model, trained=True, input_format=cfg.INPUT.FORMAT).load(cfg.MODEL.WEIGHTS)
         self.class_names = class_names(cfg)
 
     def __call__(self, original_image) -> Instances:

@@ -90,7 +90,9 @@ class Trainer(DefaultTrainer):
             model, data_loader, optimizer, cfg.SOLVER.AMP.ENABLED, broadcast_buffers=False
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = RobustCheckpointer(self.evaluated, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = RobustCheckpointer(
+            self.evaluated, cfg.OUTPUT_DIR, input_format=cfg.INPUT.FORMAT, trainer=weakref.proxy(self)
+        )
         self.signals = StopSignals()
         checkpoints = Checkpoints(self.checkpointer, [cfg.SOLVER.CHECKPOINT_PERIOD])
         self.checkpointing = SafeCheckpointing(checkpoints, self.signals, DIVERGED, ADVICE)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from detectron2.config import get_cfg
@@ -17,6 +18,7 @@ from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.convert import read_network
 from rt_detectron.checkpoint.formats import WRITERS, read_pickle
 from rt_detectron.checkpoint.metadata import Metadata
+from rt_detectron.checkpoint.preprocessing import compare
 from rt_detectron.config import add_robust_config
 from rt_detectron.modeling.classifier import Classifier, versioned
 from rt_detectron.utils.errors import InputError
@@ -25,7 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 def load_backbone(
-    name: str, detector: str | None = None, norm: str = "FrozenBN", freeze_at: int = 2
+    name: str,
+    detector: str | None = None,
+    norm: str = "FrozenBN",
+    freeze_at: int = 2,
+    input_format: str | None = None,
+    pixel_mean: Sequence[float] | None = None,
+    pixel_std: Sequence[float] | None = None,
 ) -> Backbone:
     """A pretrained Detectron2 backbone. Serves as a LazyConfig node: ``L(load_backbone)(name=...)``.
 
@@ -36,6 +44,8 @@ def load_backbone(
             initialised.
         norm: "FrozenBN", "BN" or "SyncBN".
         freeze_at: 1 freezes the stem, 2 also res2, ... 5 everything; 0 nothing.
+        input_format, pixel_mean, pixel_std: what the detector gives it, to be compared with what it was
+            trained on; None is not compared. In a LazyConfig ``pixel_mean="${..pixel_mean}"`` and the like.
 
     Returns:
         A module from images (N, 3, H, W) to a dict of features: "res2" ... "res5" at strides 4 to 32,
@@ -45,7 +55,8 @@ def load_backbone(
         ``size_divisibility``, if not 0.
 
     Raises:
-        InputError: for an unknown name, detector or norm, a network without these strides, and for what
+        InputError: for an unknown name, detector or norm, a network without these strides, other
+            preprocessing than that of the weights, and for what
             :mod:`rt_detectron.checkpoint.zoo` and :class:`RobustCheckpointer` refuse.
     """
     path = PathManager.get_local_path(name) if name.endswith(".pkl") else zoo.backbone(name)
@@ -55,6 +66,8 @@ def load_backbone(
             f"{path} was not written by rt_detectron: convert it with tools/convert_checkpoint.py"
         )
     metadata = Metadata.from_dict(content["rt_detectron"], path)
+    given = {"INPUT.FORMAT": input_format, "MODEL.PIXEL_MEAN": pixel_mean, "MODEL.PIXEL_STD": pixel_std}
+    compare(given, metadata)
     cfg = _config(get_architecture(metadata.arch), detector, norm, freeze_at)
     backbone = build_backbone(cfg, ShapeSpec(channels=3))
     RobustCheckpointer(backbone).load(path)

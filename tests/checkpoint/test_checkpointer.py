@@ -1,4 +1,4 @@
-"""Files with our metadata must fit exactly; all others load as in Detectron2."""
+"""Weights must fill the pretrained network, and for an evaluation all of the model; else loading stops."""
 
 import builtins
 import os
@@ -10,9 +10,12 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_backbone, build_model
 
-from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
+from rt_detectron.checkpoint import checkpointer
+from rt_detectron.checkpoint.checkpointer import TRUNK, RobustCheckpointer
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.utils.errors import InputError
+
+PYRAMID = "backbone.fpn_lateral2.weight"
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +123,7 @@ def test_extra_and_misshaped_tensor(edit, make_cfg):
         RobustCheckpointer(build_backbone(cfg).bottom_up).load(path)
 
 
-def test_fine_tuned_detector_is_guarded(files, tmp_path, make_cfg):
+def test_fine_tuned_detector_is_guarded(files, tmp_path, make_cfg, caplog):
     first = RobustCheckpointer(build_model(make_cfg("resnet18")), str(tmp_path))
     first.load(str(files / "resnet18.pkl"))
     first.save("model_final", iteration=7)
@@ -143,6 +146,14 @@ def test_fine_tuned_detector_is_guarded(files, tmp_path, make_cfg):
     other_classes.MODEL.ROI_HEADS.NUM_CLASSES = 4
     with pytest.raises(InputError, match=r"misshaped .*cls_score.*or start from its backbone's \.pkl"):
         RobustCheckpointer(build_model(other_classes)).load(path)
+    for start, expected in ((path, "cls_score"), (str(files / "resnet18.pkl"), "")):
+        caplog.clear()
+        model = build_model(other_classes)
+        RobustCheckpointer(model).resume_or_load(start, resume=False)
+        assert expected in "".join(r.message for r in caplog.records if r.name == checkpointer.__name__)
+        found = model.state_dict()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in trunk(first.model).items())
+        assert torch.equal(found[PYRAMID], first.model.state_dict()[PYRAMID]) == (start == path)
     no_masks = make_cfg("resnet18")
     no_masks.MODEL.MASK_ON = False
     with pytest.raises(InputError, match=r"not in the model .*mask_head"):
@@ -158,10 +169,145 @@ def test_classifier_is_not_a_backbone(tmp_path, files, make_cfg):
         RobustCheckpointer(build_model(make_cfg("resnet18"))).load(path)
 
 
+@pytest.mark.parametrize("start", [False, True], ids=["load", "start of a training"])
+def test_a_detector_without_metadata(files, tmp_path, make_cfg, start):
+    """Of Detectron2's own trainer, or trained from scratch."""
+    torch.save({"model": build_model(make_cfg("resnet18")).state_dict()}, tmp_path / "detector.pth")
+    path, other_classes = str(tmp_path / "detector.pth"), make_cfg("resnet18")
+    other_classes.MODEL.ROI_HEADS.NUM_CLASSES = 4
+    checkpointer = RobustCheckpointer(build_model(other_classes))
+    if start:
+        checkpointer.resume_or_load(path, resume=False)
+    else:
+        with pytest.raises(InputError, match=r"misshaped .*cls_score"):
+            checkpointer.load(path)
+    with pytest.raises(InputError, match=r"tensors misshaped|tensors not in the file"):
+        RobustCheckpointer(build_model(make_cfg("resnet34"))).resume_or_load(path, resume=False)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(lambda state: state, id="bare"),
+        pytest.param(lambda state: {f"module.{name}": t for name, t in state.items()}, id="DataParallel"),
+        pytest.param(lambda state: {"state_dict": state, "epoch": 90}, id="PyTorch's example"),
+        pytest.param(lambda state: {"model": state, "optimizer": {}}, id="with optimizer"),
+        pytest.param(
+            lambda state: {
+                "model": {
+                    f"module.{part}.{n}": t for part in ("model", "attacker.model") for n, t in state.items()
+                }
+            },
+            id="robustness",
+        ),
+        pytest.param(lambda state: {**state, "schedule": Payload(print)}, id="refused"),
+    ],
+)
+def test_a_classifier_without_metadata_is_to_be_converted(files, tmp_path, backbone, wrap):
+    path = str(tmp_path / "classifier.pth")
+    torch.save(wrap(torch.load(files / "resnet18.pth")), path)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    for load in (RobustCheckpointer(backbone).load, RobustCheckpointer(backbone).resume_or_load):
+        kwargs = {"resume": False} if load.__name__ == "resume_or_load" else {}
+        with pytest.raises(InputError, match=r"convert it with tools/convert_checkpoint\.py") as error:
+            load(path, **kwargs)
+        assert path in str(error.value)
+        assert "\n" not in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+
+
+def test_safetensors_are_to_be_converted(files, tmp_path, backbone):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = str(tmp_path / "classifier.safetensors")
+    safetensors.save_file(torch.load(files / "resnet18.pth"), path)
+    with pytest.raises(InputError, match=r"convert it with tools/convert_checkpoint\.py"):
+        RobustCheckpointer(backbone).load(path)
+
+
+def test_a_model_of_other_names_takes_nothing(files, tmp_path):
+    """A backbone of the user's own, of which no name is known: some tensor must fit all the same."""
+    path = str(tmp_path / "classifier.pth")
+    torch.save(torch.load(files / "resnet18.pth"), path)
+    own = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1))
+    with pytest.raises(InputError, match=r"do not fit the model"):
+        RobustCheckpointer(own).resume_or_load(path, resume=False)
+    torch.save({"0.weight": torch.ones(3, 3, 1, 1), "other": torch.zeros(1)}, path)
+    RobustCheckpointer(own).resume_or_load(path, resume=False)
+    assert (own[0].weight == 1).all()
+
+
+class TestTrained:
+    """What an evaluation asks for."""
+
+    @pytest.fixture
+    def model(self, make_cfg):
+        return build_model(make_cfg("resnet18"))
+
+    def test_no_weights(self, model):
+        for load in (RobustCheckpointer(model, trained=True).load,):
+            with pytest.raises(InputError, match=r"no weights are given: set MODEL\.WEIGHTS"):
+                load("")
+
+    @pytest.mark.parametrize("change", [lambda content: content, lambda content: content.pop("rt_detectron")])
+    def test_a_backbone(self, edit, model, change):
+        path = edit("resnet18", change)
+        RobustCheckpointer(model).load(path)
+        with pytest.raises(InputError, match=r"not in the file .*load a trained detector .*not a backbone$"):
+            RobustCheckpointer(model, trained=True).load(path)
+
+    def test_a_detector(self, files, tmp_path, model, make_cfg):
+        first = RobustCheckpointer(model, str(tmp_path))
+        first.load(str(files / "resnet18.pkl"))
+        first.save("model_final")
+        again = RobustCheckpointer(build_model(make_cfg("resnet18")), trained=True)
+        again.resume_or_load(str(tmp_path / "model_final.pth"), resume=False)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, again.model.state_dict()[name])
+        other_classes = make_cfg("resnet18")
+        other_classes.MODEL.ROI_HEADS.NUM_CLASSES = 4
+        with pytest.raises(InputError, match=r"misshaped .*cls_score"):
+            RobustCheckpointer(build_model(other_classes), trained=True).resume_or_load(
+                str(tmp_path / "model_final.pth"), resume=False
+            )
+
+
+def test_the_loaders_colour_order_counts_where_the_model_has_none(files, make_cfg):
+    model = build_backbone(make_cfg("resnet18"))
+    RobustCheckpointer(model, input_format="RGB").load(str(files / "resnet18.pkl"))
+    with pytest.raises(InputError, match=r'set INPUT\.FORMAT "RGB"$'):
+        RobustCheckpointer(model, input_format="BGR").load(str(files / "resnet18.pkl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("backbone.bottom_up.stem.conv1.weight", "stem"),
+        ("res5.0.conv1.weight", "res5"),
+        ("roi_heads.res5.0.conv1.weight", "res5"),
+        ("detr.backbone.0.backbone.res2.0.conv1.weight", "res2"),
+        ("backbone.bottom_up.trunk.features.norm0.weight", "trunk.features.norm0"),
+        ("backbone.trunk.stages_0.blocks.0.norm.weight", "trunk.stages_0.blocks"),
+        ("sem_seg_head.decoder.res2.project_conv.weight", None),
+        ("ins_embed_head.decoder.res5.fuse_conv.weight", None),
+        ("sem_seg_head.pixel_decoder.res3.weight", None),
+        ("backbone.fpn_lateral2.weight", None),
+    ],
+)
+def test_stages_of_the_pretrained_network(name, stage):
+    match = TRUNK.search(name)
+    assert (match and match[1]) == stage
+
+
 def test_files_without_metadata_load_as_in_detectron2(edit, tmp_path, make_cfg):
-    path = edit("resnet18", lambda content: content.pop("rt_detectron"))
-    cfg = make_cfg("resnet34")  # does not fit: Detectron2 warns and goes on
-    cfg.INPUT.FORMAT = "BGR"
+    def merged(content):  # as of Caffe2's files, whose statistics are in weight and bias
+        del content["rt_detectron"]
+        for name in [name for name in content["model"] if "running" in name]:
+            del content["model"][name]
+        content["model"]["fc1000.weight"] = np.zeros((1000, 512), np.float32)
+
+    path = edit("resnet18", merged)
+    cfg = make_cfg("resnet18")
+    cfg.INPUT.FORMAT = "BGR"  # what they were trained on is not known
     torch.manual_seed(0)
     ours = build_model(cfg)
     theirs = build_model(cfg)

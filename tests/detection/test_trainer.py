@@ -196,16 +196,15 @@ class TestWrongWeights:
     LINES = 'were trained with other preprocessing .* set INPUT.FORMAT "RGB"'
 
     def test_wrong_channel_order_stops_training(self, tiny_cfg, tmp_path):
-        trainer = Trainer(tiny_cfg(tmp_path, "INPUT.FORMAT", "BGR"))
         with pytest.raises(InputError, match=self.LINES):
-            trainer.resume_or_load(resume=False)
+            Trainer(tiny_cfg(tmp_path, "INPUT.FORMAT", "BGR"))
 
     def test_wrong_channel_order_stops_the_evaluation_of_a_detector(self, run, tiny_cfg, tmp_path):
         with pytest.raises(InputError, match=self.LINES):
             loaded(tiny_cfg(tmp_path, "INPUT.FORMAT", "BGR", "MODEL.WEIGHTS", final(run)))
 
     def test_wrong_channel_order_stops_resuming(self, tiny_cfg, run):
-        trainer = Trainer(tiny_cfg(run.OUTPUT_DIR, "INPUT.FORMAT", "BGR"))
+        trainer = Trainer(tiny_cfg(run.OUTPUT_DIR, "INPUT.FORMAT", "BGR", "MODEL.WEIGHTS", ""))
         with pytest.raises(InputError, match=self.LINES):
             trainer.resume_or_load(resume=True)
 

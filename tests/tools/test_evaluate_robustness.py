@@ -5,13 +5,27 @@ from pathlib import Path
 
 import pytest
 
+from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
+from rt_detectron.detection import Trainer, load_detector_config
+
 REPOSITORY = Path(__file__).parents[2]
 TOOL = str(REPOSITORY / "tools" / "evaluate_robustness.py")
 CONFIG = str(REPOSITORY / "configs" / "demo" / "mask_rcnn_r18_fpn.yaml")
 
 
-def test_two_processes_measure_then_one_has_nothing_left_to_do(run, two_processes, tiny_opts, tmp_path):
-    opts = [*tiny_opts, "OUTPUT_DIR", "out", "TEST.ATTACK.L2_EPS", "[0.5]", "TEST.ATTACK.STEPS", 1]
+@pytest.fixture
+def detector(tiny_opts, tmp_path) -> str:
+    """The file of an untrained detector."""
+    cfg = load_detector_config(CONFIG, tiny_opts)
+    RobustCheckpointer(Trainer.build_model(cfg), str(tmp_path)).save("detector")
+    return str(tmp_path / "detector.pth")
+
+
+def test_two_processes_measure_then_one_has_nothing_left_to_do(
+    run, two_processes, tiny_opts, detector, tmp_path
+):
+    opts = [*tiny_opts, "MODEL.WEIGHTS", detector, "OUTPUT_DIR", "out"]
+    opts += ["TEST.ATTACK.L2_EPS", "[0.5]", "TEST.ATTACK.STEPS", 1]
     opts += ["TEST.ATTACK.MAX_IMAGES", 3, "TEST.CORRUPTION.NAMES", "['fog']", "TEST.PICTURES", 3]
     opts += ["TEST.CORRUPTION.SEVERITIES", "[3]"]
     first = run(*two_processes(), *opts)

@@ -15,6 +15,7 @@ from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.modeling.roi_heads import Res5ROIHeads
 
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, RESNET, Architecture, get_architecture
+from rt_detectron.checkpoint.weights import check_config
 from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def build_robust_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet
     Raises:
         InputError: as :func:`resolve_resnet`, and under a C4 head for a network without bottlenecks.
     """
+    check_config(cfg)
     resolved = resolve_resnet(cfg)
     if has_c4_head(cfg):
         _complete_for_c4_head(cfg, resolved)

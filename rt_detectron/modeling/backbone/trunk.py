@@ -7,6 +7,7 @@ from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
+from rt_detectron.checkpoint.weights import check_config
 from rt_detectron.modeling.backbone.resnet import has_c4_head
 from rt_detectron.utils.errors import InputError
 
@@ -65,6 +66,7 @@ def checked_features(cfg: CfgNode, arch: str) -> list[str]:
         InputError: for other names than res2 ... res5, a NORM other than FrozenBN, BN and SyncBN, and for
             DC5 and C4 detectors.
     """
+    check_config(cfg)
     resnets = cfg.MODEL.RESNETS
     if not resnets.OUT_FEATURES or not set(resnets.OUT_FEATURES) <= set(STRIDES):
         raise InputError(
