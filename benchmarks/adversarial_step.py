@@ -1,11 +1,11 @@
-"""Images/s of one training step on adversarial images (PGD-3, L2): ours, every trick by itself, and peers.
+"""Images/s of an adversarial training step (PGD-3, L2): ours, with and without its parts, and other packages.
 
     python benchmarks/adversarial_step.py [--arch resnet18 --size 64 --batch 64 --rounds 7]
 
-All sides start from the same weights and train on the same batch with the same SGD; their steps alternate,
-and the median over the rounds is printed, with the loss of the last step: sides that do the same work print
-the same loss (up to what float rounding grows to). --memory prints peak memory instead, each side in a
-process of its own. Peers that are not installed are left out and named.
+All start from the same weights and train on the same batch with the same SGD. They take turns. Printed are
+the median over the rounds and the loss of the last step, which is equal up to rounding for those that compute
+the same. --memory prints peak memory instead, each in its own process. Packages that are not installed are
+named and left out.
 
 pip install --no-deps -r benchmarks/requirements.txt
 """

@@ -1,9 +1,9 @@
-"""How far converted backbones are from torchvision's networks: one line for every architecture.
+"""How much the features of converted backbones differ from torchvision's: one line per architecture.
 
     python benchmarks/backbone_parity.py [ARCH ...]
 
-Each network gets random weights and batch-norm statistics, goes through a written file as RGB and as
-BGR-folded weights, and looks at a real photograph. Printed is the largest over res2..res5 of
+Each network gets random weights and batch-norm statistics. It is converted to a file of RGB weights and
+one of BGR-folded weights, and both are run on a real photograph. The figure is the largest over res2..res5 of
 max |Detectron2 - torchvision| / max |torchvision|, in float32 on the CPU.
 """
 
@@ -50,7 +50,7 @@ def random_classifier(arch: str) -> nn.Module:
 
 @torch.no_grad()
 def torchvision_features(arch: str, network: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """Read off torchvision's own modules as it runs."""
+    """res2..res5, taken from torchvision's own modules by hooks."""
     taps = ARCHITECTURES[arch].taps or {stage: f"layer{i}" for i, stage in enumerate(STAGES, start=1)}
     features = {}
     for stage in STAGES:

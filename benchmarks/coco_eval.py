@@ -1,12 +1,12 @@
-"""Seconds of COCO evaluation, pycocotools as Detectron2 runs it against ours, on the same detections.
+"""Seconds of COCO evaluation: ours against pycocotools as Detectron2 runs it, on the same detections.
 
     python benchmarks/coco_eval.py [--kind bbox|segm --images 5000 --detections 250000 --rounds 3]
     python benchmarks/coco_eval.py --annotations FILE --predictions FILE     of your own
 
-Timed is all from the list of detections to the printed AP: preparing the detections, matching, precision.
-The sides alternate; printed are the medians and the largest difference over all precisions (IoU threshold,
-recall, category, size and limit of detections), which AP is the mean of. Drawn images have 7 objects on
-average, two jittered detections of each and, for the rest, random ones.
+The time is from the list of detections to the printed AP: preparing the detections, matching, precision.
+The two take turns. Printed are the medians, and the largest difference between their precisions (at any IoU
+threshold, recall, category, size and limit of detections), of which AP is the mean. Without files, images are
+made up: 7 objects on average, two jittered detections of each, and random ones for the rest.
 """
 
 import argparse

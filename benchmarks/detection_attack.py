@@ -1,10 +1,10 @@
-"""What a k-step attack on a detector costs, in units of k x (one forward plus one backward pass).
+"""The cost of a k-step attack on a detector, relative to k forward and backward passes.
 
     python benchmarks/detection_attack.py [--weights FILE] [--steps 10] [--rounds 5] [--sizes 320 640]
 
-The unit is the least that a step can be: the forward pass of Mask R-CNN R18-FPN in training mode with all its
-losses, and the gradient of their sum with respect to the image, parameters frozen. Both sides take turns on
-the same photograph with six objects; given are the medians.
+The unit is the least that a step can cost: the forward pass of Mask R-CNN R18-FPN in training mode with its
+losses, and the gradient of their sum with respect to the image, with frozen parameters. Both take turns on
+the same photograph with six objects; the figures are medians.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def measure(model: nn.Module, given: dict, attack: DetectorAttack, rounds: int) -> tuple[float, float]:
-    """Median seconds of (a single step's least, the attack), in turns after one of each to warm up."""
+    """Median seconds of (a forward and a backward pass, the attack), in turns after one warm-up of each."""
     steps = attack.pgd.steps
     plain_times, attack_times = [], []
     for _ in range(rounds + 1):

@@ -1,4 +1,4 @@
-"""What the benchmarks' peers have in common: a network in the default format, and PGD as a plain loop."""
+"""A network in the default memory format, and PGD as a plain loop: what the benchmarks compare with."""
 
 import torch
 import torch.nn.functional as F

@@ -1,19 +1,17 @@
-"""Wall time until a classifier is robust: the peers' recipes against ours, on CIFAR-10 with two CPU cores.
+"""Wall time until a classifier is robust: other recipes against ours, on CIFAR-10 with two CPU cores.
 
     python benchmarks/time_to_robustness.py --data FOLDER_OF_SHARDS [--seeds 0 1 2 --sides ours peer]
 
-All train torchvision's ResNet-18 from scratch on 32 px, against L2 eps 0.5, with the same augmentation, batch
-size, momentum and weight decay; then PGD-20 attacks all on the same 2,000 images.
+All train torchvision's ResNet-18 from scratch at 32 px, against L2 eps 0.5, with the same augmentation, batch
+size, momentum and weight decay. All are then attacked by PGD-20 on the same 2,000 images.
 
-- published: PGD with 3 steps in the plain loop, whose speed is that of the other packages
-  (benchmarks/adversarial_step.py), and the published learning rate: 0.1, divided by 10 after each third of
-  its time. That is --budget seconds.
-- peer: the same with ours' one-cycle schedule and Nesterov's momentum, and a learning rate chosen for it.
-- ours has a third of that: clean images at first, then strategy Fast (a single step) on more and more images
-  of each batch, all of which grow from 16 px; on the kernels that the package has for small maps and for the
-  attack.
+- published: 3-step PGD in a plain loop, as fast as the other packages are (benchmarks/adversarial_step.py).
+  The learning rate is the published one: 0.1, divided by 10 after each third of the time, --budget seconds.
+- peer: the same with our one-cycle schedule and Nesterov momentum, and a learning rate tuned for it.
+- ours: a third of the time. Clean images at first, then strategy Fast (one step) on a growing part of each
+  batch. Images grow from 16 px. Small maps and attacks use the package's own kernels.
 
-Each result is written to --output as soon as it is there; what is found there is not run again.
+Each result is written to --output at once. Results that are there already are not measured again.
 """
 
 import argparse
@@ -102,12 +100,12 @@ def one_cycle(progress: float) -> float:
 
 
 def in_thirds(progress: float) -> float:
-    """Divided by 10 after each third, as in the published recipe."""
+    """The published schedule: divided by 10 after each third."""
     return 0.1 ** int(3 * progress)
 
 
 def train(name: str, data, seconds: float, seed: int, args: argparse.Namespace) -> tuple[nn.Module, int]:
-    """The trained model and the number of images it took; evaluation is not timed."""
+    """The trained model and the number of images seen; evaluation is not timed."""
     torch.manual_seed(seed)
     build, lr, schedule = {
         "published": (peer, 0.1, in_thirds),

@@ -1,11 +1,11 @@
-"""Seconds/iteration of fine-tuning: ours against Detectron2's own trainer on the same config, side by side.
+"""Seconds per iteration of fine-tuning: ours against Detectron2's own trainer on the same config.
 
     DETECTRON2_DATASETS=... python benchmarks/train_net.py [--config-file F --rounds 20] [KEY VALUE ...]
 
-Detectron2's side is its DefaultTrainer, with the same backbone, seed and loader settings. The two train on
-the same batches, each with all of its hooks, loader's wait included; their iterations alternate, and the
-median over the rounds is printed. Each round ours starts from Detectron2's weights, so that the losses of all
-rounds can be compared: sides that do the same work differ by float rounding.
+Detectron2's is its DefaultTrainer, with the same backbone, seed and loader settings. Both train on the same
+batches with all of their hooks, and waiting for the loader counts. Their iterations alternate; the median
+over the rounds is printed. In each round ours starts from Detectron2's weights, so that the losses can be
+compared: if both do the same work, they differ by rounding alone.
 """
 
 import argparse

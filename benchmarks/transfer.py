@@ -1,16 +1,16 @@
-"""Fixed-feature transfer, 150 epochs: tools/transfer.py's way against the published code's way.
+"""Fixed-feature transfer, 150 epochs: tools/transfer.py against the published protocol as a plain loop.
 
     python benchmarks/transfer.py --weights classifier.pth --dataset shards --root FOLDER_OF_SHARDS \\
         --classes 6 7 8 9 --images 1000 --seeds 0 1 2
 
-Ours computes the features once and trains the layer on them: "cold" with an empty cache, "cached" for every
-further seed or learning rate. The peer is the protocol as a plain loop: torchvision's network in the default
-format, a pass forwards through all of it for each image of each epoch, and a gradient for the last layer.
-Both read the same PNG files, mirror images at random, and are tested on the same images.
+Ours computes the features once and trains the layer on them: "cold" with an empty cache, "cached" for each
+further seed or learning rate. The plain loop ("peer") runs torchvision's network in the default memory format
+forward on each image in each epoch, and computes a gradient for the last layer. Both read the same PNG files,
+mirror images at random, and are tested on the same images.
 
---crop has the peer see the publication's random resized crops instead of centre crops.
---peer-epochs 3 stops the peer after so many epochs and EXTRAPOLATES its time to --epochs, for images of which
-all epochs would take days; it then has no accuracy to compare.
+--crop gives the peer the publication's random resized crops instead of centre crops.
+--peer-epochs 3 stops the peer after 3 epochs and EXTRAPOLATES its time to --epochs, where all epochs would
+take days. There is then no accuracy to compare.
 Without --root the images are scikit-learn's digits.
 """
 
@@ -86,7 +86,7 @@ def ours(args: argparse.Namespace, folder: Path, seed: int) -> tuple[float, floa
 
 
 def peer(args: argparse.Namespace, folder: Path, seed: int) -> tuple[float, float | None]:
-    """Seconds, extrapolated if need be, and top-1 of the plain loop."""
+    """Seconds (extrapolated with --peer-epochs) and top-1 of the plain loop."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The fair baseline of mask_rcnn_robust_r50_eps3.py: the standard network of the same family."""
+"""The fair baseline of mask_rcnn_robust_r50_eps3.py: standard training by the same recipe. Not measured."""
 
 from .mask_rcnn_robust_r50_eps3 import dataloader, lr_multiplier, model, optimizer, train
 

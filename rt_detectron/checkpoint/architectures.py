@@ -30,10 +30,10 @@ _BUILDERS = {
 
 @dataclass(frozen=True)
 class Family:
-    """What the networks that one backbone builder makes have in common.
+    """What all networks of one backbone builder share.
 
     Attributes:
-        name: in the names of the builders.
+        name: part of the builders' names.
         title: in messages.
         backbone_names: ``backbone_names(architecture, names)`` gives a dict from the names of a classifier's
             tensors, as far as its backbone has them, to those in the backbone.
@@ -91,7 +91,7 @@ def _trunk_names(architecture: "Architecture", names: list[str]) -> dict[str, st
 
 
 def _timm_names(architecture: "Architecture", names: list[str]) -> dict[str, str]:
-    """By comparison with timm's features_only model, which flattens ``stages.0`` to ``stages_0``."""
+    """Names in timm's features_only model, which flattens ``stages.0`` to ``stages_0``."""
     with torch.device("meta"):
         features = import_timm().create_model(architecture.name.removeprefix(TIMM), features_only=True)
     flat = {name.removeprefix("model.").replace(".", "_"): name for name in features.state_dict()}
@@ -113,14 +113,14 @@ TIMM_FAMILY = Family("timm", "timm network", _timm_names, _current_timm_names)
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """One network, seen from its classifier and from the Detectron2 backbone made of it.
+    """One network: its classifier, and the Detectron2 backbone made of it.
 
     Attributes:
         name: of the table, or ``timm/NAME``.
-        family: who builds its backbone.
+        family: whose builder makes its backbone.
         build: ``build(num_classes)`` gives the classifier, randomly initialised.
-        stem: name of the convolution that the image enters.
-        head: what the names of the tensors begin with that only the classifier has.
+        stem: name of the first convolution.
+        head: prefixes of the tensors that only the classifier has.
         resnets: the ``MODEL.RESNETS`` keys that describe the same network, if it is one of Detectron2's.
         taps: where the other torchvision networks yield stem, res2 (stride 4) ... res5 (stride 32), as node
             names of :func:`torchvision.models.feature_extraction.create_feature_extractor`.
@@ -140,14 +140,14 @@ class Architecture:
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the tensors of the classifier with 1000 classes."""
+        """Shapes of the tensors of the classifier with 1000 classes."""
         with torch.device("meta"):
             network = self.build(1000)
         return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
     @functools.cached_property
     def backbone_names(self) -> dict[str, str]:
-        """The names of the classifier's tensors, as far as its backbone has them, to those in the backbone.
+        """Names of the classifier's tensors to names in the backbone, for those that the backbone has.
 
         BN's counters, which no backbone uses, are left out.
         """
@@ -318,15 +318,15 @@ def build_classifier(arch: str | Architecture, num_classes: int = 1000) -> nn.Mo
 
 
 def is_counter(name: str) -> bool:
-    """Whether a tensor is BN's count of batches: no number that a network computes with."""
+    """Whether a tensor is batch norm's ``num_batches_tracked``, which no output depends on."""
     return name.endswith(".num_batches_tracked")
 
 
 def detect_architecture(state_dict: dict[str, Tensor]) -> Architecture:
-    """The network of the table whose names and shapes are those of ``state_dict``, a classifier's.
+    """The network of the table whose tensors have the names and shapes of a classifier's ``state_dict``.
 
     Raises:
-        InputError: if none fits, naming what keeps the nearest one from fitting.
+        InputError: if none fits, naming the differences from the nearest one.
     """
     every = list(ARCHITECTURES.values())
     candidates = [known for known in every if f"{known.stem}.weight" in state_dict] or every
@@ -343,8 +343,8 @@ def detect_architecture(state_dict: dict[str, Tensor]) -> Architecture:
 def check_architecture(state_dict: dict[str, Tensor], arch: str | Architecture) -> None:
     """Raise :class:`InputError` naming the missing, unexpected and misshaped tensors, if there are any.
 
-    The number of classes is free, and so is the presence of BN's ``num_batches_tracked`` and of all that
-    only the classifier has: a backbone has no use for them.
+    Any number of classes fits. Batch norm's ``num_batches_tracked`` may be missing, and so may everything
+    that only the classifier has: a backbone has no use for them.
     """
     architecture = get_architecture(arch)
     problems = _problems(state_dict, architecture)

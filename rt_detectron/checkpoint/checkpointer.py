@@ -39,7 +39,7 @@ CONVERT = "convert it with tools/convert_checkpoint.py and set MODEL.WEIGHTS to 
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, whose files are whole or not there at all.
+    """Detectron2's checkpointer with atomic writes: an interrupted save leaves no partial file.
 
     Raises:
         InputError: from ``save``, when the file cannot be written.

@@ -1,4 +1,4 @@
-"""From a classifier's file to a backbone's, and between the formats that classifiers come in."""
+"""Conversion of classifier files to backbones, and between the formats of classifiers."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def parse_threat_model(path: str) -> tuple[str | None, float | None]:
 
 
 def fold_default_preprocessing(weight: Tensor, pixel_std: Sequence[float]) -> Tensor:
-    """A stem convolution that takes BGR minus mean where ``weight`` takes RGB minus mean over std.
+    """The stem convolution for input (BGR - mean), made from ``weight`` for input (RGB - mean) / std.
 
     Args:
         weight: (out, 3, k, k), for RGB.
@@ -105,7 +105,7 @@ def read_network(
     norm: str | None = None,
     eps: float | None = None,
 ) -> tuple[Architecture, dict[str, Tensor], Metadata]:
-    """The network in ``source``, its state dict, and what is known of it; see :func:`convert_checkpoint`.
+    """The network in ``source``, its state dict and its metadata; see :func:`convert_checkpoint`.
 
     Raises:
         InputError: for a file that cannot be read, and for tensors that are not those of ``arch``.

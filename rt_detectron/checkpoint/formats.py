@@ -1,4 +1,4 @@
-"""Weights in each of the file formats they come in: read without running any code in them, and written."""
+"""Read and write weights in all supported file formats. Reading never runs code in a file."""
 
 import json
 import os
@@ -97,12 +97,12 @@ def _read(path: str) -> tuple[Metadata | None, dict[str, Tensor]]:
 
 
 def _metadata(content: dict, path: str) -> Metadata | None:
-    """What stands in the file's entry ``rt_detectron``, if it has one."""
+    """The file's entry ``rt_detectron``, if it has one."""
     return Metadata.from_dict(content["rt_detectron"], path) if "rt_detectron" in content else None
 
 
 def _prefix(tensors: dict[str, Tensor]) -> str:
-    """What stands before the network's own names."""
+    """The prefix of the network's own names."""
     for prefix in PREFIXES:
         if any(f"{prefix}{stem}" in tensors for stem in STEMS):
             return prefix
@@ -175,10 +175,10 @@ def _read_safetensors(path: str) -> tuple[Metadata | None, dict[str, Tensor]]:
 
 
 def check_archive(path: str) -> None:
-    """Raise :class:`InputError` if a record of torch's zip format is not what its checksum says.
+    """Raise :class:`InputError` if a record of torch's zip format does not match its checksum.
 
-    torch.load does not look at them, and a flipped bit in a weight would go unnoticed. Files in torch's
-    older format have none.
+    torch.load does not check them, so a flipped bit in a weight would go unnoticed. Files in torch's older
+    format have no checksums.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -211,7 +211,7 @@ def _read_torch(path: str):
 
 
 def unreadable(path: str, error: Exception) -> str:
-    """One line for ``error`` of reading ``path``, naming what the file was refused for, if it was."""
+    """The message for ``error`` while reading ``path``; it names what was refused, if anything was."""
     if isinstance(error, pickle.UnpicklingError) and (refused := re.search(r"GLOBAL (\S+)", str(error))):
         return (
             f"{path} was refused for {refused[1][:120]}, which could run code and is no part of weights: "
@@ -223,7 +223,7 @@ def unreadable(path: str, error: Exception) -> str:
 
 
 class _InertType(type):
-    """Makes its class swallow whatever a pickle does to it: calls, state, items."""
+    """Its classes ignore everything that a pickle does to them: calls, state, items."""
 
     def __call__(cls, *args, **kwargs):
         return cls
@@ -245,7 +245,7 @@ class _Placeholder(metaclass=_InertType):
 
 
 class _Dict(dict):
-    """For collections.OrderedDict, without the attributes that torch hangs on a state dict."""
+    """Replaces collections.OrderedDict, without the attributes that torch adds to a state dict."""
 
     def __setstate__(self, state) -> None:
         pass
@@ -303,14 +303,14 @@ _tensors_only = types.SimpleNamespace(
 
 
 def _bytes(text: str, encoding: str) -> bytes:
-    """For _codecs.encode, which is how protocol 2 spells bytes."""
+    """Replaces _codecs.encode, by which pickle protocol 2 writes bytes."""
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError("bytes in an unknown spelling")
     return text.encode("latin1")
 
 
 def _constructor(sample, protocol: int) -> _Function:
-    """The function that numpy's pickles call to make ``sample``; asked of numpy, since its home moves."""
+    """The function that numpy's pickles call to make ``sample``. Its module depends on numpy's version."""
     return _Function(sample.__reduce_ex__(protocol)[0])
 
 
@@ -384,7 +384,7 @@ def _pixels(tensor: Tensor, name: str, path: str) -> Pixel:
 
 
 def save_atomically(content: dict, path: str) -> None:
-    """``torch.save``, so that ``path`` is whole or not there at all.
+    """``torch.save``, atomically: an interrupted write leaves no partial file.
 
     Raises:
         OSError: for a full disk, or a path that cannot be written.
@@ -411,7 +411,7 @@ def write_pickle(state_dict: dict[str, Tensor], metadata: Metadata, path: str) -
 
 
 def write_torchvision(state_dict: dict[str, Tensor], metadata: Metadata, path: str) -> None:
-    """The bare state dict: what torchvision's and timm's networks load. ``metadata`` has no place in it."""
+    """The bare state dict, as torchvision's and timm's networks load it. It cannot hold ``metadata``."""
     torch.save(state_dict, path)
 
 

@@ -1,4 +1,4 @@
-"""What a weights file says of itself, in its entry ``rt_detectron``."""
+"""The metadata of a weights file, in its entry ``rt_detectron``."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ INPUT_FORMATS = ("RGB", "BGR")
 
 @dataclass(frozen=True)
 class Metadata:
-    """Which network weights are of, how they were trained, and what images they take.
+    """The network, training and input format of a file's weights.
 
     Attributes:
         arch: a name of :data:`rt_detectron.checkpoint.architectures.ARCHITECTURES`, or ``timm/NAME``.
@@ -78,7 +78,7 @@ class Metadata:
             ) from None
 
     def to_dict(self) -> dict:
-        """As it is stored: plain lists and numbers."""
+        """The stored form: plain lists and numbers."""
         content = {**asdict(self), "pixel_mean": list(self.pixel_mean), "pixel_std": list(self.pixel_std)}
         if self.sha256 is None:
             del content["sha256"]

@@ -1,4 +1,4 @@
-"""The guard: a detector must feed a backbone the pixels that it was trained on."""
+"""Check that a detector preprocesses images as its backbone was trained."""
 
 from collections.abc import Mapping, Sequence
 
@@ -24,7 +24,7 @@ def preprocessing_lines(metadata: Metadata) -> dict[str, str]:
 
 
 def check_preprocessing(model: nn.Module, metadata: Metadata, input_format: str | None = None) -> None:
-    """Compare a built detector with what the weights it is to load were trained on.
+    """Check that a built detector preprocesses images as the weights to load were trained.
 
     Looks at the model and not at its config, so it serves yacs and LazyConfig alike.
 

@@ -102,11 +102,11 @@ def checkpoint(name: str) -> str:
     """The local path of a published classifier's own file, verified.
 
     It is taken from the folder ``$RT_DETECTRON_ZOO`` if it is there, else from huggingface_hub's cache or
-    the Hub. Verified means: of the size and SHA-256 in the zoo's table; where these are not recorded yet, a
+    the Hub. Its size and SHA-256 must be those of the zoo's table. Where these are not recorded yet, a
     download must have the SHA-256 that the Hub announces.
 
     Raises:
-        InputError: for an unknown name, a file that cannot be had, and one that is not what was published.
+        InputError: for an unknown name, a file that cannot be read or downloaded, and one with another hash.
     """
     entry = find(name)
     path = _in_mirror(entry.file)
@@ -269,7 +269,7 @@ def _download(entry: Entry) -> str:
 
 
 def _announced_sha256(path: str, url: str) -> str | None:
-    """What the Hub says of a large file: its ETag, which huggingface_hub also names the cached file by."""
+    """The Hub's ETag of a large file, which is its SHA-256; huggingface_hub names the cached file by it."""
     if os.path.islink(path):
         # The first link only: the cached file may be a link itself, into a store with other names.
         etag = os.path.basename(os.readlink(path))
@@ -282,7 +282,7 @@ def _announced_sha256(path: str, url: str) -> str | None:
 
 
 def _discard(path: str) -> None:
-    """Remove a file from huggingface_hub's cache: the links and what they lead to."""
+    """Remove a file from huggingface_hub's cache: the links and their target."""
     while os.path.lexists(path):
         target = os.path.join(os.path.dirname(path), os.readlink(path)) if os.path.islink(path) else ""
         os.remove(path)

@@ -2,7 +2,7 @@
 
 An attack differentiates a network in eval mode with respect to its input alone. Batch norm is then an affine
 map, which the convolution in front of it absorbs exactly (Jacob et al. 2018, section 3.2). So a convolution,
-its norm, a residual sum and a ReLU become one operation forwards and one backwards.
+its norm, a residual sum and a ReLU become one operation in the forward pass and one in the backward pass.
 """
 
 import copy
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def absorb_norm(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What turns a convolution into itself followed by ``norm`` in eval mode.
+    """Factor and bias by which a convolution absorbs the ``norm`` after it, in eval mode.
 
     Args:
         norm: a batch norm with statistics and affine parameters of C channels, frozen or not.
@@ -40,8 +40,8 @@ def absorb_norm(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 class FoldedConvolution(nn.Module):
     """``relu(norm(convolution(x)) + residual)``; norm, residual and ReLU are optional.
 
-    Its folded weights are computed when they are needed and kept until :meth:`forget`. Two cases that are
-    slow on CPUs are computed in another way:
+    The folded weights are computed on first use and kept until :meth:`forget`. Two cases that are slow on
+    CPUs are computed differently:
 
     - few channels and stride 2, as in the first convolution: with stride 1 on blocks of 2x2 pixels;
     - a map of few pixels, most of whose neighbours are padding: as a :class:`SmallMap`.
@@ -120,7 +120,7 @@ def _on_cpu(x: Tensor) -> bool:
 def _fused_kernel():
     """oneDNN's convolution with sum and ReLU in one kernel; None if this build of torch has none.
 
-    torch has it for its own compiler, so it is private, and may be gone from any version.
+    It is private to torch's compiler, so any version may lack it.
     """
     return getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 
@@ -138,7 +138,7 @@ def _finish(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
 
 
 class _FusedConvolution(torch.autograd.Function):
-    """For CPUs: one kernel forwards; backwards the gradients of ``x`` and ``residual`` only."""
+    """For CPUs: one kernel forward; the backward pass gives the gradients of ``x`` and ``residual`` only."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, geometry, relu):
@@ -174,7 +174,7 @@ class _Tracer(fx.Tracer):
 
 
 class FoldedNetwork(nn.Module):
-    """The same function as ``network`` in eval mode, for attacks.
+    """Computes the same as ``network`` in eval mode, faster, for attacks.
 
     It is in eval mode, whatever the mode of ``network``. Each convolution and what follows it is a
     :class:`FoldedConvolution`; all other modules share the network's tensors. Call :meth:`forget` after

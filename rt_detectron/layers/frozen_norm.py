@@ -1,4 +1,4 @@
-"""Frozen batch norm at no cost: an affine map, which the convolution in front of it absorbs exactly."""
+"""Frozen batch norm at no cost: the convolution before it absorbs this affine map exactly."""
 
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -11,7 +11,8 @@ class FrozenNormConv2d(Conv2d):
     """Detectron2's convolution, which scales its weights by a frozen norm instead of its output.
 
     It is the same function of input and parameters, up to float rounding, and has the same state dict. It
-    saves two passes over the activations forwards and one backwards (Jacob et al. 2018, section 3.2).
+    saves two passes over the activations in the forward pass and one in the backward pass (Jacob et al. 2018,
+    section 3.2).
     """
 
     def forward(self, x: Tensor) -> Tensor:

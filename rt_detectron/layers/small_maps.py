@@ -1,4 +1,4 @@
-"""Convolutions on maps of few pixels, as in the last stages of a network on small images.
+"""Convolutions on small feature maps, as in the last stages of a network on small images.
 
 There a direct convolution mostly multiplies padding, and oneDNN reaches a fraction of the speed of a matrix
 product. So the convolution is computed as a bilinear function of few pixels and few taps:
@@ -70,7 +70,7 @@ def _each(matrix: Tensor, batch: Tensor) -> Tensor:
 
 
 def small_map(x: Tensor, convolution: nn.Conv2d) -> SmallMap | None:
-    """How to compute the convolution of ``x``; None where the direct way is better."""
+    """The :class:`SmallMap` for the convolution of ``x``; None where direct convolution is faster."""
     if (
         x.device.type != "cpu"
         or x.dim() != 4
@@ -165,8 +165,8 @@ class SmallMapConv2d(nn.Conv2d):
 def use_small_maps(network: nn.Module, device: str | torch.device) -> None:
     """Turn every plain convolution of ``network`` into a :class:`SmallMapConv2d`, in place.
 
-    Only for training on CPUs: on another device nothing changes. State dicts stay the same, but tools that
-    know torch's own modules only (torch.jit, torch.fx's leaves) no longer recognise these.
+    Only for training on CPUs: on another device nothing changes. State dicts stay the same. Tools that only
+    know torch's own modules (torch.jit, leaf modules of torch.fx) do not recognise the new ones.
 
     Args:
         network: what is to be trained.

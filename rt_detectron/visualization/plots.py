@@ -1,4 +1,4 @@
-"""Small plots: SVG, whose text and axes follow a page from light to dark, and PNG for a light one."""
+"""Small plots: SVG whose text and axes follow the page's light or dark mode, and PNG for light pages."""
 
 import io
 import itertools
@@ -62,10 +62,10 @@ class Difference:
 
 
 def difference_plot(groups: Mapping[str, Sequence[Difference]], label: str) -> bytes:
-    """Differences with their intervals around a line at 0, group by group, the first on top. Gives an SVG.
+    """SVG of differences with their intervals around a line at 0, by group, the first on top.
 
     Args:
-        groups: heading -> lines; an only heading is not written.
+        groups: heading -> lines; the heading of a single group is not written.
         label: of the axis.
     """
     lines: list[str | Difference] = []
@@ -95,7 +95,7 @@ def dot_plot(
     values: Sequence[Sequence[float]],
     label: str,
 ) -> bytes:
-    """One line per series, the first on top: a dot for each value, a bar at their mean. Gives an SVG."""
+    """SVG with one row per series, the first on top: a dot for each value, a bar at their mean."""
     with _axes(height=0.75 + 0.36 * len(series)) as axes:
         for row, (arm, numbers) in enumerate(zip(series, values, strict=True)):
             axes.plot(numbers, [row] * len(numbers), **arm.dots)
@@ -113,7 +113,7 @@ def group_plot(
     values: Sequence[Sequence[Sequence[float]]],
     label: str,
 ) -> bytes:
-    """Groups side by side, in each a column of dots per series with a bar at their mean. Gives an SVG.
+    """SVG of groups side by side: in each, a column of dots per series with a bar at their mean.
 
     Args:
         values: by series, then group, the numbers to show; there may be none.
@@ -144,7 +144,7 @@ def line_plot(
     dotted: Sequence[Mapping[float, float]],
     labels: tuple[str, str],
 ) -> bytes:
-    """A line per series through the means at each x, in a band from the least to the greatest. Gives an SVG.
+    """SVG with a line per series through the means at each x, in a band from smallest to largest value.
 
     Args:
         points: by series, x -> the values there.
@@ -172,12 +172,12 @@ def radius_plot(
     families: Mapping[str, Sequence[tuple[Series, float, Sequence[float]]]],
     labels: tuple[str, str],
 ) -> bytes:
-    """Dots above the eps that a series was trained with, joined by a line per family. Gives an SVG.
+    """SVG of values against the eps that a series was trained with, joined by a line per family.
 
-    Above 0 the axis of eps is logarithmic. Of several families the line has the colour of the first series.
+    The eps axis is logarithmic above 0. With several families, a line has the colour of its first series.
 
     Args:
-        families: name -> (series, eps, values); the only name is not written.
+        families: name -> (series, eps, values); the name of a single family is not written.
         labels: of the axes.
     """
     with _axes(height=2.7) as axes:
@@ -207,7 +207,7 @@ def fit_plot(
     lines: Mapping[str, Sequence[tuple[float, float]]],
     labels: tuple[str, str],
 ) -> bytes:
-    """A dot (x, y) per series, named beside it, and straight lines given by their ends. Gives an SVG.
+    """SVG with a labelled dot (x, y) per series, and straight lines given by their ends.
 
     Args:
         lines: name -> points.
@@ -230,7 +230,7 @@ def fit_plot(
 def curve_plot(
     series: Sequence[Series], curves: Sequence[Sequence[tuple[Sequence[float], Sequence[float]]]]
 ) -> bytes:
-    """Training loss against iterations, one line per run (x values, y values) of a series. Gives an SVG."""
+    """SVG of training loss against iterations, one line per run (x values, y values) of a series."""
     with _axes(height=2.7) as axes:
         for arm, runs in zip(series, curves, strict=True):
             for number, (x, y) in enumerate(runs):
@@ -245,7 +245,7 @@ def curve_plot(
 
 
 def accuracy_plot(eps: Sequence[float], accuracy: Sequence[float], trained_eps: float, label: str) -> bytes:
-    """Accuracy in percent over ``eps`` on a logarithmic axis with 0, ``trained_eps`` marked. Gives a PNG."""
+    """PNG of accuracy in percent against ``eps``, on a logarithmic axis with 0; ``trained_eps`` is marked."""
     with _axes(height=3.4, width=5.2) as axes:
         axes.plot(eps, accuracy, "o-", color=_hex(0), linewidth=1.8, markersize=5)
         axes.axvline(trained_eps, color=_INK, linewidth=1, linestyle=":")
@@ -271,7 +271,7 @@ def _axes(height: float, width: float = 4.6) -> Iterator[Axes]:
 
 
 def _rows_on(axes: Axes, names: Sequence[str]) -> None:
-    """Makes the y axis a list of names, the first on top."""
+    """Make the y axis a list of names, the first on top."""
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -280,14 +280,14 @@ def _rows_on(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """An axis that holds all values with some room, at least two points of AP wide."""
+    """Limits of an axis: all values with some margin, at least two points of AP."""
     low, high = min(values), max(values)
     margin = max(0.12 * (high - low), 1.0)
     return max(low - margin, 0.0) - 0.02 * margin, high + margin
 
 
 def _legend(axes: Axes) -> None:
-    """A legend above the axes, for which the figure grows."""
+    """A legend above the axes; the figure is made taller for it."""
     figure = axes.figure
     handles, names = axes.get_legend_handles_labels()
     if not handles:
