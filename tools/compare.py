@@ -15,12 +15,11 @@ from pathlib import Path
 
 import _environment  # noqa: F401  (first, since it checks this Python)
 
-from rt_detectron.study.evaluations import tidy_table
+from rt_detectron.study.evaluations import compared
 from rt_detectron.study.load import load_study
 from rt_detectron.study.record import output_folder
 from rt_detectron.study.report import terminal_table, write_report
 from rt_detectron.study.run import describe, import_ray, missing_trials, run_study
-from rt_detectron.study.statistics import compare
 from rt_detectron.utils.errors import one_line_errors
 
 TOOLS = Path(__file__).resolve().parent
@@ -63,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with output_folder(output):
             outcomes = run_study(study, output, TOOLS, args.ray_address)
-            comparison = compare(study, outcomes, tidy_table(outcomes))
+            comparison = compared(study, outcomes)
             report = write_report(comparison, output, command)
     except KeyboardInterrupt:
         print(f"stopped; continue with: {command} --resume", file=sys.stderr)

@@ -4,26 +4,27 @@ They follow Salman et al. 2020 (https://arxiv.org/abs/2007.08489, sections 4.1 a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
 from rt_detectron.study.evaluations import Chapter
 from rt_detectron.study.figures import Charts, Figure, svg_figure
-from rt_detectron.study.grid import FINAL
+from rt_detectron.study.intervals import CONFIDENCE, simultaneous
 from rt_detectron.study.statistics import (
     CLEAN,
-    CONFIDENCE,
     TASKS,
     Comparison,
+    Quantity,
+    Sample,
+    contrast_samples,
     groups_of,
     lines_of,
     main_metric,
     select,
-    summarize,
-    t_interval,
 )
 from rt_detectron.study.tables import Cell, Line, Table, format_interval, format_number, score_cell
 from rt_detectron.visualization import plots
@@ -35,8 +36,7 @@ class BestEps:
 
     Attributes:
         line: its line of the comparison's scores.
-        candidates: eps of the arms that are not distinguishable from the best: the interval of the
-            difference to it, paired by seed, contains 0. None if there is no interval, with a single seed.
+        candidates: eps of the arms that may be the best one, see :func:`may_be_best`. None without intervals.
     """
 
     line: Any
@@ -75,22 +75,39 @@ def best_eps(comparison: Comparison, task: str) -> list[BestEps]:
     lines = select(comparison.scores, **quantity)
     lines = lines.assign(eps=lines["arm"].map({arm.name: arm.eps for arm in comparison.study.arms}))
     lines = lines[lines["eps"].notna()]
-    table = select(comparison.table, stage=FINAL, **quantity)
     found = []
     for (target, _), arms in groups_of(lines, ["target", "baseline"]):
         if arms["eps"].nunique() < 2:
             continue
         best = max(lines_of(arms), key=lambda line: line.mean)
-        by_seed = select(table, target=target).pivot(index="seed", columns="arm", values="value")
-        differences = by_seed[arms["arm"]].sub(by_seed[best.arm], axis=0)
-        candidates = None
-        if (differences.notna().sum() > 1).all():
-            intervals = [
-                t_interval(*summarize(paired.dropna().tolist())) for _, paired in differences.items()
-            ]
-            contain_0 = [low <= 0 <= high for low, high in intervals]
-            candidates = tuple(sorted(set(arms["eps"][contain_0])))
+        samples = comparison.samples.get((target, Quantity(CLEAN, task, main_metric(task))), {})
+        names = may_be_best(samples, arms["arm"].tolist())
+        candidates = None if names is None else tuple(sorted(set(arms["eps"][arms["arm"].isin(names)])))
         found.append(BestEps(best, best.eps, candidates))
+    return found
+
+
+def may_be_best(samples: Mapping[str, Sample], arms: Sequence[str]) -> list[str] | None:
+    """The arms of which no other one is better for sure; None if there is no interval of a difference.
+
+    The best arm is among them with a probability of at least 95 % (Hsu 1981, "Simultaneous confidence
+    intervals for all distances from the best").
+    """
+    if not set(arms) <= set(samples):
+        return None
+    names = list(samples)
+    known = all(samples[arm].draws is not None for arm in arms)
+    found = []
+    for arm in arms:
+        weights = np.zeros((len(arms) - 1, len(names)))
+        for row, other in enumerate(other for other in arms if other != arm):
+            weights[row, names.index(arm)], weights[row, names.index(other)] = 1, -1
+        differences = contrast_samples(list(samples.values()), weights, known)
+        if not (differences.se > 0).all():
+            return None
+        critical = simultaneous(differences.correlation, differences.df, one_sided=True)
+        if (differences.estimate + critical * differences.se >= 0).all():
+            found.append(arm)
     return found
 
 
@@ -136,10 +153,10 @@ def chapter(best: Sequence[BestEps], lines: Sequence[Fit], task: str, charts: Ch
         Table("Source accuracy against transfer", ["arms", "slope", "R²"], [_fit_line(fit) for fit in lines]),
     ]
     text = (
-        "The best eps has the highest mean score. For those “not distinguishable from the best”, the "
-        "interval of the difference to it, paired by seed, contains 0. The best arm is chosen by the same "
-        "scores that are shown, so it would probably score lower in new trials. A slope is in points of the "
-        "score per point of source accuracy, by least squares through the means of the arms."
+        "The best eps has the highest mean score. With 95 % probability the eps that is truly best is among "
+        "those “not distinguishable from the best” (Hsu's comparison with the best). The best arm is chosen "
+        "by the same scores that are shown, so it would probably score lower in new trials. A slope is in "
+        "points of the score per point of source accuracy, by least squares through the means of the arms."
     )
     tables = [table for table in tables if table.lines]
     return Chapter("Across arms", text, tables, _plots(lines, task, charts))

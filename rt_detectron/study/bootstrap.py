@@ -1,27 +1,29 @@
-"""Paired bootstrap over test images: COCO AP and accuracy on resampled images.
+"""Bootstrap over test images: COCO AP and accuracy on resampled images.
 
-It gives a confidence interval of the difference between two trials when each arm has a single seed. AP is not
-a mean over images, so each resample draws as many images as the set has, with replacement, and computes AP
-again. Both detectors see the same resamples (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993).
-An image drawn m times counts as m images. Detections are matched to objects once, since matching does not
-depend on other images.
+AP is not a mean over images, so it is computed again on each resample (Efron and Tibshirani, "An Introduction
+to the Bootstrap", 1993). Each image is drawn as often as a number of the Poisson distribution with mean 1
+says, which its name determines: an image counts equally often for all models and in all test sets that have
+it, so that their values on a resample can be compared. An image drawn m times counts as m images. Detections
+are matched to objects once, since matching does not depend on other images.
 """
 
 import contextlib
+import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.sparse import csr_array
-from tqdm import tqdm
 
 MAX_DETECTIONS = 100  # per image and category, as in COCO's AP
+IOU_THRESHOLDS = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)  # COCO's
-RESAMPLES = 1000  # the random error of an interval's end is then about a tenth of a standard error
+RESAMPLES = 500  # the random error of a variance is then about 6 %
 _BATCH_CELLS = 4_000_000  # detections x resamples at a time: about 100 MB
 
 
@@ -30,6 +32,7 @@ class CategoryMatches:
     """The D detections of one category in all I images, by descending score.
 
     Attributes:
+        name: of the category.
         image: (D,) positions in ``Matches.image_ids``.
         score: (D,).
         hit: (T, D) bool, true positives at each of COCO's T IoU thresholds.
@@ -37,6 +40,7 @@ class CategoryMatches:
         objects: (I,) number of objects of the category in each image, without crowd regions.
     """
 
+    name: str
     image: np.ndarray
     score: np.ndarray
     hit: np.ndarray
@@ -64,8 +68,8 @@ def match(coco: COCO, detections: list[dict[str, Any]], task: str) -> Matches:
     images = len(evaluator.params.imgIds)
     cells = evaluator.evalImgs  # all images of the first category, then of the next
     categories = [
-        _category(cells[start : start + images], images, len(evaluator.params.iouThrs))
-        for start in range(0, len(cells), images)
+        _category(coco.cats[category]["name"], cells[start : start + images], len(evaluator.params.iouThrs))
+        for category, start in zip(evaluator.params.catIds, range(0, len(cells), images), strict=True)
     ]
     return Matches(
         image_ids=np.asarray(evaluator.params.imgIds),
@@ -83,7 +87,8 @@ def _evaluated(coco: COCO, detections: list[dict[str, Any]], task: str) -> COCOe
     return evaluator
 
 
-def _category(cells: list[dict[str, Any] | None], images: int, thresholds: int) -> CategoryMatches:
+def _category(name: str, cells: list[dict[str, Any] | None], thresholds: int) -> CategoryMatches:
+    images = len(cells)
     objects = np.zeros(images, dtype=np.int64)
     image, score = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
     hit, ignored = [np.zeros((thresholds, 0), dtype=bool)], [np.zeros((thresholds, 0), dtype=bool)]
@@ -100,6 +105,7 @@ def _category(cells: list[dict[str, Any] | None], images: int, thresholds: int) 
     scores = np.concatenate(score)
     order = np.argsort(-scores, kind="stable")  # equal scores stay in the order of images, as in COCO
     return CategoryMatches(
+        name=name,
         image=np.concatenate(image)[order],
         score=scores[order],
         hit=np.concatenate(hit, axis=1)[:, order],
@@ -129,31 +135,62 @@ def f1_per_image(matches: Matches, threshold: float) -> np.ndarray:
         return 2 * hits / (shown + objects)
 
 
-def average_precision(matches: Matches, counts: np.ndarray) -> np.ndarray:
-    """COCO AP on resampled images, averaged over IoU thresholds and categories.
+def image_counts(names: Sequence[Any], resamples: int = RESAMPLES) -> np.ndarray:
+    """(I, B) int32: how often each image is in each resample. An image's name determines its row."""
+    return _image_counts(tuple(map(str, names)), resamples)
+
+
+@lru_cache(maxsize=4)
+def _image_counts(names: tuple[str, ...], resamples: int) -> np.ndarray:
+    counts = np.empty((len(names), resamples), np.int32)
+    for row, name in zip(counts, names, strict=True):
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+        row[:] = np.random.default_rng(int.from_bytes(digest)).poisson(1.0, resamples)
+    return counts
+
+
+def average_precision(matches: Matches, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """COCO AP on resampled images: "AP", "AP50", "AP75", and "AP-NAME" of each category.
 
     Args:
         matches: of a test set of I images.
         counts: (I, B) how often each image is in each of B resamples.
 
     Returns:
-        (B,) AP in percent; NaN for a resample without objects.
+        metric -> (B,) in percent; NaN for a resample without objects.
     """
-    total, present = np.zeros(counts.shape[1]), np.zeros(counts.shape[1])
+    total, present = np.zeros((len(IOU_THRESHOLDS), counts.shape[1])), np.zeros(counts.shape[1])
+    found = {}
     for category in matches.categories:
         objects = category.objects @ counts
-        total += np.where(objects > 0, _category_ap(category, counts, objects), 0.0)
+        precision = np.where(objects > 0, _category_ap(category, counts, objects), np.nan)  # (T, B)
+        total += np.nan_to_num(precision)
         present += objects > 0
+        found[f"AP-{category.name}"] = 100 * precision.mean(axis=0)
     with np.errstate(invalid="ignore"):
-        return 100 * total / present
+        mean = 100 * total / present
+    at = {f"AP{round(100 * iou)}": mean[IOU_THRESHOLDS.index(iou)] for iou in (0.5, 0.75)}
+    return {"AP": mean.mean(axis=0), **at, **found}
+
+
+def resampled_precision(matches: Matches, resamples: int = RESAMPLES) -> dict[str, np.ndarray]:
+    """:func:`average_precision` on resampled images, so many at a time as fit into memory."""
+    counts = image_counts(matches.image_ids.tolist(), resamples)
+    largest = max((len(category.image) for category in matches.categories), default=0)
+    batch = max(1, _BATCH_CELLS // max(largest, len(counts)))
+    parts = [
+        average_precision(matches, np.ascontiguousarray(counts[:, start : start + batch]))
+        for start in range(0, resamples, batch)
+    ]
+    return {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
 
 
 def _category_ap(category: CategoryMatches, counts: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """(B,) AP in 0..1 of one category, averaged over IoU thresholds."""
+    """(T, B) AP in 0..1 of one category, for each IoU threshold."""
     weights = counts[category.image]  # (D, B)
     shown = np.cumsum(weights, axis=0, dtype=counts.dtype)
-    ap = np.zeros(counts.shape[1])
-    for hit, ignored in zip(category.hit, category.ignored, strict=True):
+    ap = np.zeros((len(category.hit), counts.shape[1]))
+    for number, (hit, ignored) in enumerate(zip(category.hit, category.ignored, strict=True)):
         # Interpolated precision only changes at true positives: at a false positive recall stays the same
         # and precision falls. For the same reason a true positive that counts m times is one step.
         at = np.flatnonzero(hit)
@@ -164,8 +201,8 @@ def _category_ap(category: CategoryMatches, counts: np.ndarray, objects: np.ndar
         precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
         recall = hits / np.maximum(objects, 1)
         reached = np.searchsorted(RECALL_THRESHOLDS, recall, side="right")
-        ap += (precision * np.diff(reached, axis=0, prepend=0)).sum(axis=0)
-    return ap / (len(category.hit) * len(RECALL_THRESHOLDS))
+        ap[number] = (precision * np.diff(reached, axis=0, prepend=0)).sum(axis=0)
+    return ap / len(RECALL_THRESHOLDS)
 
 
 def _before(at: np.ndarray, chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -175,73 +212,23 @@ def _before(at: np.ndarray, chosen: np.ndarray, weights: np.ndarray) -> np.ndarr
     return totals[np.searchsorted(chosen, at)]
 
 
-def resampled_differences(
-    matches: Matches, baseline: Matches, resamples: int = RESAMPLES, seed: int = 0
-) -> np.ndarray:
-    """AP of ``matches`` minus AP of ``baseline`` on the same resampled images.
-
-    Returns:
-        (resamples,) differences in percentage points; undefined ones are left out.
-
-    Raises:
-        ValueError: the two were not evaluated on the same images.
-    """
-    if not np.array_equal(matches.image_ids, baseline.image_ids):
-        raise ValueError("the two detectors were evaluated on different images")
-    largest = max((len(c.image) for c in matches.categories + baseline.categories), default=0)
-    return _resampled(
-        lambda counts: average_precision(matches, counts) - average_precision(baseline, counts),
-        len(matches.image_ids),
-        largest,
-        resamples,
-        seed,
-    )
-
-
-def resampled_accuracy_differences(
-    correct: np.ndarray,
-    baseline: np.ndarray,
-    labels: np.ndarray,
-    per_class: bool,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> np.ndarray:
-    """Accuracy of a classifier minus that of a baseline on the same resampled images.
+def resampled_accuracy(
+    correct: np.ndarray, labels: np.ndarray, names: Sequence[Any], resamples: int = RESAMPLES
+) -> dict[str, np.ndarray]:
+    """Accuracy of a classifier on resampled images: "top1" and "mean_per_class".
 
     Args:
         correct: (I,) bool, whether the classifier is right on each image.
-        baseline: (I,) bool, the same for the baseline.
         labels: (I,) class indices.
-        per_class: mean accuracy of the classes in the resample instead of top-1 accuracy.
+        names: of the images.
 
     Returns:
-        (resamples,) differences in percentage points.
+        metric -> (resamples,) in percent.
     """
-    gain = correct.astype(np.int32) - baseline.astype(np.int32)
-    groups = np.unique(labels, return_inverse=True)[1] if per_class else np.zeros(len(labels), dtype=int)
+    counts = image_counts(names, resamples)
+    groups = np.unique(labels, return_inverse=True)[1]
     of_group = csr_array((np.ones(len(groups), np.int32), (groups, np.arange(len(groups)))))
-
-    def difference(counts: np.ndarray) -> np.ndarray:
-        images, gained = of_group @ counts, of_group @ (counts * gain[:, None])
-        with np.errstate(invalid="ignore"):
-            return 100 * np.nanmean(gained / images, axis=0)
-
-    return _resampled(difference, len(labels), 0, resamples, seed)
-
-
-def _resampled(
-    difference: Callable[[np.ndarray], np.ndarray], images: int, largest: int, resamples: int, seed: int
-) -> np.ndarray:
-    """``difference`` of all resamples, in batches of (images, B) counts. Undefined values are left out."""
-    generator = np.random.default_rng(seed)
-    batch = max(1, _BATCH_CELLS // max(largest, images))
-    differences = []
-    with tqdm(total=resamples, desc="bootstrap over images", unit="resample", disable=None) as bar:
-        for start in range(0, resamples, batch):
-            size = min(batch, resamples - start)
-            counts = generator.multinomial(images, np.full(images, 1 / images), size=size).T
-            counts = np.ascontiguousarray(counts, dtype=np.int32)
-            differences.append(difference(counts))
-            bar.update(size)
-    found = np.concatenate(differences)
-    return found[np.isfinite(found)]
+    images, right = of_group @ counts, of_group @ (counts * correct[:, None].astype(np.int32))
+    with np.errstate(invalid="ignore"):
+        per_class = np.nanmean(right / images, axis=0)
+        return {"top1": 100 * right.sum(axis=0) / images.sum(axis=0), "mean_per_class": 100 * per_class}

@@ -11,10 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import pandas as pd
 
 from rt_detectron.study.examples import evaluation_pictures
 from rt_detectron.study.figures import SIZES, Charts, Figure
+from rt_detectron.study.grid import FINAL, Study
+from rt_detectron.study.images import UNREADABLE, clean_on_resamples, one_reason
 from rt_detectron.study.record import Outcome, by_test_set, mean_if_defined
 from rt_detectron.study.statistics import (
     CLEAN,
@@ -23,6 +26,7 @@ from rt_detectron.study.statistics import (
     TRIAL,
     Comparison,
     Quantity,
+    compare,
     groups_of,
     main_metric,
     select,
@@ -30,7 +34,7 @@ from rt_detectron.study.statistics import (
 from rt_detectron.study.tables import Table, score_table
 from rt_detectron.utils.numbers import is_number
 
-Numbers = dict[Quantity, float | None]  # None is an undefined value
+Numbers = dict[Quantity, Any]  # floats, with None for undefined ones; or (B,) arrays of values on resamples
 
 
 @dataclass
@@ -75,6 +79,14 @@ class Evaluation(ABC):
     @abstractmethod
     def numbers(self, part: Any) -> Numbers:
         """The numbers in its part of the result files."""
+
+    def on_resamples(self, outcome: Outcome) -> Any:
+        """Its part of the result files with (B,) values on resampled test images; None if unknown.
+
+        Raises:
+            UNREADABLE: a file cannot be read, or belongs to another evaluation.
+        """
+        return None
 
     @abstractmethod
     def tables(self, scores: pd.DataFrame, task: str) -> list[Table]:
@@ -124,6 +136,9 @@ class Clean(Evaluation):
 
     def numbers(self, part: Any) -> Numbers:
         return dict(_numbers(CLEAN, part))
+
+    def on_resamples(self, outcome: Outcome) -> Any:
+        return clean_on_resamples(outcome)
 
     def tables(self, scores: pd.DataFrame, task: str) -> list[Table]:
         metrics = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", **SIZES}
@@ -269,6 +284,26 @@ def tidy_table(outcomes: Iterable[Outcome]) -> pd.DataFrame:
     return table.astype({"learning_rate": float, "seed": int, "value": float})
 
 
+def compared(study: Study, outcomes: Sequence[Outcome]) -> Comparison:
+    """Everything that is known of a study's outcomes."""
+    draws: dict[tuple, Numbers] = {}
+    reasons: dict[tuple[str, str], str] = {}
+    for outcome in outcomes:
+        trial = outcome.trial
+        if trial.stage != FINAL or not outcome.results:
+            continue
+        found = draws.setdefault(tuple(getattr(trial, column) for column in TRIAL), {})
+        for evaluation in EVALUATIONS:
+            try:
+                if evaluation.part(outcome) and (part := evaluation.on_resamples(outcome)):
+                    found |= evaluation.numbers(part)
+            except UNREADABLE as error:
+                reasons[trial.arm, trial.target] = one_reason(error)
+    notes = [f"{arm}, {target}: {reason}." for (arm, target), reason in reasons.items()]
+    kinds = [evaluation.main_kind for evaluation in EVALUATIONS]
+    return compare(study, outcomes, tidy_table(outcomes), draws, kinds, notes)
+
+
 def attack_name(condition: str) -> str:
     """``L2 attack``, and what it attacks if that is not the detector's whole loss."""
     norm, loss = condition.split(", ")
@@ -283,12 +318,15 @@ def _title(task: str) -> str:
 
 def _numbers(
     kind: str, metrics: Mapping[str, Mapping[str, Any]], condition: str = "", level: float | None = None
-) -> Iterator[tuple[Quantity, float | None]]:
+) -> Iterator[tuple[Quantity, Any]]:
     """From task -> metric -> value."""
     for task, values in metrics.items():
         for metric, value in values.items():
             quantity = Quantity(kind, task, metric, condition, level)
-            yield quantity, float(value) if is_number(value) else None
+            yield (
+                quantity,
+                value if isinstance(value, np.ndarray) else float(value) if is_number(value) else None,
+            )
 
 
 def _means(found: Numbers, kind: str, mean_kind: str, condition: str = "") -> Numbers:

@@ -10,18 +10,15 @@ from PIL import Image
 
 from rt_detectron.study.bootstrap import f1_per_image
 from rt_detectron.study.figures import Figure
+from rt_detectron.study.images import UNREADABLE, load_matches, one_reason, test_sets_of
 from rt_detectron.study.record import Outcome
 from rt_detectron.study.statistics import (
     CLEAN,
-    UNREADABLE,
     Comparison,
     final_outcomes,
     lines_of,
-    load_matches,
     main_metric,
-    one_reason,
     select,
-    test_sets_of,
 )
 from rt_detectron.visualization.coco import (
     ground_truth_instances,
@@ -51,12 +48,11 @@ def best_and_worst(comparison: Comparison) -> tuple[list[Figure], list[str]]:
     compared, each = scores.drop_duplicates(["target", "arm"]), _EACH
     if len(compared) >= _MANY:
         compared, each = _largest_differences(scores), 1
-    finished = final_outcomes(comparison.outcomes)
     for line in lines_of(compared):
-        seeds = [seed for seed in line.seeds if (line.target, line.baseline, seed) in finished]
-        if not seeds:
+        pair = _first_pair(comparison, line)
+        if pair is None:
             continue  # the report already says that these cannot be compared
-        outcome, baseline = (finished[line.target, arm, seeds[0]] for arm in (line.arm, line.baseline))
+        outcome, baseline = pair
         try:
             found = _comparison(line, outcome, baseline, each)
         except UNREADABLE as error:
@@ -66,6 +62,20 @@ def best_and_worst(comparison: Comparison) -> tuple[list[Figure], list[str]]:
         if not found:
             notes.append(f"{line.arm}, {line.target}: F1 differs on no image, so no pictures.")
     return figures, notes
+
+
+def _first_pair(comparison: Comparison, line: Any) -> tuple[Outcome, Outcome] | None:
+    """The first outcomes of an arm and of its baseline, of the same seed if there is one."""
+    ours, theirs = (
+        {key[2:]: outcome for key, outcome in final_outcomes(comparison.outcomes).items() if key[:2] == cell}
+        for cell in ((line.target, line.arm), (line.target, line.baseline))
+    )
+    if not ours or not theirs:
+        return None
+    common = next((key for key in ours if key in theirs), None)
+    return (
+        (ours[common], theirs[common]) if common else (next(iter(ours.values())), next(iter(theirs.values())))
+    )
 
 
 def _largest_differences(scores: pd.DataFrame) -> pd.DataFrame:

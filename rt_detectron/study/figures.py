@@ -233,7 +233,7 @@ def svg_figure(name: str, caption: str, alt: str, svg: bytes) -> Figure:
 
 def _by_arm(series: Sequence[plots.Series], lines: pd.DataFrame) -> list[list[float]]:
     """The value of each seed, for each arm."""
-    values = dict(zip(lines["arm"], lines["seed_values"], strict=True))
+    values = dict(zip(lines["arm"], lines["values"], strict=True))
     return [values.get(one.name, []) for one in series]
 
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -13,11 +13,25 @@ SELECTION, FINAL = "selection", "final"  # a trial's stage
 
 
 @dataclass(frozen=True)
-class Arm:
-    """What is compared: the weights of a backbone, with config keys.
+class Checkpoint:
+    """One training of an arm's recipe.
 
     Attributes:
+        name: such as "1", its pretraining seed; "" for the only one of an arm.
         weights_sha256: None for weights behind a scheme, such as ``detectron2://``.
+    """
+
+    name: str
+    weights: str
+    weights_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: a backbone, as one checkpoint of its recipe or as several, with config keys.
+
+    Attributes:
+        weights: as the study file gives them.
         eps: radius of the threat model that the weights were trained for, if given. Used in figures.
         source_accuracy: accuracy of the weights' classifier on its own data set, in percent, if given.
         baseline: the arm to compare with, if it is not the study's baseline.
@@ -25,7 +39,7 @@ class Arm:
 
     name: str
     weights: str
-    weights_sha256: str | None
+    checkpoints: tuple[Checkpoint, ...]
     opts: tuple[str, ...]
     eps: float | None = None
     source_accuracy: float | None = None
@@ -69,6 +83,7 @@ class Trial:
     Attributes:
         stage: SELECTION or FINAL.
         evaluations: config keys of tools/evaluate_robustness.py; empty without an evaluation.
+        checkpoint: name of the arm's checkpoint; "" if it has only one.
     """
 
     arm: str
@@ -82,16 +97,31 @@ class Trial:
     weights_sha256: str | None
     opts: tuple[str, ...]
     evaluations: tuple[str, ...]
+    checkpoint: str = ""
 
     @property
     def name(self) -> str:
-        """``arm/target/lr0.02/seed1``: unique in the study, and the trial's folder under trials/."""
+        """``arm/target/lr0.02/seed1``: unique in the study, and the trial's folder under trials/.
+
+        With several checkpoints ``arm/target/lr0.02/checkpoint1-seed1``.
+        """
         prefix = "" if self.stage == FINAL else f"{self.stage}-"
+        prefix += f"checkpoint{self.checkpoint}-" if self.checkpoint else ""
         return f"{self.arm}/{self.target}/lr{self.learning_rate!r}/{prefix}seed{self.seed}"
 
     def specification(self) -> dict[str, Any]:
         """The trial as trial.json holds it."""
-        return {**asdict(self), "opts": list(self.opts), "evaluations": list(self.evaluations)}
+        content = {**asdict(self), "opts": list(self.opts), "evaluations": list(self.evaluations)}
+        if not self.checkpoint:
+            del content["checkpoint"]  # as in files from before there were several
+        return content
+
+    @classmethod
+    def from_specification(cls, content: Mapping[str, Any]) -> "Trial":
+        """The trial of a trial.json or of an entry of results.json, which has more keys."""
+        known = {key.name: content[key.name] for key in fields(cls) if key.name in content}
+        lists = {key: tuple(known[key]) for key in ("opts", "evaluations")}
+        return cls(**{**known, **lists})
 
 
 class DownstreamTask(ABC):
@@ -104,7 +134,10 @@ class DownstreamTask(ABC):
         set_by_the_study: config key -> what sets it. ``opts`` may not.
         set_by_the_selection: the same, for the ``opts`` of the selection.
         has_evaluations: whether an evaluation can follow a trial's training.
+        weights_files: patterns of the checkpoints in a trial's folder.
     """
+
+    weights_files: ClassVar[tuple[str, ...]] = ("*.pth", "last_checkpoint")
 
     key: ClassVar[str]
     noun: ClassVar[str]
@@ -120,6 +153,10 @@ class DownstreamTask(ABC):
         Raises:
             Exception: of any type, if it is no config file of this task.
         """
+
+    @abstractmethod
+    def copy_config(self, config: str, folder: Path) -> str:
+        """Write into ``folder`` a copy of a config file with all that it imports; gives the copy's path."""
 
     @abstractmethod
     def held_out(self, target: Target, opts: tuple[str, ...]) -> tuple[str, ...]:
@@ -149,6 +186,9 @@ class Study:
         evaluations: name -> config keys of tools/evaluate_robustness.py, for the final trials.
         selection: None with a single learning rate.
         retries: how often a crashed trial is started again.
+        margin: differences below it, in points, do not matter; None if every difference does.
+        keep_checkpoints: whether the weights of a trial are kept once it has its record.
+        copies: target -> the copy of its config that trials read; empty before the study has begun.
     """
 
     name: str
@@ -163,18 +203,27 @@ class Study:
     selection: Selection | None
     resources: Resources
     retries: int
+    margin: float | None = None
+    keep_checkpoints: bool = False
+    copies: dict[str, str] = field(default_factory=dict)
+
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
 
     def baseline_of(self, arm: str) -> str:
         """Name of the arm that ``arm`` is compared with. A baseline is its own."""
-        return next(entry.baseline for entry in self.arms if entry.name == arm) or self.baseline
+        return self.arm(arm).baseline or self.baseline
 
     def selection_trials(self) -> list[Trial]:
-        """The trials that choose learning rates. They train and score on parts of the training set."""
+        """The trials that choose learning rates. They train and score on parts of the training set.
+
+        Each seed takes the next checkpoint of an arm.
+        """
         if self.selection is None:
             return []
         return [
-            self._trial(arm, target, rate, seed, SELECTION)
-            for seed in self.selection.seeds
+            self._trial(arm, target, rate, seed, SELECTION, arm.checkpoints[number % len(arm.checkpoints)])
+            for number, seed in enumerate(self.selection.seeds)
             for target in self.targets
             for arm in self.arms
             for rate in self.learning_rates
@@ -194,11 +243,12 @@ class Study:
             pairs = [(arm.name, target.name) for arm in self.arms for target in self.targets]
             rates = dict.fromkeys(pairs, self.learning_rates[0])
         return [
-            self._trial(arm, target, rates[arm.name, target.name], seed, FINAL)
+            self._trial(arm, target, rates[arm.name, target.name], seed, FINAL, arm.checkpoints[number])
+            for number in range(max(len(arm.checkpoints) for arm in self.arms))
             for seed in self.seeds
             for target in self.targets
             for arm in self.arms
-            if (arm.name, target.name) in rates
+            if number < len(arm.checkpoints) and (arm.name, target.name) in rates
         ]
 
     def possible_trials(self) -> list[Trial]:
@@ -209,14 +259,17 @@ class Study:
 
     def count_trials(self) -> int:
         """Number of trials of the study. It does not depend on what the selection chooses."""
-        return len(self.selection_trials()) + len(self.arms) * len(self.targets) * len(self.seeds)
+        checkpoints = sum(len(arm.checkpoints) for arm in self.arms)
+        return len(self.selection_trials()) + checkpoints * len(self.targets) * len(self.seeds)
 
     def description(self) -> dict[str, Any]:
         """The study as results.json holds it."""
-        fields = asdict(self)
-        return {"kind": fields.pop("downstream").key, **fields}
+        known = asdict(self)
+        return {"kind": known.pop("downstream").key, **known}
 
-    def _trial(self, arm: Arm, target: Target, rate: float, seed: int, stage: str) -> Trial:
+    def _trial(
+        self, arm: Arm, target: Target, rate: float, seed: int, stage: str, checkpoint: Checkpoint
+    ) -> Trial:
         opts = self.opts + target.opts + arm.opts
         evaluations = tuple(opt for evaluation in self.evaluations.values() for opt in evaluation)
         if stage == SELECTION and self.selection is not None:
@@ -231,8 +284,9 @@ class Study:
             stage=stage,
             config=target.config,
             config_sha256=target.config_sha256,
-            weights=arm.weights,
-            weights_sha256=arm.weights_sha256,
+            weights=checkpoint.weights,
+            weights_sha256=checkpoint.weights_sha256,
             opts=opts,
             evaluations=evaluations,
+            checkpoint=checkpoint.name,
         )

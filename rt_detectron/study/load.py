@@ -1,5 +1,6 @@
 """Read a study's YAML file. Any mistake in it is reported in one line that names the file and the key."""
 
+import glob
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,19 +12,21 @@ import yaml
 from omegaconf import MISSING, OmegaConf, SCMode
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from rt_detectron.study.grid import Arm, DownstreamTask, Resources, Selection, Study, Target
+from rt_detectron.study.grid import Arm, Checkpoint, DownstreamTask, Resources, Selection, Study, Target
 from rt_detectron.study.tasks import DOWNSTREAM_TASKS
 from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import file_sha256, find_config
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names of arms and targets become folders
+SEED = "{seed}"  # in an arm's weights
+SELECTION_SEEDS = 3  # of the study's seeds choose learning rates, if it does not say otherwise
 
 
 @dataclass
 class ArmEntry:
     """One of ``arms``."""
 
-    weights: str = MISSING
+    weights: Any = MISSING  # a path, a path with {seed} in it, or a list of paths
     opts: list[Any] | None = None
     eps: float | None = None
     source_accuracy: float | None = None
@@ -62,6 +65,8 @@ class StudyFile:
     selection: SelectionEntry = field(default_factory=SelectionEntry)
     resources: Resources = field(default_factory=Resources)
     retries: int = 0
+    margin: float | None = None
+    keep_checkpoints: bool = False
 
 
 def load_study(file: str | Path) -> Study:
@@ -75,6 +80,48 @@ def load_study(file: str | Path) -> Study:
         return _study(_validated(content))
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
+
+
+def described_study(content: Mapping[str, Any]) -> Study:
+    """The study of a description, see :meth:`Study.description`. None of its files has to be there.
+
+    Raises:
+        InputError: it is no description.
+    """
+    try:
+        known = {key.name: content[key.name] for key in fields(Study) if key.name in content}
+        selection = content["selection"]
+        return Study(
+            **{
+                **known,
+                "downstream": DOWNSTREAM_TASKS[content["kind"]],
+                "arms": tuple(_described_arm(arm) for arm in content["arms"]),
+                "targets": tuple(Target(**_tuples(target)) for target in content["targets"]),
+                "learning_rates": tuple(content["learning_rates"]),
+                "seeds": tuple(content["seeds"]),
+                "opts": tuple(content["opts"]),
+                "evaluations": _tuples(content["evaluations"]),
+                "selection": selection and Selection(**_tuples(selection)),
+                "resources": Resources(**content["resources"]),
+            }
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"it describes no study ({type(error).__name__}: {one_line(error)})") from None
+
+
+def _described_arm(content: Mapping[str, Any]) -> Arm:
+    known = dict(content)
+    checkpoints = known.pop("checkpoints", None)
+    if checkpoints is None:  # written before an arm could have several
+        checkpoints = [
+            {"name": "", "weights": known["weights"], "weights_sha256": known.pop("weights_sha256")}
+        ]
+    return Arm(**{**_tuples(known), "checkpoints": tuple(Checkpoint(**one) for one in checkpoints)})
+
+
+def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries, with tuples for JSON's lists."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
 
 
 def _read_yaml(file: str | Path) -> Any:
@@ -156,7 +203,11 @@ def _study(file: StudyFile) -> Study:
         selection=selection if len(rates) > 1 else None,
         resources=file.resources,
         retries=file.retries,
+        margin=file.margin,
+        keep_checkpoints=file.keep_checkpoints,
     )
+    if file.margin is not None:
+        _check_number("margin", file.margin)
     _check_whole("retries", file.retries)
     _check_resources(file.resources)
     _check_baselines(study)
@@ -164,19 +215,47 @@ def _study(file: StudyFile) -> Study:
 
 
 def _arm(key: str, name: str, entry: ArmEntry, task: DownstreamTask) -> Arm:
-    path = _existing(f"{key}.weights", entry.weights)
+    checkpoints = tuple(_checkpoints(f"{key}.weights", entry.weights))
     for number in ("eps", "source_accuracy"):
         if (value := getattr(entry, number)) is not None:
             _check_number(f"{key}.{number}", value, zero=True)
     return Arm(
         name,
-        entry.weights,
-        file_sha256(path) if path else None,
+        entry.weights if isinstance(entry.weights, str) else ", ".join(map(str, entry.weights)),
+        checkpoints,
         _opts(f"{key}.opts", entry.opts, task.set_by_the_study),
         entry.eps,
         entry.source_accuracy,
         entry.baseline,
     )
+
+
+def _checkpoints(key: str, weights: Any) -> Iterator[Checkpoint]:
+    """One or several trainings of a recipe: those of a path, of a path with {seed} in it, or of a list."""
+    if isinstance(weights, str) and SEED in weights:
+        found = _seeds_on_disk(weights)
+        if not found:
+            _refuse(key, f"no file {weights.replace(SEED, '1')}, nor of another seed")
+        named = [(str(seed), weights.replace(SEED, str(seed))) for seed in found]
+    elif isinstance(weights, str):
+        named = [("", weights)]
+    elif isinstance(weights, list) and weights and all(isinstance(path, str) for path in weights):
+        _distinct(key, weights)
+        named = [(str(number), path) for number, path in enumerate(weights, 1)]
+    else:
+        _refuse(key, f"give a path, a path with {SEED} in it, or a list of paths, got {weights!r}")
+    for name, path in named:
+        file = _existing(key, path)
+        yield Checkpoint(name if len(named) > 1 else "", path, file_sha256(file) if file else None)
+
+
+def _seeds_on_disk(weights: str) -> list[int]:
+    """The numbers that stand for {seed} in the files that there are, ascending."""
+    pattern = re.compile(
+        r"(\d+)".join(map(re.escape, weights.split(SEED, 1))).replace(re.escape(SEED), r"\1")
+    )
+    files = map(str, glob.iglob("*".join(map(glob.escape, weights.split(SEED)))))
+    return sorted({int(match[1]) for match in map(pattern.fullmatch, files) if match})
 
 
 def _target(key: str, name: str, entry: TargetEntry, task: DownstreamTask) -> Target:
@@ -200,7 +279,7 @@ def _evaluations(entries: Mapping[str, list] | None, task: DownstreamTask) -> di
 
 def _selection(entry: SelectionEntry, task: DownstreamTask, seeds: tuple[int, ...]) -> Selection:
     return Selection(
-        seeds[:1] if entry.seeds is None else _seeds("selection.seeds", entry.seeds),
+        seeds[:SELECTION_SEEDS] if entry.seeds is None else _seeds("selection.seeds", entry.seeds),
         _opts("selection.opts", entry.opts, {**task.set_by_the_study, **task.set_by_the_selection}),
     )
 

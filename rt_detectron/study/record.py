@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import yaml
@@ -98,7 +97,7 @@ def write_record(outcome: Outcome, selection: dict[str, Any] | None) -> None:
         "attempts": 1 + sum(not process["finished"] for process in processes),
         "processes": processes,
     }
-    write_atomically(outcome.folder / RECORD, json.dumps(record, indent=2))
+    write_text(outcome.folder / RECORD, json.dumps(record, indent=2))
 
 
 def git_state() -> dict[str, Any] | None:
@@ -136,17 +135,17 @@ def output_folder(output: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` is always either the old file or the complete new one."""
     with replaced_atomically(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
 
 
-def mean_if_defined(values: Iterable[float | None]) -> float | None:
-    """The mean; None if there are no values or one of them is undefined."""
+def mean_if_defined(values: Iterable[Any]) -> Any:
+    """The mean of numbers or arrays; None if there are no values or one of them is undefined."""
     values = list(values)
     defined = [value for value in values if value is not None]
-    return fmean(defined) if defined and len(defined) == len(values) else None
+    return sum(defined) / len(defined) if defined and len(defined) == len(values) else None
 
 
 def by_test_set(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -1,9 +1,9 @@
 """The report of a study: a self-contained report.html, with its numbers and tables as files beside it."""
 
 import base64
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import pandas as pd
 from tabulate import tabulate
 
 from rt_detectron.study import analyses
-from rt_detectron.study.answers import Answer, answers, cautions, main_task
+from rt_detectron.study.answers import Answer, answers, cautions, common_rate_changes, label, limit, method
 from rt_detectron.study.evaluations import EVALUATIONS
 from rt_detectron.study.examples import SCORE_THRESHOLD, best_and_worst
 from rt_detectron.study.figures import Charts, Figure
-from rt_detectron.study.record import Outcome, write_atomically
+from rt_detectron.study.grid import FINAL
+from rt_detectron.study.record import Outcome, write_text
 from rt_detectron.study.selection import choose
 from rt_detectron.study.statistics import (
     CLEAN,
@@ -26,14 +27,16 @@ from rt_detectron.study.statistics import (
     Comparison,
     lines_of,
     main_metric,
+    main_task,
     of_categories,
     select,
 )
 from rt_detectron.study.tables import latex, markdown, score_cell
 from rt_detectron.utils.files import replaced_atomically, write_json
+from rt_detectron.utils.numbers import finite
 
-_TABLE_NOTE = "{} in percent, mean ± sample standard deviation over seeds."
-_PLAIN_NOTE = " Δ: difference to the baseline, paired by seed, with its 95 % interval."
+_TABLE_NOTE = "{} in percent, mean ± sample standard deviation over runs."
+_PLAIN_NOTE = " Δ: difference to the baseline with its 95 % interval."
 _SUFFIXES = {"image/svg+xml": "svg", "image/jpeg": "jpg"}
 
 
@@ -62,6 +65,7 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
     ]
     examples, picture_notes = best_and_worst(comparison)
     trials = _trials(comparison)
+    found = answers(comparison, choices)
     page = {
         "study": study,
         "command": command,
@@ -69,8 +73,12 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
         "trials": trials,
         "missing": study.count_trials() - sum(outcome.error is None for outcome in outcomes),
         "wanted": study.count_trials(),
-        "answers": [(answer, _answer_figure(answer, task, charts)) for answer in answers(scores)],
-        "cautions": cautions(comparison, choices),
+        "answers": [(answer, _answer_figure(answer, task, charts)) for answer in found],
+        "cautions": cautions(comparison, choices, found),
+        "method": method(study, found),
+        "label": partial(label, study=study),
+        "limit": limit,
+        "common_rates": common_rate_changes(study, choices),
         "choices": choices,
         "table_note": note,
         "chapters": chapters,
@@ -98,14 +106,22 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
             for entry in best
         ],
         "fits": [asdict(fit) for fit in fits],
+        "answers": [
+            {
+                "kind": answer.kind,
+                "sentences": answer.sentences,
+                "pooled": [asdict(one) for one in answer.pooled],
+            }
+            for answer in found
+        ],
     }
     tables = [table for chapter in chapters for table in chapter.tables]
-    write_json(output / "results.json", _without_nan(content))
-    write_atomically(output / "results.csv", comparison.table.to_csv(index=False))
-    write_atomically(output / "tables.md", markdown(tables, note + _PLAIN_NOTE))
-    write_atomically(output / "tables.tex", latex(tables, note + _PLAIN_NOTE))
+    write_json(output / "results.json", finite(content))
+    write_text(output / "results.csv", comparison.table.to_csv(index=False))
+    write_text(output / "tables.md", markdown(tables, note + _PLAIN_NOTE))
+    write_text(output / "tables.tex", latex(tables, note + _PLAIN_NOTE))
     _write_figures(output / "figures", page)
-    write_atomically(output / "report.html", _template().render(page))
+    write_text(output / "report.html", _template().render(page))
     return output / "report.html"
 
 
@@ -143,9 +159,8 @@ def _write_figures(folder: Path, page: dict[str, Any]) -> None:
 def _trials(comparison: Comparison) -> list[dict[str, Any]]:
     """All trials as results.json and the page's last table have them."""
     table = comparison.table
-    table = select(table, kind=CLEAN)[
-        table["value"].notna() & (table["metric"] == table["task"].map(main_metric))
-    ]
+    table = select(table, kind=CLEAN)
+    table = table[table["value"].notna() & (table["metric"] == table["task"].map(main_metric))]
     measured = set(table[TRIAL].itertuples(index=False, name=None))
     records = []
     for outcome in comparison.outcomes:
@@ -153,7 +168,7 @@ def _trials(comparison: Comparison) -> list[dict[str, Any]]:
         status = "finished"
         if outcome.error or outcome.results is None:
             status = "missing"
-        elif tuple(getattr(trial, column) for column in TRIAL) not in measured:
+        elif trial.stage == FINAL and tuple(getattr(trial, column) for column in TRIAL) not in measured:
             status = "without AP"
         records.append(
             {
@@ -171,24 +186,19 @@ def _trials(comparison: Comparison) -> list[dict[str, Any]]:
 
 def _records(scores: pd.DataFrame) -> list[dict[str, Any]]:
     """One entry per arm, target and quantity. Single categories are only in results.csv."""
-    columns = ["arm", "target", "baseline", "learning_rate", "seeds", *QUANTITY, "n", "mean", "sd"]
+    columns = ["arm", "target", "baseline", "learning_rate", "seeds", *QUANTITY, "runs", "n", "mean", "sd"]
     records = []
     for line in lines_of(scores[~of_categories(scores)]):
         record = {column: getattr(line, column) for column in columns} | {"change": None}
         if line.verdict:
-            interval = {"low": line.low, "high": line.high, "over": line.over} if line.over else None
-            differences = {"n": int(line.change_n), "mean": line.change, "sd": line.change_sd}
-            record["change"] = {"differences": differences, "interval": interval, "verdict": line.verdict}
+            ends = {"low": line.low, "high": line.high, "over": line.over, "df": line.df}
+            interval = ends if line.over else None
+            record["change"] = {
+                "mean": line.change, "standard_error": line.se, "interval": interval,
+                "exploratory": not line.main, "verdict": line.verdict,
+            }  # fmt: skip
         records.append(record)
     return records
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _versions(outcomes: Sequence[Outcome]) -> dict[str, str]:

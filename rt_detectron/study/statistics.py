@@ -1,42 +1,30 @@
-"""Statistics of a study: means over seeds, and differences to the baseline with their intervals.
+"""Statistics of a study: means over runs, and differences to the baseline with their intervals.
 
 Everything that is reported comes from two pandas tables. The tidy table has one line per trial and number, as
 results.csv (see :func:`rt_detectron.study.evaluations.tidy_table`). The table of scores has one line per
-target, arm and quantity, over the seeds (see :func:`compare`).
+target, arm and quantity, over the runs (see :func:`compare`).
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from rt_detectron.study.bootstrap import (
-    Matches,
-    average_precision,
-    match,
-    resampled_accuracy_differences,
-    resampled_differences,
-)
 from rt_detectron.study.grid import FINAL, Study
-from rt_detectron.study.record import Outcome, by_test_set
-from rt_detectron.visualization.coco import load_coco, load_detections
+from rt_detectron.study.intervals import Contrasts, contrasts, discoveries, image_covariance, simultaneous
+from rt_detectron.study.record import Outcome
 
-CONFIDENCE = 0.95
-SEEDS, IMAGES = "seeds", "images"  # what an interval covers the choice of
+CHECKPOINTS, SEEDS, IMAGES = "checkpoints", "seeds", "images"  # what an interval covers the choice of
 CLEAN = "clean"  # the kind of the numbers on the whole, unchanged test set
 # Detectron2's names of its tasks, and that of classification -> what the main metric of each is called.
 TASKS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP", "accuracy": "accuracy"}
-TRIAL = ["stage", "arm", "target", "learning_rate", "seed"]  # the columns that name a trial
-UNREADABLE = (OSError, ValueError, LookupError, TypeError)  # what missing or broken files raise
-_TOLERANCE = 0.01  # of AP in percent, since results.json may be rounded
+TRIAL = ["stage", "arm", "target", "learning_rate", "seed", "checkpoint"]  # the columns that name a trial
+BETTER, WORSE, EQUIVALENT, UNDECIDED = VERDICTS = ("better", "worse", "equivalent", "undecided")
+_SHOWN = 0.005  # differences nearer to 0 are shown as 0.00
 
 
 class Quantity(NamedTuple):
@@ -58,6 +46,26 @@ class Quantity(NamedTuple):
 
 
 QUANTITY = list(Quantity._fields)
+Draws = Mapping[tuple, Mapping[Quantity, np.ndarray]]  # TRIAL's values -> quantity -> values on resamples
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One quantity of one arm on one target, over its runs.
+
+    Attributes:
+        kind: CHECKPOINTS if the arm has several, each of them a run; else SEEDS.
+        values: run -> its value, the mean of its trials.
+        draws: (n, B) values of the runs on resampled test images; None if unknown. Runs without are left out.
+    """
+
+    kind: str
+    values: dict[Any, float]
+    draws: np.ndarray | None
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.values.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,25 +78,38 @@ class Comparison:
         scores: one line per target, arm and quantity of the final trials, in the study's order. Columns:
 
             - ``target, arm, baseline, learning_rate, seeds`` (those that have results), and QUANTITY,
-            - ``seed_values, n, mean, sd``: the value of each seed, their number, mean and sample standard
-              deviation (NaN for a single value),
-            - ``change, change_n, change_sd``: the same of the differences to the baseline, paired by seed.
-              NaN for the baseline itself and without a common seed,
-            - ``low, high, over, verdict``: the interval of the mean difference, if there is one, what it
-              covers (SEEDS or IMAGES), and "better", "worse", or "undecided" if it contains 0.
-        notes: why single seeds have no interval.
+            - ``values, kind, n, mean, sd``: the value of each trial; what the arm's runs are, their number,
+              mean and sample standard deviation (NaN for a single run),
+            - ``change, se, df, low, high``: the difference to the baseline, with its standard error, degrees
+              of freedom and interval. NaN for the baseline itself and where unknown,
+            - ``over``: what the interval covers, such as "seeds and images"; "" without an interval,
+            - ``main``: whether the line answers one of the study's questions. Their intervals hold together
+              for all arms of a baseline. Other lines are exploratory, with intervals for each alone,
+            - ``p, verdict``: of the difference; one of VERDICTS, or "" without a difference.
+        samples: (target, main quantity) -> arm -> its runs.
+        test_sets: target -> what names its test images. Equal names are not independent of each other.
+        notes: what the intervals lack.
     """
 
     study: Study
     outcomes: Sequence[Outcome]
     table: pd.DataFrame
     scores: pd.DataFrame
+    samples: Mapping[tuple[str, Quantity], Mapping[str, Sample]]
+    test_sets: Mapping[str, str]
     notes: list[str]
 
 
 def main_metric(task: str) -> str:
     """The metric that stands for the task."""
     return "accuracy" if task == "accuracy" else "AP"
+
+
+def main_task(table: pd.DataFrame) -> str:
+    """The first of TASKS that was measured, in the tidy table or in that of scores."""
+    clean = select(table, kind=CLEAN)
+    measured = set(clean["task"][clean["metric"] == clean["task"].map(main_metric)])
+    return next((task for task in TASKS if task in measured), "bbox")
 
 
 def select(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
@@ -114,38 +135,207 @@ def of_categories(frame: pd.DataFrame) -> pd.Series:
     return frame["metric"].str.startswith(("AP-", "accuracy-"))
 
 
-def compare(study: Study, outcomes: Sequence[Outcome], table: pd.DataFrame) -> Comparison:
-    """Summarise the final trials over their seeds, and compare each arm with its baseline.
+def quantity_of(line: Any) -> Quantity:
+    """The quantity of a line of a table."""
+    level = line.level
+    return Quantity(line.kind, line.task, line.metric, line.condition, None if pd.isna(level) else level)
+
+
+def zero_where_nothing_was_found(table: pd.DataFrame) -> pd.DataFrame:
+    """The tidy table with 0 for undefined values where any other trial has a defined one.
+
+    Whether AP is defined depends on the annotations alone, which are the same for all trials of a target.
+    But a detector without any detection has undefined metrics in Detectron2. That is an AP of 0.
+    """
+    defined = table.groupby(["target", "stage", *QUANTITY], dropna=False)["value"].transform("count") > 0
+    return table.assign(value=table["value"].mask(table["value"].isna() & defined, 0.0))
+
+
+def compare(
+    study: Study,
+    outcomes: Sequence[Outcome],
+    table: pd.DataFrame,
+    draws: Draws | None = None,
+    main_kinds: Sequence[str] = (CLEAN,),
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """Summarise the final trials over their runs, and compare each arm with its baseline.
 
     Undefined values are left out, and so are single categories except on clean images.
 
     Args:
         table: the tidy table of ``outcomes``.
+        draws: values on resampled test images, as far as they are known.
+        main_kinds: the kinds of the quantities that answer the study's questions.
     """
+    table = zero_where_nothing_was_found(table)
     final = select(table, stage=FINAL)
-    final = final.assign(baseline=final["arm"].map(study.baseline_of))
     measured = final[final["value"].notna() & ((final["kind"] == CLEAN) | ~of_categories(final))]
-    pairs = measured[measured["arm"] != measured["baseline"]].merge(
-        measured[["target", "arm", "seed", *QUANTITY, "value"]],
-        left_on=["target", "baseline", "seed", *QUANTITY],
-        right_on=["target", "arm", "seed", *QUANTITY],
-        suffixes=("", "_of_baseline"),
-    )
-    pairs["value"] -= pairs["value_of_baseline"]
-    seeds = final.groupby(["target", "arm", "baseline", "learning_rate"], sort=False)["seed"].unique()
-    arms = seeds.map(lambda found: tuple(sorted(found.tolist()))).rename("seeds").reset_index()
-    scores = arms.merge(_over_seeds(measured), on=["target", "arm"])
-    changes = _over_seeds(pairs).drop(columns="seed_values")
-    changes = changes.rename(columns={"n": "change_n", "mean": "change", "sd": "change_sd"})
-    scores = scores.merge(changes, how="left", on=["target", "arm", *QUANTITY])
-    names = [(target.name, arm.name) for target in study.targets for arm in study.arms]
-    places = pd.MultiIndex.from_tuples(names).get_indexer(pd.MultiIndex.from_frame(scores[["target", "arm"]]))
+    task = main_task(table)
+    lines: list[dict[str, Any]] = []
+    main_samples: dict[tuple[str, Quantity], dict[str, Sample]] = {}
+    for _, group in measured.groupby(["target", *QUANTITY], sort=False, dropna=False):
+        target, named = group["target"].iloc[0], quantity_of(next(lines_of(group)))
+        main = named.kind in main_kinds and named[1:4] == (task, main_metric(task), "")
+        samples = {arm: _sample(study, named, of_arm, draws or {}) for arm, of_arm in groups_of(group, "arm")}
+        if main:
+            main_samples[target, named] = samples
+        lines += _lines(study, target, named, samples, group, main)
+    scores = pd.DataFrame(lines, columns=_COLUMNS)
+    places = _places(study, scores)
     scores = scores.iloc[np.argsort(places, kind="stable")].reset_index(drop=True)
-    scores["low"], scores["high"] = t_interval(scores["change_n"], scores["change"], scores["change_sd"])
-    scores["over"] = np.where(scores["low"].notna(), SEEDS, "")
-    notes = _add_image_intervals(scores, outcomes)
-    scores["verdict"] = verdicts(scores)
-    return Comparison(study, outcomes, table, scores, notes)
+    scores = scores.astype({"level": object, **dict.fromkeys(_NUMBERS, float)})
+    scores["level"] = [None if pd.isna(level) else level for level in scores["level"]]
+    scores["verdict"] = verdicts(scores, study.margin)
+    return Comparison(study, outcomes, table, scores, main_samples, _test_sets(outcomes), list(notes))
+
+
+_NUMBERS = ["mean", "sd", "change", "se", "df", "low", "high", "p"]
+_COLUMNS = [
+    "target", "arm", "baseline", "learning_rate", "seeds", *QUANTITY, "values", "runs", "n", "mean", "sd",
+    "change", "se", "df", "low", "high", "over", "main", "p",
+]  # fmt: skip
+
+
+def _sample(study: Study, quantity: Quantity, lines: pd.DataFrame, draws: Draws) -> Sample:
+    several = len(study.arm(lines["arm"].iloc[0]).checkpoints) > 1
+    values, drawn = {}, []
+    for run, of_run in groups_of(
+        lines.sort_values(["checkpoint", "seed"]), "checkpoint" if several else "seed"
+    ):
+        values[run] = fmean(of_run["value"])
+        trials = of_run[TRIAL].itertuples(index=False, name=None)
+        found = [draws[trial][quantity] for trial in trials if quantity in draws.get(trial, ())]
+        if found:
+            drawn.append(np.mean(found, axis=0))
+    return Sample(CHECKPOINTS if several else SEEDS, values, np.stack(drawn) if drawn else None)
+
+
+def _lines(
+    study: Study,
+    target: str,
+    quantity: Quantity,
+    samples: Mapping[str, Sample],
+    group: pd.DataFrame,
+    main: bool,
+) -> Iterator[dict[str, Any]]:
+    """The lines of the table of scores of one target and quantity."""
+    changes: dict[str, dict[str, Any]] = {}
+    for baseline in dict.fromkeys(map(study.baseline_of, samples)):
+        arms = [arm for arm in samples if study.baseline_of(arm) == baseline != arm]
+        if baseline in samples and arms:
+            changes |= _changes(samples, baseline, arms, main)
+    for arm, of_arm in groups_of(group, "arm"):
+        sample = samples[arm]
+        n, mean, sd = summarize(list(sample.values.values()))
+        yield {
+            "target": target,
+            "arm": arm,
+            "baseline": study.baseline_of(arm),
+            "learning_rate": of_arm["learning_rate"].iloc[0],
+            "seeds": tuple(sorted(set(of_arm["seed"]))),
+            **quantity._asdict(),
+            "values": of_arm["value"].tolist(),
+            "runs": sample.kind,
+            "n": n,
+            "mean": mean,
+            "sd": sd,
+            "over": "",
+            "main": main,
+            **changes.get(arm, {}),
+        }
+
+
+def _changes(
+    samples: Mapping[str, Sample], baseline: str, arms: Sequence[str], main: bool
+) -> dict[str, dict[str, Any]]:
+    """The differences of ``arms`` to the baseline, by arm."""
+    names = list(samples)
+    weights = np.zeros((len(arms), len(names)))
+    for row, arm in enumerate(arms):
+        weights[row, names.index(arm)], weights[row, names.index(baseline)] = 1, -1
+    known = all(samples[arm].draws is not None for arm in (baseline, *arms))
+    found = contrast_samples(list(samples.values()), weights, images=known)
+    critical = simultaneous_where_known(found) if main else None
+    low, high = found.interval(critical)
+    changes = {}
+    for row, arm in enumerate(arms):
+        kinds = {samples[name].kind for name in (arm, baseline)}
+        runs = CHECKPOINTS if kinds == {CHECKPOINTS} else SEEDS
+        over = " and ".join(([runs] if found.covers_runs[row] else []) + ([IMAGES] if known else []))
+        changes[arm] = {
+            "change": found.estimate[row],
+            "se": found.se[row],
+            "df": found.df[row],
+            "low": low[row],
+            "high": high[row],
+            "over": over,
+            "p": found.p[row],
+        }
+        if not found.se[row] > 0:  # runs that agree exactly say nothing about the chance in them
+            changes[arm] |= {"low": math.nan, "high": math.nan, "over": ""}
+    return changes
+
+
+def simultaneous_where_known(found: Contrasts) -> np.ndarray:
+    """Critical values for all contrasts that have a standard error, together; NaN for the others."""
+    known = np.flatnonzero(found.se > 0)
+    critical = np.full(len(found.se), math.nan)
+    if len(known):
+        critical[known] = simultaneous(found.correlation[np.ix_(known, known)], found.df[known])
+    return critical
+
+
+def contrast_samples(samples: Sequence[Sample], weights: np.ndarray, images: bool) -> Contrasts:
+    """Contrasts of the arms of one target.
+
+    Args:
+        weights: (C, A), see :func:`contrasts`.
+        images: whether all samples that take part have draws.
+    """
+    runs = np.full((len(samples), max(len(sample.values) for sample in samples)), math.nan)
+    for row, sample in enumerate(samples):
+        runs[row, : len(sample.values)] = list(sample.values.values())
+    pools = np.array([sample.kind == CHECKPOINTS for sample in samples], int)
+    if not images:
+        return contrasts(runs, weights, pools=pools)
+    covariance, df = covariance_over_images([sample.draws for sample in samples])
+    return contrasts(runs, weights, covariance, df, pools)
+
+
+def covariance_over_images(draws: Sequence[np.ndarray | None]) -> tuple[np.ndarray, float]:
+    """:func:`image_covariance`, 0 for samples without draws, and its degrees of freedom.
+
+    Resamples on which a value is undefined, such as AP of a category that is in none of the images, are left
+    out for all.
+    """
+    known = [number for number, drawn in enumerate(draws) if drawn is not None]
+    found = [np.asarray(drawn) for drawn in draws if drawn is not None]
+    covariance = np.zeros((len(draws), len(draws)))
+    if not known:
+        return covariance, math.inf
+    defined = np.all([np.isfinite(drawn).all(axis=0) for drawn in found], axis=0)
+    if defined.sum() > 1:
+        covariance[np.ix_(known, known)] = image_covariance([drawn[:, defined] for drawn in found])
+    return covariance, max(float(defined.sum()) - 1, 1.0)
+
+
+def _places(study: Study, scores: pd.DataFrame) -> np.ndarray:
+    """The place of each line's target and arm in the study."""
+    names = [(target.name, arm.name) for target in study.targets for arm in study.arms]
+    return pd.MultiIndex.from_tuples(names).get_indexer(pd.MultiIndex.from_frame(scores[["target", "arm"]]))
+
+
+def _test_sets(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """What names the test images of each target: their folder, which variants of a data set share."""
+    found: dict[str, str] = {}
+    for outcome in outcomes:
+        if outcome.trial.stage == FINAL and (datasets := (outcome.results or {}).get("datasets")):
+            first = datasets[0]
+            found[outcome.trial.target] = str(
+                first.get("image_root") or first.get("root") or first["name"].split("@")[0]
+            )
+    return found
 
 
 def summarize(values: Sequence[float]) -> tuple[int, float, float]:
@@ -156,139 +346,39 @@ def summarize(values: Sequence[float]) -> tuple[int, float, float]:
     return n, mean, sd
 
 
-def t_interval(n: Any, mean: Any, sd: Any) -> tuple[Any, Any]:
-    """Student's t interval of the mean of n paired differences, of numbers or of columns. NaN for n = 1.
+def verdict(low: float, high: float, margin: float | None = None) -> str:
+    """What an interval of a difference says, by the two decimals that are shown of it. NaN is no interval.
 
-    It assumes that the differences are normally distributed over seeds. The test images stay the same.
+    Args:
+        margin: smaller differences do not matter; None: every difference does.
     """
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * sd / np.sqrt(n)
-    return mean - half, mean + half
+    if margin is not None and -margin <= low and high <= margin:
+        return EQUIVALENT
+    if low >= _SHOWN:
+        return BETTER
+    return WORSE if high <= -_SHOWN else UNDECIDED
 
 
-def verdicts(scores: pd.DataFrame) -> np.ndarray:
-    """ "better", "worse", or "undecided" if the interval contains 0 or there is none; "" without a change."""
-    contains_0 = scores["low"].isna() | ((scores["low"] <= 0) & (scores["high"] >= 0))
-    conditions = [scores["change"].isna(), contains_0, scores["low"] > 0]
-    return np.select(conditions, ["", "undecided", "better"], "worse")
+def verdicts(scores: pd.DataFrame, margin: float | None = None) -> list[str]:
+    """The verdict of each line of the table of scores; "" without a difference.
 
-
-def percentile_interval(resampled: np.ndarray) -> tuple[float, float]:
-    """The bootstrap's interval from differences on resampled images; NaN if there are none."""
-    if not len(resampled):
-        return math.nan, math.nan
-    low, high = np.percentile(resampled, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
-    return float(low), float(high)
-
-
-def image_interval(outcome: Outcome, baseline: Outcome, task: str) -> tuple[float, float]:
-    """The interval of the difference in the task's main metric over resampled test images.
-
-    Raises:
-        UNREADABLE: predictions or ground truth cannot be read, or belong to another evaluation.
+    An exploratory line is only decided if it is a discovery among all exploratory lines.
     """
-    if task == "accuracy":
-        return _accuracy_interval(outcome, baseline)
-    ours, theirs = test_sets_of(outcome, baseline)
-    return _ap_interval(
-        (ours["json_file"], ours["predictions"], _ap(outcome, task)),
-        (theirs["json_file"], theirs["predictions"], _ap(baseline, task)),
-        task,
-    )
+    found = [
+        "" if math.isnan(line.change) else verdict(line.low, line.high, margin) for line in lines_of(scores)
+    ]
+    exploratory = ~scores["main"].to_numpy(bool)
+    chosen = discoveries(np.where(exploratory, scores["p"].to_numpy(float), math.nan))
+    return [
+        UNDECIDED if explored and one in (BETTER, WORSE) and not discovered else one
+        for one, explored, discovered in zip(found, exploratory, chosen, strict=True)
+    ]
 
 
-def test_sets_of(outcome: Outcome, baseline: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first test set of the outcome, and the same set of the baseline, both with predictions."""
-    ours = _datasets(outcome)[0]
-    theirs = next((item for item in _datasets(baseline) if item["json_file"] == ours["json_file"]), None)
-    if theirs is None:
-        raise ValueError(f"{baseline.trial.name} was not evaluated on {ours['name']}")
-    for trial, dataset in ((outcome.trial, ours), (baseline.trial, theirs)):
-        if not dataset["predictions"]:
-            raise ValueError(f"{trial.name} kept no predictions")
-    return ours, theirs
-
-
-@lru_cache(maxsize=4)  # about 100 MB each for COCO's 5,000 images; all arms share their baseline's
-def load_matches(json_file: str, predictions: str, task: str) -> Matches:
-    return match(load_coco(json_file), load_detections(predictions), task)
-
-
-def one_reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def final_outcomes(outcomes: Sequence[Outcome]) -> Mapping[tuple[str, str, int], Outcome]:
-    """(target, arm, seed) -> outcome, of the final trials that have results."""
+def final_outcomes(outcomes: Sequence[Outcome]) -> Mapping[tuple[str, str, int, str], Outcome]:
+    """(target, arm, seed, checkpoint) -> outcome, of the final trials that have results."""
     return {
-        (outcome.trial.target, outcome.trial.arm, outcome.trial.seed): outcome
+        (outcome.trial.target, outcome.trial.arm, outcome.trial.seed, outcome.trial.checkpoint): outcome
         for outcome in outcomes
         if outcome.trial.stage == FINAL and outcome.results
     }
-
-
-def _over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
-    groups = frame.groupby(["target", "arm", *QUANTITY], sort=False, dropna=False)["value"]
-    result = groups.agg(list).rename("seed_values").reset_index()
-    summaries = [summarize(values) for values in result["seed_values"]]
-    result[["n", "mean", "sd"]] = pd.DataFrame(summaries, columns=["n", "mean", "sd"], dtype=float)
-    return result.astype({"n": int})
-
-
-def _add_image_intervals(scores: pd.DataFrame, outcomes: Sequence[Outcome]) -> list[str]:
-    """Fill in intervals over the test images for arms that share a single seed with their baseline.
-
-    Returns:
-        Notes on arms for which that is not possible.
-    """
-    finals, notes = final_outcomes(outcomes), []
-    for arm in lines_of(scores.drop_duplicates(["target", "arm"])):
-        common = [seed for seed in arm.seeds if (arm.target, arm.baseline, seed) in finals]
-        if arm.arm == arm.baseline or len(common) != 1:
-            continue
-        outcome, baseline = (finals[arm.target, name, common[0]] for name in (arm.arm, arm.baseline))
-        lines = select(scores, target=arm.target, arm=arm.arm, kind=CLEAN)
-        lines = lines[lines["change"].notna() & (lines["metric"] == lines["task"].map(main_metric))]
-        try:
-            intervals = {line.Index: image_interval(outcome, baseline, line.task) for line in lines_of(lines)}
-        except UNREADABLE as error:
-            reason = one_reason(error)
-            notes.append(f"{arm.arm}, {arm.target}: no interval over the test images ({reason}).")
-            continue
-        for index, (low, high) in intervals.items():
-            scores.loc[index, ["low", "high", "over"]] = low, high, "" if math.isnan(low) else IMAGES
-    return notes
-
-
-def _accuracy_interval(outcome: Outcome, baseline: Outcome) -> tuple[float, float]:
-    ours, theirs = (
-        json.loads(Path(_datasets(trial)[0]["predictions"]).read_text(encoding="utf-8"))
-        for trial in (outcome, baseline)
-    )
-    if (ours["keys"], ours["labels"]) != (theirs["keys"], theirs["labels"]):
-        raise ValueError(f"{baseline.trial.name} was not evaluated on the same images")
-    labels = np.asarray(ours["labels"])
-    correct, of_baseline = (np.asarray(found["predicted"]) == labels for found in (ours, theirs))
-    per_class = _datasets(outcome)[0]["metric"] == "mean_per_class"
-    return percentile_interval(resampled_accuracy_differences(correct, of_baseline, labels, per_class))
-
-
-def _datasets(outcome: Outcome) -> list[dict[str, Any]]:
-    return (outcome.results or {})["datasets"]
-
-
-def _ap(outcome: Outcome, task: str) -> float:
-    return by_test_set((outcome.results or {})["metrics"])[0][task]["AP"]
-
-
-@lru_cache
-def _ap_interval(
-    first: tuple[str, str, float], second: tuple[str, str, float], task: str
-) -> tuple[float, float]:
-    def matches_of(json_file: str, predictions: str, expected: float) -> Matches:
-        matches = load_matches(json_file, predictions, task)
-        (ap,) = average_precision(matches, np.ones((len(matches.image_ids), 1), dtype=np.int32))
-        if not abs(ap - expected) < _TOLERANCE:
-            raise ValueError(f"{predictions} has a {TASKS[task]} of {ap:.2f}, not {expected:.2f}")
-        return matches
-
-    return percentile_interval(resampled_differences(matches_of(*first), matches_of(*second)))

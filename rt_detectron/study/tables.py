@@ -81,12 +81,9 @@ def score_table(title: str, columns: Mapping[str, pd.DataFrame]) -> list[Table]:
 def score_cell(line: Any) -> Cell:
     """The cell of a line of a comparison's scores."""
 
-    def count(n: float) -> str:
-        return "" if n == len(line.seeds) else f" (n = {n:.0f})"
-
     return Cell(
-        score=format_score(line.mean, line.sd) + count(line.n),
-        change=format_change(line) + count(line.change_n) if line.verdict else "",
+        score=format_score(line.mean, line.sd),
+        change=format_change(line) if line.verdict else "",
         verdict=line.verdict,
         extra=getattr(line, "extra", ""),
     )
@@ -107,8 +104,9 @@ def format_interval(low: float, high: float) -> str:
 
 
 def format_number(number: float) -> str:
-    """``+1.50``, with a typographic minus sign."""
-    return f"{number:+.2f}".replace("-", _MINUS)
+    """``+1.50``, with a typographic minus sign; 0.00 has no sign."""
+    text = f"{number:+.2f}".replace("-", _MINUS)
+    return text[1:] if text[1:] == "0.00" else text
 
 
 def markdown(tables: Sequence[Table], note: str) -> str:

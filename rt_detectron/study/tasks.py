@@ -3,15 +3,17 @@
 import ast
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
 from fvcore.common.config import CfgNode
 
 from rt_detectron.study.grid import DownstreamTask, Resources, Target, Trial
-from rt_detectron.study.record import RESULTS, ROBUSTNESS, by_test_set, mean_if_defined
+from rt_detectron.study.record import RESULTS, ROBUSTNESS, by_test_set, mean_if_defined, write_text
 from rt_detectron.study.worker import Step
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.numbers import is_number
@@ -37,11 +39,14 @@ class Detection(DownstreamTask):
         keys = CfgNode.load_yaml_with_base(config)  # with the keys of its _BASE_ files
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
 
+    def copy_config(self, config: str, folder: Path) -> str:
+        path = folder / Path(config).name
+        keys = CfgNode.load_yaml_with_base(config)  # with those of its _BASE_ files
+        write_text(path, yaml.safe_dump(keys, sort_keys=False))
+        return str(path)
+
     def held_out(self, target: Target, opts: tuple[str, ...]) -> tuple[str, ...]:
-        given: Any = dict(zip(opts[::2], opts[1::2], strict=True)).get("DATASETS.TRAIN")
-        if given is None:
-            given = CfgNode.load_yaml_with_base(target.config).get("DATASETS", {}).get("TRAIN", ())
-        names = _names(given)
+        names = _datasets(target.config, opts, "TRAIN")
         if not names:
             raise InputError(
                 f"detectors.{target.name}: to choose a learning rate, DATASETS.TRAIN must be given in "
@@ -93,6 +98,15 @@ class ClassificationTransfer(DownstreamTask):
         texts = {str(path): path.read_text(encoding="utf-8") for path in _imported(Path(config))}
         return hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()
 
+    def copy_config(self, config: str, folder: Path) -> str:
+        found = [Path(os.path.abspath(path)) for path in _imported(Path(config))]
+        top = os.path.commonpath([path.parent for path in found])
+        for path in found:
+            copy = folder / path.relative_to(top)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_text(copy, path.read_text(encoding="utf-8"))
+        return str(folder / Path(os.path.abspath(config)).relative_to(top))
+
     def held_out(self, target: Target, opts: tuple[str, ...]) -> tuple[str, ...]:
         return ("dataset.held_out", "True")
 
@@ -125,8 +139,16 @@ def _finite(score: Any) -> float | None:
     return score if is_number(score) else None
 
 
+def _datasets(config: str, opts: tuple[str, ...], which: str) -> tuple[str, ...]:
+    """The data sets of DATASETS.TRAIN or DATASETS.TEST, from ``opts`` or the config file."""
+    given: Any = dict(zip(opts[::2], opts[1::2], strict=True)).get(f"DATASETS.{which}")
+    if given is None:
+        given = CfgNode.load_yaml_with_base(config).get("DATASETS", {}).get(which, ())
+    return _names(given)
+
+
 def _names(value: Any) -> tuple[str, ...]:
-    """The data sets of DATASETS.TRAIN. Config files and opts may give them as a tuple in a string."""
+    """Names of data sets. Config files and opts may give them as a tuple in a string."""
     with suppress(ValueError, SyntaxError):  # raised for a bare name
         value = ast.literal_eval(value) if isinstance(value, str) else value
     return (value,) if isinstance(value, str) else tuple(value)

@@ -11,10 +11,10 @@ import yaml
 from PIL import Image
 from pycocotools import mask as rle_masks
 
-from rt_detectron.study.evaluations import tidy_table
+from rt_detectron.study.evaluations import compared
 from rt_detectron.study.load import load_study
 from rt_detectron.study.report import write_report
-from rt_detectron.study.statistics import QUANTITY, TRIAL, compare
+from rt_detectron.study.statistics import QUANTITY, TRIAL
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def make_table():
 
     def make(values):
         lines = [
-            ["final", arm, target, 0.01, seed, *quantity, value]
+            ["final", arm, target, 0.01, seed, "", *quantity, value]
             for (target, arm), quantities in values.items()
             for quantity, by_seed in quantities.items()
             for seed, value in by_seed.items()
@@ -187,6 +187,6 @@ def whole_report(tmp_path_factory, build_study):
     """The report of a study of three arms, two detectors, two seeds and all evaluations."""
     folder = tmp_path_factory.mktemp("study")
     study, outcomes = build_study(folder, name="A <script>alert(1)</script> study")
-    comparison = compare(study, outcomes, tidy_table(outcomes))
+    comparison = compared(study, outcomes)
     page = write_report(comparison, folder / "out", "python tools/compare.py --study <x>")
     return SimpleNamespace(study=study, outcomes=outcomes, page=page, folder=page.parent)

@@ -11,9 +11,10 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from rt_detectron.study.bootstrap import (
     average_precision,
     f1_per_image,
+    image_counts,
     match,
-    resampled_accuracy_differences,
-    resampled_differences,
+    resampled_accuracy,
+    resampled_precision,
 )
 
 IMAGES, SIDE = 8, 100
@@ -85,7 +86,7 @@ def pycocotools_ap(truth, detections, task="bbox"):
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
-    return 100 * evaluator.stats[0]
+    return 100 * evaluator.stats[:3]
 
 
 def duplicated(truth, detections, counts):
@@ -108,26 +109,30 @@ def duplicated(truth, detections, counts):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_each_image_once_is_pycocotools_ap(task, seed):
     truth, detections = random_set(seed)
-    ap = average_precision(match(index(truth), detections, task), np.ones((IMAGES, 1), int))
-    expected = pycocotools_ap(truth, detections, task)
-    assert 5 < expected < 95
-    assert ap == pytest.approx([expected], abs=1e-9)
+    found = average_precision(match(index(truth), detections, task), np.ones((IMAGES, 1), int))
+    ap, ap50, ap75 = pycocotools_ap(truth, detections, task)
+    assert 5 < ap < 95
+    assert [found[metric][0] for metric in ("AP", "AP50", "AP75")] == pytest.approx(
+        [ap, ap50, ap75], abs=1e-9
+    )
+    categories = [found[f"AP-c{number}"][0] for number in range(3)]
+    assert np.mean(categories) == pytest.approx(ap)
 
 
 def test_a_resample_is_the_data_set_with_its_images_repeated():
     truth, detections = random_set(3)
     counts = np.random.default_rng(0).multinomial(IMAGES, np.full(IMAGES, 1 / IMAGES), size=6).T
-    expected = [pycocotools_ap(*duplicated(truth, detections, column)) for column in counts.T]
+    expected = [pycocotools_ap(*duplicated(truth, detections, column))[0] for column in counts.T]
     assert np.ptp(expected) > 5
-    found = average_precision(match(index(truth), detections, "bbox"), counts)
+    found = average_precision(match(index(truth), detections, "bbox"), counts)["AP"]
     assert found == pytest.approx(expected, abs=1e-9)
 
 
 def test_many_objects_of_one_category():
     """More than 100 hits: every recall threshold falls between two of them somewhere."""
     truth, detections = random_set(4, images=90, categories=1)
-    ap = average_precision(match(index(truth), detections, "bbox"), np.ones((90, 1), int))
-    assert ap == pytest.approx([pycocotools_ap(truth, detections)], abs=1e-9)
+    ap = average_precision(match(index(truth), detections, "bbox"), np.ones((90, 1), int))["AP"]
+    assert ap == pytest.approx([pycocotools_ap(truth, detections)[0]], abs=1e-9)
 
 
 def test_a_resample_without_objects_has_no_ap():
@@ -135,54 +140,47 @@ def test_a_resample_without_objects_has_no_ap():
     counts = np.zeros((IMAGES, 2), int)
     counts[-1] = IMAGES  # the empty image only
     counts[0, 1] = 1
-    ap = average_precision(match(index(truth), detections, "bbox"), counts)
+    ap = average_precision(match(index(truth), detections, "bbox"), counts)["AP"]
     assert np.isnan(ap).tolist() == [True, False]
 
 
 def test_nothing_detected_is_an_ap_of_zero():
     truth, _ = random_set(1)
-    assert average_precision(match(index(truth), [], "bbox"), np.ones((IMAGES, 1), int)) == [0.0]
+    assert average_precision(match(index(truth), [], "bbox"), np.ones((IMAGES, 1), int))["AP"] == [0.0]
 
 
-def test_resampling_is_paired_and_seeded():
-    truth, detections = random_set(5)
-    worse = [{**d, "score": 1 - d["score"]} for d in detections]
-    first, second = (match(index(truth), d, "bbox") for d in (detections, worse))
-    assert not resampled_differences(first, first, 50).any()  # the same images for both
-    differences = resampled_differences(first, second, 200, seed=1)
-    assert np.array_equal(differences, resampled_differences(first, second, 200, seed=1))
-    assert not np.array_equal(differences, resampled_differences(first, second, 200, seed=2))
-    assert differences.std() > 0
+def test_an_image_counts_the_same_in_every_test_set():
+    whole, part = image_counts([1, 2, 3, "x"], 300), image_counts(["x", 2], 300)
+    assert np.array_equal(part, whole[[3, 1]])
+    assert whole.mean() == pytest.approx(1, abs=0.1)
+    assert whole.var() == pytest.approx(1, abs=0.2)
+    assert abs(np.corrcoef(whole)[0, 1:]).max() < 0.2
 
 
 def test_batches_change_nothing(monkeypatch):
     truth, detections = random_set(6)
-    first, second = (match(index(truth), d, "bbox") for d in (detections, detections[::2]))
-    whole = resampled_differences(first, second, 30)
+    matches = match(index(truth), detections, "bbox")
+    whole = resampled_precision(matches, 30)
+    assert whole["AP"].std() > 0
+    expected = average_precision(matches, image_counts(matches.image_ids, 30))
     monkeypatch.setattr("rt_detectron.study.bootstrap._BATCH_CELLS", 1)
-    assert np.array_equal(resampled_differences(first, second, 30), whole)
-
-
-def test_other_images_cannot_be_paired():
-    first, second = (match(index(truth), d, "bbox") for truth, d in (random_set(1), random_set(1, images=7)))
-    with pytest.raises(ValueError, match="different images"):
-        resampled_differences(first, second)
+    for metric, values in resampled_precision(matches, 30).items():
+        np.testing.assert_allclose(values, whole[metric], rtol=1e-12)
+        np.testing.assert_allclose(values, expected[metric], rtol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("per_class", "reference"), [(False, accuracy_score), (True, balanced_accuracy_score)]
+    ("metric", "reference"), [("top1", accuracy_score), ("mean_per_class", balanced_accuracy_score)]
 )
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
-def test_resampled_accuracy_is_that_of_the_drawn_images(per_class, reference):
+def test_resampled_accuracy_is_that_of_the_drawn_images(metric, reference):
     generator = np.random.default_rng(5)
     labels = generator.integers(0, 4, 30) * 2  # indices need not be without gaps
-    ours, theirs = (np.where(generator.random(30) < p, labels, (labels + 2) % 8) for p in (0.8, 0.5))
-    found = resampled_accuracy_differences(ours == labels, theirs == labels, labels, per_class, resamples=20)
-    draws = np.random.default_rng(0).multinomial(30, np.full(30, 1 / 30), size=20)
-    for difference, counts in zip(found, draws, strict=True):
+    predicted = np.where(generator.random(30) < 0.7, labels, (labels + 2) % 8)
+    found = resampled_accuracy(predicted == labels, labels, range(30), resamples=20)[metric]
+    for value, counts in zip(found, image_counts(range(30), 20).T, strict=True):
         drawn = np.repeat(np.arange(30), counts)
-        scores = [reference(labels[drawn], predicted[drawn]) for predicted in (ours, theirs)]
-        assert difference == pytest.approx(100 * (scores[0] - scores[1]))
+        assert value == pytest.approx(100 * reference(labels[drawn], predicted[drawn]))
 
 
 def test_f1_per_image_by_hand():

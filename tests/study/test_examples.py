@@ -3,13 +3,8 @@ import json
 
 from PIL import Image
 
-from rt_detectron.study.evaluations import tidy_table
+from rt_detectron.study.evaluations import compared
 from rt_detectron.study.examples import best_and_worst, evaluation_pictures
-from rt_detectron.study.statistics import compare
-
-
-def compared(study, outcomes):
-    return compare(study, outcomes, tidy_table(outcomes))
 
 
 def test_the_images_with_the_largest_change_are_shown(tmp_path, build_study):

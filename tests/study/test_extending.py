@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from rt_detectron.study import report as report_module
-from rt_detectron.study.evaluations import EVALUATIONS, Evaluation, tidy_table
+from rt_detectron.study.evaluations import EVALUATIONS, Evaluation, compared
 from rt_detectron.study.report import terminal_table, write_report
-from rt_detectron.study.statistics import TASKS, Quantity, compare, select
+from rt_detectron.study.statistics import TASKS, Quantity, select
 from rt_detectron.study.tables import score_table
 
 
@@ -48,7 +48,7 @@ def report(tmp_path, build_study):
         outcome.robustness["rotation"] = {"90": {"bbox": base}, "180": {"bbox": base - 20}}
     EVALUATIONS.append(Rotation())
     try:
-        comparison = compare(study, outcomes, tidy_table(outcomes))
+        comparison = compared(study, outcomes)
         write_report(comparison, tmp_path / "out", "command")
         yield comparison, tmp_path / "out"
     finally:
@@ -65,15 +65,15 @@ def test_a_new_evaluation_is_everywhere(report):
     assert len(values) == 2 * 2 * 2
     table = json.loads((folder / "results.json").read_text())["table"]
     (mean,) = [row for row in table if (row["kind"], row["arm"]) == ("rotation: mean", "robust")]
-    assert (mean["mean"], mean["change"]["differences"]["mean"]) == (41.5, 10.0)
+    assert (mean["mean"], mean["change"]["mean"]) == (41.5, 10.0)
     for name in ("tables.md", "tables.tex"):
         assert "box AP on rotated images" in (folder / name).read_text()
     page = (folder / "report.html").read_text()
     assert "<h2>Rotated images</h2>" in page
     assert "Images are rotated clockwise." in page
-    assert "robust is better than standard: box AP +10.00 [+10.00, +10.00]." in page
+    assert "this checkpoint of robust (eps 3) is better than standard by 10.00 box AP [6.96, 13.04]" in page
     assert (folder / "figures" / "answer-rotation-mean.svg").is_file()
-    assert "+10.00 [+10.00, +10.00]  better" in terminal_table(comparison.scores)
+    assert "+10.00 [+6.96, +13.04]   better" in terminal_table(comparison.scores)
 
 
 def test_the_pages_template_names_no_evaluation():

@@ -32,11 +32,11 @@ def test_selection_trains_and_scores_within_the_training_set(write_study, seeds)
     study = load_study(write_study(selection=selection, evaluations={"attack": ["TEST.ATTACK.STEPS", 5]}))
     trials = study.selection_trials()
     assert [trial.name for trial in trials[:3]] == [
-        f"standard/mask/lr0.02/selection-seed{(seeds or [1])[0]}",
-        f"standard/mask/lr0.01/selection-seed{(seeds or [1])[0]}",
-        f"l2/mask/lr0.02/selection-seed{(seeds or [1])[0]}",
+        f"standard/mask/lr0.02/selection-seed{(seeds or [1, 2])[0]}",
+        f"standard/mask/lr0.01/selection-seed{(seeds or [1, 2])[0]}",
+        f"l2/mask/lr0.02/selection-seed{(seeds or [1, 2])[0]}",
     ]
-    assert len({trial.name for trial in trials}) == len(trials) == 2 * 2 * len(seeds or [1])
+    assert len({trial.name for trial in trials}) == len(trials) == 2 * 2 * len(seeds or [1, 2])
     expected = (
         "A.E 9 DATASETS.TRAIN ('a_train@fit', 'b@fit') DATASETS.TEST ('a_train@held_out', 'b@held_out')"
     )
@@ -68,7 +68,7 @@ def test_final_trials_are_those_with_a_rate_chosen(write_study):
     trials = study.final_trials({("standard", "mask"): 0.01})
     assert [trial.name for trial in trials] == ["standard/mask/lr0.01/seed1", "standard/mask/lr0.01/seed2"]
     assert study.final_trials({}) == []
-    assert study.count_trials() == 4 + 4
+    assert study.count_trials() == 8 + 4
 
 
 def test_one_rate_needs_no_selection(write_study):

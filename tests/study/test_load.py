@@ -1,9 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from rt_detectron.checkpoint import zoo
-from rt_detectron.study.load import load_study
+from rt_detectron.study.grid import Trial
+from rt_detectron.study.load import described_study, load_study
 from rt_detectron.utils.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -11,7 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def test_weights_behind_a_scheme_are_not_looked_for(write_study):
     study = load_study(write_study(arms={"standard": {"weights": "robust://resnet50_l2_eps0.pkl"}}))
-    assert study.arms[0].weights_sha256 is None
+    assert study.arms[0].checkpoints[0].weights_sha256 is None
 
 
 def test_weights_may_carry_detectron2_options(write_study):
@@ -51,7 +53,10 @@ def test_weights_may_carry_detectron2_options(write_study):
             "arms.standard.wieghts: unknown key; known are weights",
         ),
         ({"arms": {"standard": {"weights": "gone.pkl"}}}, "arms.standard.weights: no file gone.pkl"),
-        ({"arms": {"standard": {"weights": None}}}, "arms.standard.weights: Incompatible value 'None'"),
+        (
+            {"arms": {"standard": {"weights": None}}},
+            "arms.standard.weights: give a path, a path with {seed} in it, or a list of paths, got None",
+        ),
         ({"arms": {"standard": {"weights": ""}}}, "arms.standard.weights: give a path"),
         ({"arms": {"standard": {"opts": []}}}, "arms.standard.weights: this key is missing"),
         ({"detectors": {"mask": {"config": "gone.yaml"}}}, "detectors.mask.config: no file gone.yaml"),
@@ -80,6 +85,8 @@ def test_weights_may_carry_detectron2_options(write_study):
             {"resources": {"gpus": "two"}},
             "resources.gpus: Value 'two' of type 'str' could not",
         ),
+        ({"margin": 0}, "margin: 0.0 is not a positive number"),
+        ({"keep_checkpoints": "maybe"}, "keep_checkpoints: Value 'maybe'"),
         ({"retries": -1}, "retries: -1 is not a whole number"),
         ({"opts": "A 3"}, "opts: .*is not .*list"),
         ({"learning_rates": []}, "learning_rates: give at least one number"),
@@ -102,6 +109,66 @@ def test_wrong_study_names_file_and_key(write_study, changes, message):
         load_study(write_study(**changes))
     assert str(error.value).startswith("study.yaml: ")
     assert "\n" not in str(error.value)
+
+
+def test_several_checkpoints_are_one_arm(write_study, tmp_path):
+    for seed in (10, 2):
+        (tmp_path / f"eps3_seed{seed}.pkl").write_text(str(seed))
+    (tmp_path / "eps3_seedx.pkl").touch()
+    arms = {"standard": {"weights": ["std.pkl", "l2.pkl"]}, "robust": {"weights": "eps3_seed{seed}.pkl"}}
+    study = load_study(write_study(arms=arms, learning_rates=[0.01]))
+    assert [[(c.name, c.weights) for c in arm.checkpoints] for arm in study.arms] == [
+        [("1", "std.pkl"), ("2", "l2.pkl")],
+        [("2", "eps3_seed2.pkl"), ("10", "eps3_seed10.pkl")],
+    ]
+    trials = study.final_trials()
+    assert len(trials) == study.count_trials() == 2 * 2 * 2
+    assert {trial.name for trial in trials if trial.arm == "robust"} == {
+        f"robust/mask/lr0.01/checkpoint{checkpoint}-seed{seed}" for checkpoint in (2, 10) for seed in (1, 2)
+    }
+    assert {trial.weights_sha256 for trial in trials} == {
+        checkpoint.weights_sha256 for arm in study.arms for checkpoint in arm.checkpoints
+    }
+    selection = load_study(write_study(arms=arms)).selection_trials()
+    assert {(t.seed, t.checkpoint) for t in selection if t.arm == "robust"} == {(1, "2"), (2, "10")}
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("gone_{seed}.pkl", "no file gone_1.pkl, nor of another seed"),
+        ([], "give a path, a path with {seed} in it, or a list of paths"),
+        (["std.pkl", "gone.pkl"], "no file gone.pkl"),
+        (["std.pkl", "std.pkl"], "std.pkl is given twice"),
+        ([1], "or a list of paths"),
+    ],
+)
+def test_checkpoints_that_are_not_there(write_study, weights, message):
+    with pytest.raises(InputError, match=f"study.yaml: arms.standard.weights: .*{message}"):
+        load_study(write_study(arms={"standard": {"weights": weights}}))
+
+
+def test_a_study_is_read_from_its_description_without_its_files(write_study, tmp_path):
+    arms = {"standard": {"weights": ["std.pkl", "l2.pkl"], "eps": 0}, "l2": {"weights": "l2.pkl"}}
+    study = load_study(write_study(arms=arms, margin=0.3, evaluations={"attack": ["A.X", [1, 2]]}))
+    content = json.loads(json.dumps(study.description()))
+    for path in tmp_path.glob("*.*"):
+        path.unlink()
+    assert described_study(content) == study
+    with pytest.raises(InputError, match="describes no study"):
+        described_study({"kind": "detectors"})
+
+
+@pytest.mark.parametrize("name", ["coco-subset", "transfer"])
+def test_the_descriptions_of_shipped_results_are_read(name):
+    content = json.loads((REPOSITORY / "docs/results" / name / "results.json").read_text())
+    study = described_study(content["study"])
+    assert study.name == content["study"]["name"]
+    trials = [Trial.from_specification(trial) for trial in content["trials"]]
+    assert {trial.name for trial in trials} == {trial["name"] for trial in content["trials"]}
+    assert {trial.name for trial in study.selection_trials()} == {
+        t.name for t in trials if t.stage == "selection"
+    }
 
 
 @pytest.mark.parametrize(
@@ -177,7 +244,7 @@ def test_the_published_grid_has_every_l2_eps_of_both_families():
 
 def test_the_published_transfers_are_every_eps_of_four_widths_to_twelve_sets():
     study = load_study("configs/study/paper_transfer.yaml")
-    assert study.count_trials() == 4800
+    assert study.count_trials() == 40 * 24 * (3 * 2 + 3)
     tops = {f"robust://{entry.name}.pkl": entry.top1 for entry in zoo.list(norm="l2")}
     assert [arm.source_accuracy for arm in study.arms] == [tops[arm.weights] for arm in study.arms]
     granularity = load_study("configs/study/paper_transfer_granularity.yaml")
@@ -195,9 +262,9 @@ def test_the_shipped_subset_study_is_whole(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "backbone.pkl").touch()
     study = load_study("configs/study/coco_subset.yaml")
-    assert len(study.selection_trials()) == 36
-    assert study.count_trials() == 72
-    variants = {trial.opts[trial.opts.index("DATASETS.TEST") + 1] for trial in study.possible_trials()[36:]}
+    assert len(study.selection_trials()) == 108
+    assert study.count_trials() == 144
+    variants = {trial.opts[trial.opts.index("DATASETS.TEST") + 1] for trial in study.possible_trials()[108:]}
     assert variants == {"('coco_2017_val@person',)", "('coco_2017_val@any',)", "('coco_2017_val',)"}
 
 

@@ -11,8 +11,8 @@ from rt_detectron.study.record import (
     output_folder,
     prepare,
     read_outcome,
-    write_atomically,
     write_record,
+    write_text,
 )
 from rt_detectron.utils.errors import InputError
 
@@ -81,8 +81,8 @@ def test_output_that_is_a_file(tmp_path):
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):
-    write_atomically(tmp_path / "a", "old")
+    write_text(tmp_path / "a", "old")
     with pytest.raises(UnicodeEncodeError):
-        write_atomically(tmp_path / "a", "new \ud800")
+        write_text(tmp_path / "a", "new \ud800")
     assert (tmp_path / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -7,9 +7,8 @@ from statistics import fmean
 
 import pytest
 
-from rt_detectron.study.evaluations import tidy_table
+from rt_detectron.study.evaluations import compared
 from rt_detectron.study.report import write_report
-from rt_detectron.study.statistics import compare
 
 COMMAND = "python tools/compare.py --study <x>"
 SMALL = {"detectors": ("faster_rcnn",), "arms": ("standard", "robust"), "rates": (0.02,)}
@@ -47,7 +46,7 @@ def report(tmp_path, build_study):
     def report(change=list, **options):
         study, outcomes = build_study(tmp_path, **SMALL | options)
         outcomes = change(outcomes)
-        page = write_report(compare(study, outcomes, tidy_table(outcomes)), tmp_path / "out", COMMAND)
+        page = write_report(compared(study, outcomes), tmp_path / "out", COMMAND)
         return Page(page.read_text())
 
     return report
@@ -70,11 +69,13 @@ def test_answers_come_first_with_their_verdicts(page):
     top = page.text[: page.text.index("Clean images")]
     for question in ("On clean images", "Under attack", "Under corruption"):
         assert re.search(question + r"\s+(Better|Worse|Undecided|Mixed)\s", top), question
-    assert re.search(r"robust \(mask_rcnn\) -\d+\.\d\d \[-\d+\.\d\d, [+-]\d+\.\d\d\]", top)
-    assert "paired by seed" in top
-    assert "not the choice of test images" in top
-    assert "With 2 seeds they are wide" in top
-    assert "rest on 12 intervals" in top
+    first = "Mean of 2 targets on 1 data set: the checkpoint that is best on held-out images (robust_small)"
+    assert first in top
+    assert re.search(r"4 comparisons of an arm with its baseline on a target: \d (better|worse)", top)
+    assert "Those of all arms against one baseline hold together (Dunnett)." in top
+    assert "Every arm is one checkpoint." in top
+    assert "the choice of test images (under attack, under corruption)" in top
+    assert "With 2 runs an interval is wide" in top
 
 
 def test_every_figure_has_words_and_its_command_and_is_a_file(page, whole_report):
@@ -123,8 +124,9 @@ def test_numbers_are_the_same_in_all_files(page, whole_report):
         and entry["arm"] == "robust"
     ]
     assert entry["mean"] == pytest.approx(mean)
-    assert entry["change"]["differences"]["mean"] == pytest.approx(change)
-    assert entry["change"]["interval"]["over"] == "seeds"
+    assert entry["change"]["mean"] == pytest.approx(change)
+    assert entry["change"]["interval"]["over"] == "seeds and images"
+    assert entry["change"]["exploratory"]  # box AP is the main one
     assert entry["learning_rate"] == 0.01
 
 
@@ -153,10 +155,10 @@ def test_chosen_learning_rates_and_borders_are_shown(page):
 
 def test_single_seed_takes_its_interval_from_the_images(report):
     page = report(seeds=[3])
-    assert re.search(r"robust is worse than standard: box AP -\d+\.\d\d \[", page.text)
-    assert "resampling the test images" in page.text
-    assert "another seed may change the result by more" in page.text
-    assert "paired by seed. They" not in page.text
+    assert re.search(
+        r"this checkpoint of robust \(eps 3\) is worse than standard by \d+\.\d\d box AP \[", page.text
+    )
+    assert "intervals only cover the choice of test images: another seed may change" in page.text
 
 
 def test_single_seed_without_predictions_is_undecided(report):
@@ -165,9 +167,9 @@ def test_single_seed_without_predictions_is_undecided(report):
         return outcomes
 
     page = report(lose, seeds=[3])
-    assert "Whether robust differs from standard is undecided: box AP -" in page.text
-    assert "no interval over the test images (FileNotFoundError" in page.text
-    assert "With a single seed there is no spread" in page.text
+    assert re.search(r"is not told apart from standard: -\d+\.\d\d box AP, without an interval", page.text)
+    assert "robust, faster_rcnn: FileNotFoundError" in page.text
+    assert "A difference without an interval may be due to chance" in page.text
     assert "robust, faster_rcnn: no pictures (FileNotFoundError" in page.text
 
 
@@ -188,7 +190,7 @@ def test_missing_trials_are_named(report):
     assert "Missing trials: 1 of 4" in page.text
     assert "robust/faster_rcnn/lr0.02/seed1" in page.text
     assert "RuntimeError: CUDA out of memory" in page.text
-    assert "resampling the test images" in page.text  # a single common seed is left
+    assert "With 1 run an interval is wide" in page.text
 
 
 def test_a_failed_evaluation_leaves_the_clean_numbers(report):
@@ -209,21 +211,33 @@ def test_nothing_finished_still_gives_a_report(report):
 
 def test_final_trials_may_wait_for_the_selection(report):
     page = report(lambda outcomes: [o for o in outcomes if o.trial.stage == "selection"], rates=(0.01, 0.02))
-    assert "Missing trials: 4 of 8" in page.text
+    assert "Missing trials: 4 of 12" in page.text
     assert "4 trials have not been run; final trials wait for the learning rate" in page.text
     assert "Learning rates" in page.text
 
 
-def test_undefined_ap_is_named_and_enters_no_mean(report, tmp_path):
+def test_a_detector_that_finds_nothing_has_an_ap_of_zero(report, tmp_path):
     def undefine(outcomes):
         outcomes[1].results["metrics"]["bbox"]["AP"] = None
         return outcomes
 
     page = report(undefine)
-    assert "undefined AP" in page.text
-    assert "robust/faster_rcnn/lr0.02/seed1" in page.text
-    assert re.search(r"\d\d\.\d\d \(n = 1\)", page.text)
-    assert "nan" not in (tmp_path / "out" / "results.csv").read_text()
+    assert "undefined" not in page.text
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    (row,) = [
+        r for r in rows if (r["arm"], r["seed"], r["kind"], r["metric"]) == ("robust", "1", "clean", "AP")
+    ]
+    assert row["value"] == "0.0"
+
+
+def test_a_selection_trial_enters_no_mean_and_no_warning(report):
+    def undefine(outcomes):
+        for outcome in outcomes:
+            if outcome.trial.stage == "selection" and outcome.trial.learning_rate == 0.02:
+                outcome.results["metrics"]["bbox"]["AP"] = None
+        return outcomes
+
+    assert "undefined" not in report(undefine, rates=(0.01, 0.02)).text
 
 
 def test_loss_curve_is_plotted_from_whole_lines_only(report):

@@ -36,12 +36,12 @@ def test_selection_then_final_trials_at_the_best_rate(make_study, tools):
     rates = "{0.1: 1.0, 0.02: 5.0, 0.01: 4.0}"
     study = make_study(["TEST.RATES", rates], learning_rates=[0.1, 0.02, 0.01], more=EVALUATIONS)
     outcomes = run_study(study, OUT, tools)
-    assert [outcome.trial.stage for outcome in outcomes] == ["selection"] * 6 + ["final"] * 4
-    assert {outcome.trial.learning_rate for outcome in outcomes[6:]} == {0.02}
-    assert [outcome.robustness is None for outcome in outcomes] == [True] * 6 + [False] * 4
-    assert [attack["eps"] for attack in outcomes[6].robustness["attack"]] == [0.5, 1]
-    assert outcomes[6].robustness["clean"]["metrics"]["bbox"]["AP"] == 20.5
-    record = json.loads((outcomes[6].folder / "record.json").read_text())
+    assert [outcome.trial.stage for outcome in outcomes] == ["selection"] * 12 + ["final"] * 4
+    assert {outcome.trial.learning_rate for outcome in outcomes[12:]} == {0.02}
+    assert [outcome.robustness is None for outcome in outcomes] == [True] * 12 + [False] * 4
+    assert [attack["eps"] for attack in outcomes[12].robustness["attack"]] == [0.5, 1]
+    assert outcomes[12].robustness["clean"]["metrics"]["bbox"]["AP"] == 20.5
+    record = json.loads((outcomes[12].folder / "record.json").read_text())
     assert record["selection"]["scores"] == {"0.01": 4.0, "0.02": 5.0, "0.1": 1.0}
     assert record["selection"]["at_border"] is False
     assert json.loads((outcomes[0].folder / "record.json").read_text())["selection"] is None
@@ -143,10 +143,10 @@ def test_nothing_is_known_at_first(make_study):
     text = describe(make_study(learning_rates=[0.02, 0.01]), OUT, TOOLS, None)
     assert "standard/mask_rcnn/lr0.02/selection-seed1  to run" in text
     assert "robust/mask_rcnn, seeds 1, 2               after the selection" in text
-    assert "8 of 8 trials to run" in text
-    assert text.count("python tools/train_net.py") == 4
+    assert "12 of 12 trials to run" in text
+    assert text.count("python tools/train_net.py") == 8
     assert text.endswith(
-        "time of 8 trials: unknown until one of each group has finished: "
+        "time of 12 trials: unknown until one of each group has finished: "
         "mask_rcnn (final), mask_rcnn (selection)"
     )
     assert not OUT.exists()

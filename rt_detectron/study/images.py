@@ -1,0 +1,128 @@
+"""What trials find on single test images, read from their predictions: matches, and scores on resamples."""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rt_detectron.study.bootstrap import (
+    RESAMPLES,
+    Matches,
+    average_precision,
+    match,
+    resampled_accuracy,
+    resampled_precision,
+)
+from rt_detectron.study.record import Outcome, by_test_set
+from rt_detectron.study.statistics import TASKS
+from rt_detectron.utils.files import replaced_atomically
+from rt_detectron.utils.numbers import is_number
+from rt_detectron.visualization.coco import load_coco, load_detections
+
+UNREADABLE = (OSError, ValueError, LookupError, TypeError)  # what missing or broken files raise
+CACHE = "resampled.npz"  # in a trial's folder
+_TOLERANCE = 0.01  # of AP in percent, since results.json may be rounded
+
+Resampled = dict[str, dict[str, np.ndarray]]  # task -> metric -> (B,) values, as results.json has numbers
+
+
+def clean_on_resamples(outcome: Outcome) -> Resampled:
+    """The metrics of a trial on resampled test images. They are kept in its folder.
+
+    Raises:
+        UNREADABLE: predictions or annotations cannot be read, or belong to another evaluation.
+    """
+    metrics = by_test_set((outcome.results or {})["metrics"])[0]
+    dataset = datasets_of(outcome)[0]
+    if not dataset["predictions"]:
+        raise ValueError("it kept no predictions")
+    stamp = Path(dataset["predictions"]).stat()
+    key = json.dumps([dataset["predictions"], stamp.st_size, stamp.st_mtime_ns, RESAMPLES])
+    path = outcome.folder / CACHE
+    found = _read(path, key)
+    if found is None:
+        find = _accuracy if "accuracy" in metrics else _precision
+        found = find(dataset, metrics)
+        _write(path, key, found)
+    return found
+
+
+def _precision(dataset: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> Resampled:
+    found = {}
+    for task in ("bbox", "segm"):
+        if task in metrics and is_number(metrics[task].get("AP")):
+            matches = load_matches(dataset["json_file"], dataset["predictions"], task)
+            check_ap(matches, metrics[task]["AP"], dataset["predictions"], task)
+            found[task] = resampled_precision(matches)
+    return found
+
+
+def check_ap(matches: Matches, expected: float, file: str, task: str) -> None:
+    """Raises a ValueError if the matches have another AP than the results say."""
+    once = np.ones((len(matches.image_ids), 1), dtype=np.int32)
+    (ap,) = np.nan_to_num(average_precision(matches, once)["AP"])
+    if not abs(ap - expected) < _TOLERANCE:
+        raise ValueError(f"{file} has a {TASKS[task]} of {ap:.2f}, not {expected:.2f}")
+
+
+def _accuracy(dataset: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> Resampled:
+    found = json.loads(Path(dataset["predictions"]).read_text(encoding="utf-8"))
+    labels = np.asarray(found["labels"])
+    resampled = resampled_accuracy(np.asarray(found["predicted"]) == labels, labels, found["keys"])
+    return {"accuracy": {"accuracy": resampled[dataset["metric"]], **resampled}}
+
+
+def _read(path: Path, key: str) -> Resampled | None:
+    try:
+        with np.load(path) as file:
+            if str(file["key"]) != key:
+                return None
+            found: Resampled = {}
+            for name in set(file.files) - {"key"}:
+                task, metric = name.split("/", 1)
+                found.setdefault(task, {})[metric] = file[name]
+            return found
+    except UNREADABLE:
+        return None
+
+
+def _write(path: Path, key: str, found: Resampled) -> None:
+    arrays: dict[str, Any] = {
+        f"{task}/{metric}": values
+        for task, by_metric in found.items()
+        for metric, values in by_metric.items()
+    }
+    try:
+        with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, key=np.array(key), **arrays)
+    except OSError:
+        pass  # a folder that can only be read: the next report computes them again
+
+
+def datasets_of(outcome: Outcome) -> list[dict[str, Any]]:
+    """The test sets in a trial's results."""
+    return (outcome.results or {})["datasets"]
+
+
+def test_sets_of(outcome: Outcome, baseline: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first test set of the outcome, and the same set of the baseline, both with predictions."""
+    ours = datasets_of(outcome)[0]
+    theirs = next((item for item in datasets_of(baseline) if item["json_file"] == ours["json_file"]), None)
+    if theirs is None:
+        raise ValueError(f"{baseline.trial.name} was not evaluated on {ours['name']}")
+    for trial, dataset in ((outcome.trial, ours), (baseline.trial, theirs)):
+        if not dataset["predictions"]:
+            raise ValueError(f"{trial.name} kept no predictions")
+    return ours, theirs
+
+
+@lru_cache(maxsize=4)  # about 100 MB each for COCO's 5,000 images
+def load_matches(json_file: str, predictions: str, task: str) -> Matches:
+    return match(load_coco(json_file), load_detections(predictions), task)
+
+
+def one_reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
