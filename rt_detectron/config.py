@@ -37,6 +37,11 @@ def _keys() -> CN:
 
     # Training: multiplies the learning rate of the pretrained network, but not of an FPN's own layers.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    # "SGD", or "ADAMW" as ViTs, Swin and ConvNeXt are trained with; BASE_LR is then about 1e-4.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # For ViT, Swin and ConvNeXt: the learning rate of a pretrained layer is multiplied by this once for each
+    # block from there to the end of the backbone, such as 0.7 for a ViT-B. 1: none.
+    cfg.SOLVER.LAYER_DECAY = 1.0
     # Decay of the moving average of the weights, which is evaluated and saved, such as 0.999. 0: none.
     cfg.SOLVER.EMA = 0.0
     # "Free" adversarial fine-tuning: train on each batch this many times in a row, while its images move

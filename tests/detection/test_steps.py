@@ -1,9 +1,11 @@
 import copy
 import logging
+import re
 
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from detectron2.solver import build_optimizer as detectron2_build_optimizer
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
@@ -180,6 +182,76 @@ def test_mixed_precision_has_its_gradients_unscaled_ahead_of_the_clipping(make_c
     assert not getattr(optimizer, "_step_supports_amp_scaling", False)  # so GradScaler unscales
 
 
+def rates_of(arch: str, builder: str, make_cfg, **keys) -> dict[str, float]:
+    """The learning rates under AdamW, with a base of 1."""
+    pytest.importorskip("timm")
+    cfg = solver(make_cfg(arch), BASE_LR=1.0, OPTIMIZER="ADAMW", **keys)
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = builder, 0
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    return rates(model, optimizer)
+
+
+def test_layer_decay_is_vitdets(make_cfg):
+    found = rates_of("timm/vit_tiny_patch16_224", "build_robust_timm_sfp_backbone", make_cfg, LAYER_DECAY=0.7)
+    for name, rate in found.items():
+        if not name.endswith("cls_token"):  # ViTDet's has none
+            assert rate == pytest.approx(get_vit_lr_decay_rate(name, 0.7, 12)), name
+    assert found["backbone.net.trunk.model.cls_token"] == pytest.approx(0.7**13)
+    assert found["backbone.simfp_2.0.weight"] == found["roi_heads.box_head.fc1.weight"] == 1
+
+
+def test_layer_decay_counts_the_blocks_of_all_stages(make_cfg):
+    found = rates_of(
+        "timm/convnext_atto",
+        "build_robust_timm_fpn_backbone",
+        make_cfg,
+        LAYER_DECAY=0.5,
+        BACKBONE_MULTIPLIER=0.1,
+    )  # 2, 2, 6, 2 blocks
+    trunk = "backbone.bottom_up.trunk."
+    expected = {"stem_0.weight": 13, "stages_0.blocks.1.gamma": 11, "stages_1.downsample.0.weight": 10}
+    expected |= {"stages_1.blocks.0.gamma": 10, "stages_2.blocks.5.gamma": 3, "stages_3.blocks.1.gamma": 1}
+    for name, steps in expected.items():
+        assert found[trunk + name] == pytest.approx(0.1 * 0.5**steps), name
+    assert found["backbone.fpn_lateral2.weight"] == 1
+
+
+def test_adamw_is_torchs_without_decay_of_norms(make_cfg):
+    cfg = solver(make_cfg("resnet18"), BASE_LR=0.01, OPTIMIZER="ADAMW", WEIGHT_DECAY=0.1)
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    reference = copy.deepcopy(model)
+    ours = build_optimizer(cfg, model)
+    plain = torch.optim.AdamW(
+        [{"params": reference[0].parameters()}, {"params": reference[1].parameters(), "weight_decay": 0.0}],
+        lr=0.01,
+        weight_decay=0.1,
+    )
+    for network, optimizer in ((model, ours), (reference, plain)):
+        for _ in range(3):
+            optimizer.zero_grad()
+            network(torch.arange(6.0).view(2, 3)).square().sum().backward()
+            optimizer.step()
+    for found, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"OPTIMIZER": "ADAM"}, "SOLVER.OPTIMIZER is 'ADAM'; it must be SGD or ADAMW"),
+        ({"LAYER_DECAY": 0.0}, "SOLVER.LAYER_DECAY is 0.0; it must be > 0 and at most 1"),
+        ({"LAYER_DECAY": 0.7}, "SOLVER.LAYER_DECAY is for ViT, Swin, ConvNeXt"),
+    ],
+)
+def test_optimisers_that_cannot_be(keys, words, make_cfg):
+    with pytest.raises(InputError, match=re.escape(words)):
+        build_optimizer(solver(make_cfg("resnet18"), **keys), nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize("multiplier", [0, -1, float("inf"), float("nan")])
 def test_a_multiplier_that_cannot_be_is_refused(multiplier):
     with pytest.raises(InputError, match=r"SOLVER.BACKBONE_MULTIPLIER is .*; it must be > 0"):
@@ -188,5 +260,5 @@ def test_a_multiplier_that_cannot_be_is_refused(multiplier):
 
 def test_bias_factor_and_multiplier_exclude_each_other(make_cfg):
     cfg = solver(make_cfg("resnet18"), BACKBONE_MULTIPLIER=0.1, BIAS_LR_FACTOR=2.0)
-    with pytest.raises(InputError, match=r"SOLVER.BIAS_LR_FACTOR: set one of the two to 1"):
+    with pytest.raises(InputError, match=r"SOLVER.BIAS_LR_FACTOR works without .*: set it to 1"):
         build_optimizer(cfg, torch.nn.Linear(2, 2))

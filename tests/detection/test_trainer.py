@@ -52,8 +52,11 @@ class TestLoadConfig:
             model = build_model(cfg)
         assert model.input_format == "RGB"
         assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE
-        backbone = getattr(model.backbone, "bottom_up", model.backbone)
-        assert len(backbone.stages[2]) == (6 if "resnet50" in cfg.MODEL.ROBUST.ARCH else 2)
+        if "ViTDet" in path.name or "vitdet" in path.name:
+            assert len(model.backbone.net.trunk.model.blocks) == 12
+        else:
+            backbone = getattr(model.backbone, "bottom_up", model.backbone)
+            assert len(backbone.stages[2]) == (6 if "resnet50" in cfg.MODEL.ROBUST.ARCH else 2)
         if cfg.MODEL.WEIGHTS.startswith("robust://"):
             published = zoo.find(cfg.MODEL.WEIGHTS.removeprefix("robust://").removesuffix(".pkl"))
             assert published.arch == cfg.MODEL.ROBUST.ARCH
