@@ -123,7 +123,8 @@ def peer(args: argparse.Namespace, folder: Path, seed: int) -> tuple[float, floa
 
 def frozen_network(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, nn.Linear]:
     """torchvision's network with a fresh last layer, and that layer, which alone has gradients."""
-    architecture, state_dict, _ = read_network(args.weights)
+    weights = read_network(args.weights)
+    architecture, state_dict = weights.architecture, weights.state_dict
     head = architecture.head
     classes = len([tensor for name, tensor in state_dict.items() if name.startswith(head)][-1])
     network = architecture.build(classes)

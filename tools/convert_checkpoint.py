@@ -10,10 +10,12 @@ import argparse
 import _environment  # noqa: F401  (first, since it checks this Python)
 
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, RESNET, get_architecture
-from rt_detectron.checkpoint.convert import Conversion, convert_checkpoint
+from rt_detectron.checkpoint.convert import UNIT_PIXELS, Conversion, convert_checkpoint
+from rt_detectron.checkpoint.layouts import Choice
 from rt_detectron.checkpoint.metadata import INPUT_FORMATS, NORMS
 from rt_detectron.checkpoint.preprocessing import preprocessing_lines
-from rt_detectron.utils.errors import one_line_errors
+from rt_detectron.checkpoint.statements import Pixels
+from rt_detectron.utils.errors import InputError, one_line_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,7 +27,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "input",
         help="robustness .ckpt, torchvision or timm .pth, .pth.tar of PyTorch's ImageNet example "
-        "(Stylized-ImageNet), .safetensors, output of tools/pretrain.py, or a .pkl written by this tool",
+        "(Stylized-ImageNet), .safetensors, output of tools/pretrain.py, or a .pkl written by this tool; the "
+        "network is found wherever it is in the file",
     )
     parser.add_argument(
         "output",
@@ -34,7 +37,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--arch",
-        help=f"default: detected; one of {', '.join(ARCHITECTURES)}, or timm/NAME, which is never detected",
+        help=f"default: detected; one of {', '.join(ARCHITECTURES)}, or timm/NAME, which is never detected; "
+        "timm/NAME:act_layer=gelu for one with other layers",
     )
     parser.add_argument("--norm", choices=NORMS, help="default: from the file's metadata or name")
     parser.add_argument("--eps", type=float, help="L2 in [0,1] pixel units, Linf in 1/255")
@@ -44,7 +48,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="RGB",
         help="BGR: the stem absorbs Detectron2's default preprocessing (BGR, std 1)",
     )
+    parser.add_argument("--key", help="where in the file the weights are, such as state_dict_ema or teacher")
+    parser.add_argument("--prefix", help="what stands before the network's names, such as module.encoder_q.")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="read weights averaged over the training, or those that are not (default: averaged, if any)",
+    )
+    for key in ("mean", "std"):
+        parser.add_argument(
+            f"--pixel-{key}",
+            nargs="+",
+            metavar="NUMBER",
+            help=f"RGB in 0..255, as in MODEL.PIXEL_{key.upper()}; default: what the file says, or else the "
+            "network's usual; none: the network takes images in [0, 1] as they are",
+        )
     return parser.parse_args(argv)
+
+
+def pixels(args: argparse.Namespace) -> Pixels | None:
+    """What --pixel-mean and --pixel-std say.
+
+    Raises:
+        InputError: for one without the other, and for what are not three numbers in 0..255.
+    """
+    given = [args.pixel_mean, args.pixel_std]
+    if given == [None, None]:
+        return None
+    if all(numbers in (None, ["none"]) for numbers in given):
+        return UNIT_PIXELS
+    try:
+        mean, std = (tuple(float(number) for number in numbers) for numbers in given)
+    except (TypeError, ValueError):
+        mean = std = ()
+    if len(mean) != 3 or len(std) != 3 or 0 < max(mean) <= 1:
+        raise InputError(
+            "--pixel-mean and --pixel-std go together, three numbers in 0..255 each (such as 123.675 116.28 "
+            "103.53 and 58.395 57.12 57.375), or none"
+        )
+    return mean, std
 
 
 def print_summary(args: argparse.Namespace, conversion: Conversion) -> None:
@@ -52,6 +94,10 @@ def print_summary(args: argparse.Namespace, conversion: Conversion) -> None:
     training = "training unknown" if metadata.eps is None else f"eps {metadata.eps:g}"
     training = f"{metadata.norm} {training}" if metadata.norm else training
     print(f"read   {args.input}: {metadata.arch}, {training}, sha256 {metadata.sha256}")
+    for remark in conversion.remarks:
+        print(f"       {remark}")
+    for guess in conversion.guesses:
+        print(f"guess  {guess}")
     print(f"wrote  {args.output}: {conversion.num_tensors} tensors")
     if args.output.endswith(".pkl"):
         architecture = get_architecture(metadata.arch)
@@ -68,7 +114,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with one_line_errors():
         conversion = convert_checkpoint(
-            args.input, args.output, args.arch, args.norm, args.eps, args.input_format
+            args.input,
+            args.output,
+            args.arch,
+            args.norm,
+            args.eps,
+            args.input_format,
+            Choice(args.key, args.prefix, args.ema),
+            pixels(args),
         )
         print_summary(args, conversion)
 

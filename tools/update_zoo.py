@@ -13,8 +13,7 @@ from pathlib import Path
 
 import _environment  # noqa: F401  (first, since it checks this Python)
 
-from rt_detectron.checkpoint.architectures import check_architecture
-from rt_detectron.checkpoint.formats import read_classifier
+from rt_detectron.checkpoint.convert import read_network
 from rt_detectron.checkpoint.zoo import TABLE
 from rt_detectron.utils.errors import InputError, one_line_errors
 from rt_detectron.utils.files import file_sha256, replaced_atomically
@@ -96,7 +95,7 @@ def record(table: dict, mirror: str, overwrite: bool) -> None:
             print(f"unknown   {path}")
             continue
         entry = entries[path.name]
-        check_architecture(read_classifier(str(path)).state_dict, entry["arch"])  # it is whole
+        read_network(path, entry["arch"])  # it is whole
         sha256 = file_sha256(path)
         if entry["sha256"] not in (None, sha256) and not overwrite:
             raise InputError(

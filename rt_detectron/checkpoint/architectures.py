@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rt_detectron.utils.errors import InputError, did_you_mean, optional_import
+from rt_detectron.utils.errors import InputError, did_you_mean, one_line, optional_import
 
 TIMM = "timm/"  # before the name of a network of timm's
+TIMM_LAYERS = ("act_layer", "norm_layer", "aa_layer")  # what may be chosen behind that name
 
 # What torchvision's and the published classifiers subtract and divide by. RGB, 0..255.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -93,21 +94,34 @@ def _trunk_names(architecture: "Architecture", names: list[str]) -> dict[str, st
 def _timm_names(architecture: "Architecture", names: list[str]) -> dict[str, str]:
     """Names in timm's features_only model, which flattens ``stages.0`` to ``stages_0``."""
     with torch.device("meta"):
-        features = import_timm().create_model(architecture.name.removeprefix(TIMM), features_only=True)
+        features = build_timm(architecture.name, features_only=True)
     flat = {name.removeprefix("model.").replace(".", "_"): name for name in features.state_dict()}
     return {name: f"trunk.{flat[key]}" for name in names if (key := name.replace(".", "_")) in flat}
 
 
 def _current_timm_names(architecture: "Architecture", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's own translation of files of its earlier releases and of a network's original authors."""
-    with torch.device("meta"):
-        network = architecture.build(1000)
+    network = architecture.skeleton
     translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     return tensors if translate is None else dict(translate(dict(tensors), network))
 
 
+def _current_torchvision_names(architecture: "Architecture", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Files of the implementations that torchvision's began as have older names in the same network."""
+
+    def renamed(name: str) -> str:
+        for pattern, replacement in architecture.older_names:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    if tensors.keys() >= architecture.backbone_names.keys():
+        return tensors
+    older = {renamed(name): tensor for name, tensor in tensors.items()}
+    return older if older.keys() >= architecture.backbone_names.keys() else tensors
+
+
 RESNET = Family("resnet", "ResNet", _detectron2_names)
-TORCHVISION = Family("torchvision", "torchvision network", _trunk_names)
+TORCHVISION = Family("torchvision", "torchvision network", _trunk_names, _current_torchvision_names)
 TIMM_FAMILY = Family("timm", "timm network", _timm_names, _current_timm_names)
 
 
@@ -124,6 +138,8 @@ class Architecture:
         resnets: the ``MODEL.RESNETS`` keys that describe the same network, if it is one of Detectron2's.
         taps: where the other torchvision networks yield stem, res2 (stride 4) ... res5 (stride 32), as node
             names of :func:`torchvision.models.feature_extraction.create_feature_extractor`.
+        older_names: regular expressions for the names that files of the network's authors have, and what
+            torchvision calls the same tensors; each on the outcome of the one before it.
         pixel_mean, pixel_std: what the classifier subtracts and divides by unless its file says otherwise.
             RGB, 0..255.
     """
@@ -135,15 +151,20 @@ class Architecture:
     head: str
     resnets: dict[str, int] = field(default_factory=dict)
     taps: dict[str, str] = field(default_factory=dict)
+    older_names: tuple[tuple[str, str], ...] = ()
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
     pixel_std: tuple[float, ...] = IMAGENET_STD
 
     @functools.cached_property
+    def skeleton(self) -> nn.Module:
+        """The classifier with 1000 classes in eval mode, with the shapes of its tensors and no numbers."""
+        with torch.device("meta"):
+            return self.build(1000).eval()
+
+    @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors of the classifier with 1000 classes."""
-        with torch.device("meta"):
-            network = self.build(1000)
-        return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        return {name: tuple(tensor.shape) for name, tensor in self.skeleton.state_dict().items()}
 
     @functools.cached_property
     def backbone_names(self) -> dict[str, str]:
@@ -194,10 +215,27 @@ def _resnet(
     return Architecture(name, RESNET, build, stem="conv1", head="fc.", resnets=resnets)
 
 
-def _tapped(name: str, torchvision_name: str, stem: str, head: str, *taps: str) -> Architecture:
+def _tapped(name: str, torchvision_name: str, stem: str, head: str, *taps: str, older=()) -> Architecture:
     stages = ("stem", "res2", "res3", "res4", "res5")
-    taps_by_stage = dict(zip(stages, taps, strict=True))
-    return Architecture(name, TORCHVISION, _torchvision(torchvision_name), stem, head, taps=taps_by_stage)
+    by_stage = dict(zip(stages, taps, strict=True))
+    build = _torchvision(torchvision_name)
+    return Architecture(name, TORCHVISION, build, stem, head, taps=by_stage, older_names=older)
+
+
+# A block of MobileNetV2 was one flat list of layers: its activations, without tensors, are counted, too.
+_OLDER_MOBILENET = (
+    (r"^features\.1\.conv\.([01])\.", r"features.1.conv.0.\1."),
+    (r"^features\.1\.conv\.3\.", "features.1.conv.1."),
+    (r"^features\.1\.conv\.4\.", "features.1.conv.2."),
+    (r"^features\.(?!1\.)(\d+)\.conv\.([01])\.(?=[a-z])", r"features.\1.conv.0.\2."),
+    (r"^features\.(\d+)\.conv\.3\.", r"features.\1.conv.1.0."),
+    (r"^features\.(\d+)\.conv\.4\.", r"features.\1.conv.1.1."),
+    (r"^features\.(\d+)\.conv\.6\.", r"features.\1.conv.2."),
+    (r"^features\.(\d+)\.conv\.7\.", r"features.\1.conv.3."),
+    (r"^classifier\.(?=[a-z])", "classifier.1."),
+)
+# As torchvision's own files of DenseNet still have them.
+_OLDER_DENSENET = ((r"\.(norm|relu|conv)\.(\d)\.", r".\1\2."),)
 
 
 # Names are the file stems of the published checkpoints. wide_resnet50_4 is not in torchvision: it is
@@ -225,6 +263,7 @@ _TABLE = (
         "features.transition2.relu",
         "features.transition3.relu",
         "relu",
+        older=_OLDER_DENSENET,
     ),
     _tapped(
         "mnasnet",
@@ -247,6 +286,7 @@ _TABLE = (
         "features.6",
         "features.13",
         "features.18",
+        older=_OLDER_MOBILENET,
     ),
     _tapped(
         "shufflenet", "shufflenet_v2_x1_0", "conv1.0", "fc.", "conv1", "maxpool", "stage2", "stage3", "conv5"
@@ -269,6 +309,8 @@ ARCHITECTURES = {architecture.name: architecture for architecture in _TABLE}
 def get_architecture(name: "str | Architecture") -> Architecture:
     """The table's entry for ``name``, or timm's network for ``timm/NAME``; an architecture is itself.
 
+    ``timm/NAME:KEY=VALUE`` has timm build it of other layers: ``timm/resnet50:act_layer=gelu``.
+
     Raises:
         InputError: for an unknown name, listing the known; for a timm name without timm installed.
     """
@@ -276,7 +318,7 @@ def get_architecture(name: "str | Architecture") -> Architecture:
         return name
     name = str(name)
     if name.startswith(TIMM):
-        return _timm_architecture(name.removeprefix(TIMM))
+        return _timm_architecture(name)
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     raise InputError(
@@ -290,9 +332,32 @@ def import_timm():
     return optional_import("timm", "timm>=1.0.31", "timm networks")
 
 
+def split_timm(arch: str) -> tuple[str, dict[str, str]]:
+    """timm's name and the layers it is built of: ``timm/resnet50:act_layer=gelu`` has {"act_layer": "gelu"}.
+
+    Raises:
+        InputError: for other arguments: the name may come from a file, and not all of timm's are harmless.
+    """
+    name, _, text = arch.removeprefix(TIMM).partition(":")
+    arguments = {}
+    for part in filter(None, text.split(",")):
+        key, _, value = part.partition("=")
+        if key not in TIMM_LAYERS or not value.isidentifier():
+            raise InputError(f"{arch}: {part!r} is none of {', '.join(f'{key}=NAME' for key in TIMM_LAYERS)}")
+        arguments[key] = value
+    return name, arguments
+
+
+def build_timm(arch: str, **kwargs) -> nn.Module:
+    """timm's network ``timm/NAME`` or ``timm/NAME:act_layer=gelu``, randomly initialised."""
+    name, arguments = split_timm(arch)
+    return import_timm().create_model(name, pretrained=False, **arguments, **kwargs)
+
+
 @functools.cache
-def _timm_architecture(name: str) -> Architecture:
+def _timm_architecture(arch: str) -> Architecture:
     timm = import_timm()
+    name, arguments = split_timm(arch)
     if not timm.is_model(name):
         raise InputError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
     config = timm.get_pretrained_cfg(name)
@@ -301,15 +366,20 @@ def _timm_architecture(name: str) -> Architecture:
         raise InputError(
             f"timm/{name} has no single first convolution and classifier: choose another network"
         )
-    return Architecture(
-        f"{TIMM}{name}",
+    architecture = Architecture(
+        arch,
         TIMM_FAMILY,
-        lambda num_classes: timm.create_model(name, num_classes=num_classes),
+        lambda num_classes: build_timm(arch, num_classes=num_classes),
         stem=first_conv,
         head=f"{classifier}.",
         pixel_mean=tuple(round(255 * value, 4) for value in config.mean),
         pixel_std=tuple(round(255 * value, 4) for value in config.std),
     )
+    try:
+        _ = architecture.shapes if arguments else ()
+    except Exception as error:  # each network refuses in its own way
+        raise InputError(f"timm cannot build {arch}: {one_line(error)[:200]}") from None
+    return architecture
 
 
 def build_classifier(arch: str | Architecture, num_classes: int = 1000) -> nn.Module:
@@ -322,38 +392,13 @@ def is_counter(name: str) -> bool:
     return name.endswith(".num_batches_tracked")
 
 
-def detect_architecture(state_dict: dict[str, Tensor]) -> Architecture:
-    """The network of the table whose tensors have the names and shapes of a classifier's ``state_dict``.
+def misfits(state_dict: dict[str, Tensor], architecture: Architecture) -> list[tuple[str, str]]:
+    """What is wrong with ``state_dict``: (kind, description of a tensor), in the order of kinds.
 
-    Raises:
-        InputError: if none fits, naming the differences from the nearest one.
+    The kinds are "missing", "unexpected" and "misshaped". The number of classes is free, and so is the
+    presence of BN's ``num_batches_tracked`` and of all that only the classifier has: a backbone has no use
+    for them.
     """
-    every = list(ARCHITECTURES.values())
-    candidates = [known for known in every if f"{known.stem}.weight" in state_dict] or every
-    problems = {known: _problems(state_dict, known) for known in candidates}
-    nearest = min(problems, key=lambda known: len(problems[known]))
-    if problems[nearest]:
-        raise InputError(
-            _misfit(nearest, problems[nearest], "no known architecture fits; the nearest is ")
-            + "; a timm network needs --arch timm/NAME"
-        )
-    return nearest
-
-
-def check_architecture(state_dict: dict[str, Tensor], arch: str | Architecture) -> None:
-    """Raise :class:`InputError` naming the missing, unexpected and misshaped tensors, if there are any.
-
-    Any number of classes fits. Batch norm's ``num_batches_tracked`` may be missing, and so may everything
-    that only the classifier has: a backbone has no use for them.
-    """
-    architecture = get_architecture(arch)
-    problems = _problems(state_dict, architecture)
-    if problems:
-        raise InputError(_misfit(architecture, problems, "the tensors do not fit "))
-
-
-def _problems(state_dict: dict[str, Tensor], architecture: Architecture) -> list[tuple[str, str]]:
-    """What is wrong with ``state_dict``: (kind, description of a tensor), in the order of kinds."""
     head, known = architecture.head, architecture.shapes
     found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     needed = known if any(name.startswith(head) for name in found) else architecture.backbone_names
@@ -367,15 +412,16 @@ def _problems(state_dict: dict[str, Tensor], architecture: Architecture) -> list
     return missing + unexpected + misshaped
 
 
-def _same_shape(found: tuple[int, ...], needed: tuple[int, ...], any_classes: bool) -> bool:
-    return (found[1:] == needed[1:] and len(found) == len(needed)) if any_classes else found == needed
-
-
-def _misfit(architecture: Architecture, problems: list[tuple[str, str]], what: str) -> str:
+def describe(found: list[tuple[str, str]]) -> str:
+    """The outcome of :func:`misfits` in words, five tensors of each kind."""
     parts = []
     for kind in ("missing", "unexpected", "misshaped"):
-        names = [name for problem, name in problems if problem == kind]
+        names = [name for problem, name in found if problem == kind]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         if names:
             parts.append(f"{kind} {', '.join(names[:5])}{more}")
-    return f"{what}{architecture.name}: {'; '.join(parts)}"
+    return "; ".join(parts)
+
+
+def _same_shape(found: tuple[int, ...], needed: tuple[int, ...], any_classes: bool) -> bool:
+    return (found[1:] == needed[1:] and len(found) == len(needed)) if any_classes else found == needed

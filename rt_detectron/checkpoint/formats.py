@@ -3,112 +3,118 @@
 import json
 import os
 import pickle
-import re
-import types
 import warnings
 import zipfile
-from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rt_detectron.checkpoint.architectures import ARCHITECTURES, get_architecture
+from rt_detectron.checkpoint.architectures import Architecture, get_architecture
 from rt_detectron.checkpoint.metadata import Metadata
+from rt_detectron.checkpoint.unpickling import ArraysOnlyUnpickler, Placeholder, refused_name, tensors_only
 from rt_detectron.utils.errors import InputError, optional_import
 from rt_detectron.utils.files import replaced_atomically
 
-# Where a file keeps the network's own names. The robustness package stores the network twice, plainly and
-# inside its attacker: only the plain copy is listed, so exactly one is taken.
-PREFIXES = (
-    "module.model.model.",  # robustness, with its inner wrapper
-    "module.model.",  # robustness
-    "model.model.",  # the same two, saved without DataParallel
-    "model.",
-    "module.network.",  # our pretraining under DistributedDataParallel
-    "network.",  # our pretraining
-    "module.",  # torchvision or timm under DataParallel
-    "",  # torchvision or timm
-)
-# Beside the network: the normalisation in front of it, by its buffers for mean and std in [0, 1] units.
-NORMALIZERS = {
-    "module.normalizer.": ("new_mean", "new_std"),  # robustness
-    "module.attacker.normalize.": ("new_mean", "new_std"),
-    "normalizer.": ("new_mean", "new_std"),
-    "attacker.normalize.": ("new_mean", "new_std"),
-    "normalize.": ("mean", "std"),  # RobustBench
-    "module.normalize.": ("mean", "std"),
-}
-NOT_THE_NETWORK = (*NORMALIZERS, "module.attacker.", "attacker.")
-STEMS = frozenset(f"{architecture.stem}.weight" for architecture in ARCHITECTURES.values())
-
-
-Pixel = tuple[float, ...]  # RGB, 0..255
+# How many times its own size a .pkl may take: protocol 2 spells bytes as text, and copies them twice.
+MEMORY = 4
+DEPTH = 6  # of dicts in dicts; state dicts are found two or three deep
 
 
 @dataclass
-class ClassifierFile:
-    """What a classifier's file holds.
+class WeightsFile:
+    """What a file of weights holds, before anybody has asked which network that is.
 
     Attributes:
-        state_dict: the network's tensors on the CPU under torchvision's or timm's names, floats as float32.
+        path: of the file.
+        state_dicts: tensors on the CPU by name, by where in the file they are: "state_dict_ema",
+            "checkpoint.model", or "" for the file itself.
+        settings: every other text, number and list of numbers in it, by where it is: "args.model".
         metadata: of a file that has it.
-        pixel_mean, pixel_std: of the normalisation stored beside the network, RGB in 0..255, or None.
     """
 
-    state_dict: dict[str, Tensor]
+    path: str
+    state_dicts: dict[str, dict[str, Tensor]]
+    settings: dict[str, object] = field(default_factory=dict)
     metadata: Metadata | None = None
-    pixel_mean: Pixel | None = None
-    pixel_std: Pixel | None = None
 
 
-def read_classifier(path: str) -> ClassifierFile:
-    """Read a robustness ``.ckpt``, torchvision or timm ``.pth``, ``.safetensors``, a file of our pretraining,
-    a ``.pth.tar`` of PyTorch's ImageNet example (as the Stylized-ImageNet networks of Geirhos et al. 2019
-    are), or a backbone ``.pkl`` converted before.
+def read_weights(path: str | os.PathLike) -> WeightsFile:
+    """Read a ``.ckpt``, ``.pth``, ``.pt``, ``.pth.tar`` or other file of torch.save, a ``.safetensors``, or a
+    backbone ``.pkl`` converted before.
 
     Raises:
-        InputError: if there is no such file, it is none of these, is damaged, or holds tensors that are
-            not finite.
+        InputError: naming the file, if there is none, it is none of these, is damaged, or asks for far
+            more memory than it has bytes.
     """
+    path = file_name(path)
     check_file(path)
-    metadata, tensors = _read(path)
-    if path.endswith(".pkl"):
-        tensors = _classifier_names(tensors, metadata, path)
-    prefix = _prefix(tensors)
-    state_dict = {
-        name.removeprefix(prefix): _as_float32(tensor, name, path)
-        for name, tensor in tensors.items()
-        if name.startswith(prefix) and not name.startswith(NOT_THE_NETWORK)
-    }
-    if not state_dict:
-        raise InputError(f"{path} holds no tensors: give a file of weights")
-    pixel_mean, pixel_std = _normalizer(tensors, path)
-    return ClassifierFile(state_dict, metadata, pixel_mean, pixel_std)
-
-
-def _read(path: str) -> tuple[Metadata | None, dict[str, Tensor]]:
     if path.endswith(".safetensors"):
-        return _read_safetensors(path)
-    content = read_pickle(path) if path.endswith(".pkl") else _read_torch(path)
-    tensors = _find_tensors(content, path)
-    return _metadata(content, path), tensors
+        content = _read_safetensors(path)
+    else:
+        content = read_pickle(path) if path.endswith(".pkl") else _read_torch(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no state dict: save model.state_dict() instead of the model")
+    metadata = Metadata.from_dict(content["rt_detectron"], path) if "rt_detectron" in content else None
+    file = WeightsFile(path, {}, {}, metadata)
+    _sort_in(content, "", file, set())
+    if path.endswith(".pkl"):
+        file.state_dicts = {"": _classifier_names(file.state_dicts.get("model", {}), metadata, path)}
+    if not any(file.state_dicts.values()):
+        whole = any(value is Placeholder for value in content.values())
+        raise InputError(
+            f"{path} holds a whole model: save model.state_dict() instead"
+            if whole
+            else f"{path} holds no tensors: give a file of weights"
+        )
+    return file
 
 
-def _metadata(content: dict, path: str) -> Metadata | None:
-    """The file's entry ``rt_detectron``, if it has one."""
-    return Metadata.from_dict(content["rt_detectron"], path) if "rt_detectron" in content else None
+def file_name(path: object) -> str:
+    """``path`` as text. Raises :class:`InputError` for what is neither text nor a path, such as a list."""
+    if isinstance(path, str | os.PathLike) and isinstance(name := os.fspath(path), str):
+        return name
+    raise InputError(f"{path!r:.100} is no file name: give one file of weights")
 
 
-def _prefix(tensors: dict[str, Tensor]) -> str:
-    """The prefix of the network's own names."""
-    for prefix in PREFIXES:
-        if any(f"{prefix}{stem}" in tensors for stem in STEMS):
-            return prefix
-    # Not a network of the table, so the names are not known, but all of them have it.
-    names = [name for name in tensors if not name.startswith(NOT_THE_NETWORK)]
-    return next(prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in names))
+def _sort_in(content: dict, place: str, file: WeightsFile, seen: set[int], depth: int = 0) -> None:
+    """Put the tensors and settings in ``content``, which is at ``place``, into ``file``."""
+    if id(content) in seen or depth > DEPTH:  # dicts may hold themselves
+        return
+    seen.add(id(content))
+    for name, value in content.items():
+        if not isinstance(name, str) or (name == "rt_detectron" and not place):
+            continue
+        where = f"{place}.{name}" if place else name
+        if isinstance(value, dict):
+            _sort_in(value, where, file, seen, depth + 1)
+        elif isinstance(value, Tensor | np.ndarray):
+            file.state_dicts.setdefault(place, {})[name] = _tensor(value, where, file.path)
+        elif isinstance(value, str | int | float | list | tuple):
+            file.settings[where] = value
+
+
+def _tensor(value: Tensor | np.ndarray, name: str, path: str) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value).detach()
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: {name} is an array of {value.dtype}, which weights never are") from None
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
+        raise InputError(f"{path}: {name} is no ordinary tensor (sparse, quantised or without data)")
+    # A file may ask for one number repeated a billion times, which copies would then really hold.
+    if tensor.numel() * tensor.element_size() > os.path.getsize(path):
+        size = f"{list(tensor.shape)} needs more bytes than the whole file has"
+        raise InputError(f"{path} is damaged or not a checkpoint ({name} {size}): download or write it again")
+    return tensor
+
+
+def file_architecture(metadata: Metadata, path: str) -> Architecture:
+    """The network that the file ``path`` says it holds. Raises :class:`InputError` naming both."""
+    try:
+        return get_architecture(metadata.arch)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _classifier_names(tensors: dict[str, Tensor], metadata: Metadata | None, path: str) -> dict[str, Tensor]:
@@ -118,7 +124,7 @@ def _classifier_names(tensors: dict[str, Tensor], metadata: Metadata | None, pat
             f"{path} was not written by rt_detectron, so the network in it is not known: give the checkpoint "
             "that it was made from"
         )
-    architecture = get_architecture(metadata.arch)
+    architecture = file_architecture(metadata, path)
     names = {in_backbone: name for name, in_backbone in architecture.backbone_names.items()}
     unknown = [name for name in tensors if name not in names]
     if unknown:
@@ -135,7 +141,7 @@ def read_pickle(path: str):
     check_file(path)
     with open(path, "rb") as file:
         try:
-            return _ArraysOnlyUnpickler(file, encoding="latin1").load()  # latin1: for Python 2's files
+            return ArraysOnlyUnpickler(file, MEMORY * os.path.getsize(path) + (1 << 20)).load()
         except Exception as error:  # broad, as in _read_torch
             raise InputError(unreadable(path, error)) from None
 
@@ -159,19 +165,17 @@ def check_file(path: str) -> None:
         raise InputError(f"{path} is a Git LFS pointer, not the checkpoint: run `git lfs pull`")
 
 
-def _read_safetensors(path: str) -> tuple[Metadata | None, dict[str, Tensor]]:
+def _read_safetensors(path: str) -> dict:
     safetensors = optional_import("safetensors", "safetensors>=0.4", f"reading {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            content = {
-                key: json.loads(text)
-                for key, text in (file.metadata() or {}).items()
-                if key == "rt_detectron"
-            }
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            header = dict(file.metadata() or {})
+            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            if "rt_detectron" in header:
+                content["rt_detectron"] = json.loads(header.pop("rt_detectron"))
     except Exception as error:  # broad, as in _read_torch
         raise InputError(unreadable(path, error)) from None
-    return _metadata(content, path), tensors
+    return {**content, "__metadata__": header}
 
 
 def check_archive(path: str) -> None:
@@ -184,11 +188,22 @@ def check_archive(path: str) -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:
+            _check_sizes(archive, path)
             damaged = archive.testzip()
+    except InputError:
+        raise
     except Exception as error:  # broad, as in _read_torch
         raise InputError(unreadable(path, error)) from None
     if damaged is not None:
         raise InputError(f"{path} is damaged ({damaged} has a wrong checksum): download or write it again")
+
+
+def _check_sizes(archive: zipfile.ZipFile, path: str) -> None:
+    """torch compresses nothing: records that inflate, or that share their bytes, are none of its own."""
+    records = archive.infolist()
+    inflates = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    if inflates or sum(record.file_size for record in records) > os.path.getsize(path):
+        raise InputError(f"{path} is a compressed archive, not a checkpoint: unpack it, or download it again")
 
 
 def _read_torch(path: str):
@@ -205,182 +220,21 @@ def _read_torch(path: str):
             raise InputError(unreadable(path, error)) from None
         file.seek(0)
         try:
-            return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_tensors_only)
+            return torch.load(file, map_location="cpu", weights_only=False, pickle_module=tensors_only)
         except Exception as error:
             raise InputError(unreadable(path, error)) from None
 
 
 def unreadable(path: str, error: Exception) -> str:
-    """The message for ``error`` while reading ``path``; it names what was refused, if anything was."""
-    if isinstance(error, pickle.UnpicklingError) and (refused := re.search(r"GLOBAL (\S+)", str(error))):
+    """One line for ``error`` of reading ``path``, naming what the file was refused for, if it was."""
+    if refused := refused_name(error):
         return (
-            f"{path} was refused for {refused[1][:120]}, which could run code and is no part of weights: "
+            f"{path} was refused for {refused}, which could run code and is no part of weights: "
             "get the file from a source that you trust"
         )
     reason = (str(error).strip().splitlines() or [""])[0][:120]
     reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     return f"{path} is damaged or not a checkpoint ({reason}): download or write it again"
-
-
-class _InertType(type):
-    """Its classes ignore everything that a pickle does to them: calls, state, items."""
-
-    def __call__(cls, *args, **kwargs):
-        return cls
-
-    def _ignore(cls, *args, **kwargs) -> None:
-        pass
-
-    __setstate__ = __setitem__ = append = extend = add = _ignore
-
-
-class _Placeholder(metaclass=_InertType):
-    """Stands for every object of a pickle that is neither a tensor nor a plain container.
-
-    Pickle demands a class in some places and an object in others, so the class is its own only instance.
-    """
-
-    def __new__(cls, *args, **kwargs):
-        return cls
-
-
-class _Dict(dict):
-    """Replaces collections.OrderedDict, without the attributes that torch adds to a state dict."""
-
-    def __setstate__(self, state) -> None:
-        pass
-
-
-class _Function:
-    """A function that a pickle may call, but whose attributes it cannot set."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function):
-        self._function = function
-
-    def __call__(self, *args):
-        return self._function(*args)
-
-    def __setstate__(self, state) -> None:
-        pass
-
-
-def _tensor(storage, offset, size, stride, *_) -> Tensor:
-    return torch._utils._rebuild_tensor(storage, offset, size, stride)
-
-
-def _parameter(tensor, *_) -> Tensor:
-    return tensor
-
-
-_ALLOWED = {
-    ("collections", "OrderedDict"): _Function(_Dict),
-    ("torch", "Size"): _Function(tuple),
-    ("torch._utils", "_rebuild_tensor"): _Function(_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
-    ("torch._utils", "_rebuild_parameter_with_state"): _Function(_parameter),
-}
-
-
-class _TensorsOnlyUnpickler(pickle.Unpickler):
-    """Builds tensors and plain containers. Nothing is imported: every other name is a placeholder.
-
-    torch.load adds the storages itself, by a table of their names, before it asks ``find_class``.
-    """
-
-    def find_class(self, module: str, name: str):
-        return _ALLOWED.get((module, name), _Placeholder)
-
-
-# What torch.load takes as its pickle module.
-_tensors_only = types.SimpleNamespace(
-    __name__="tensors_only",
-    Unpickler=_TensorsOnlyUnpickler,
-    load=lambda file, **kwargs: _TensorsOnlyUnpickler(file, **kwargs).load(),
-)
-
-
-def _bytes(text: str, encoding: str) -> bytes:
-    """Replaces _codecs.encode, by which pickle protocol 2 writes bytes."""
-    if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError("bytes in an unknown spelling")
-    return text.encode("latin1")
-
-
-def _constructor(sample, protocol: int) -> _Function:
-    """The function that numpy's pickles call to make ``sample``. Its module depends on numpy's version."""
-    return _Function(sample.__reduce_ex__(protocol)[0])
-
-
-_ALLOWED_IN_ARRAYS = {
-    ("collections", "OrderedDict"): _Function(OrderedDict),
-    ("_codecs", "encode"): _Function(_bytes),
-    ("numpy", "ndarray"): np.ndarray,  # itself, since the next asks for a type
-    ("numpy", "dtype"): _Function(np.dtype),
-}
-for _core in ("numpy.core", "numpy._core"):  # before and from numpy 2 on
-    _ALLOWED_IN_ARRAYS |= {
-        (f"{_core}.multiarray", "_reconstruct"): _constructor(np.zeros(1), 4),
-        (f"{_core}.multiarray", "scalar"): _constructor(np.float32(0), 4),
-        (f"{_core}.numeric", "_frombuffer"): _constructor(np.zeros(1), 5),
-    }
-
-
-class _ArraysOnlyUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain containers, and refuses a file that asks for anything else.
-
-    Unlike a training checkpoint, a ``.pkl`` of weights has no reason to hold more.
-    """
-
-    def find_class(self, module: str, name: str):
-        try:
-            return _ALLOWED_IN_ARRAYS[module, name]
-        except KeyError:
-            # In torch's words, for `unreadable`; without blanks and line ends, which a pickle may smuggle in.
-            raise pickle.UnpicklingError(f"GLOBAL {re.sub(r'[^!-~]', '?', f'{module}.{name}')}") from None
-
-
-def _find_tensors(content, path: str) -> dict[str, Tensor]:
-    """The file's state dict: under "model", under "state_dict" (older files), or the file itself."""
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no state dict: save model.state_dict() instead of the model")
-    state_dict = next((content[key] for key in ("model", "state_dict") if key in content), content)
-    if not isinstance(state_dict, dict):
-        raise InputError(f"{path} holds a whole model: save model.state_dict() instead")
-    return {
-        name: torch.as_tensor(value)
-        for name, value in state_dict.items()
-        if isinstance(value, Tensor | np.ndarray) and isinstance(name, str)
-    }
-
-
-def _as_float32(tensor: Tensor, name: str, path: str) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    tensor = tensor.detach().float()
-    if not torch.isfinite(tensor).all():
-        raise InputError(f"{path}: tensor {name} holds NaN or infinity: the training behind it diverged")
-    return tensor
-
-
-def _normalizer(
-    tensors: dict[str, Tensor], path: str
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """The mean and std that are stored in [0,1] units beside the network, in 0..255."""
-    for prefix, names in NORMALIZERS.items():
-        if all(prefix + name in tensors for name in names):
-            mean, std = (_pixels(tensors[prefix + name], prefix + name, path) for name in names)
-            return mean, std
-    return None, None
-
-
-def _pixels(tensor: Tensor, name: str, path: str) -> Pixel:
-    values = _as_float32(tensor, name, path).flatten().tolist()
-    if len(values) != 3:
-        raise InputError(f"{path}: {name} has {len(values)} values, RGB needs 3")
-    return tuple(round(255 * value, 4) for value in values)  # rounded: 0.485 is stored as 0.48500001
 
 
 def save_atomically(content: dict, path: str) -> None:

@@ -1,6 +1,6 @@
 """The metadata of a weights file, in its entry ``rt_detectron``."""
 
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 
@@ -8,6 +8,8 @@ from rt_detectron.utils.errors import InputError
 
 NORMS = ("l1", "l2", "linf")
 INPUT_FORMATS = ("RGB", "BGR")
+MAX_EPS = 1e9
+MAX_NAME = 500  # letters; errors show names, in one line
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,21 @@ class Metadata:
 
     def __post_init__(self):
         for key in ("arch", "source"):
-            if not isinstance(getattr(self, key), str) or not getattr(self, key):
-                raise InputError(f"{key} is {getattr(self, key)!r}; it must be a name")
-        if self.norm is not None and self.norm not in NORMS:
-            raise InputError(f"unknown norm {self.norm!r}: {', '.join(NORMS)}")
-        if (self.norm, self.eps) != (None, None):
-            if type(self.eps) not in (int, float) or not 0 <= self.eps < math.inf:
-                raise InputError(f"eps must be a number from 0 on, found {self.eps!r}")
+            value = getattr(self, key)
+            if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= MAX_NAME:
+                raise InputError(f"{key} is {value!r:.80}; it must be a name")
+        if self.norm is not None and not _is_one_of(self.norm, NORMS):
+            raise InputError(f"unknown norm {self.norm!r:.80}: {', '.join(NORMS)}")
+        if self.norm is not None or self.eps is not None:
+            if type(self.eps) not in (int, float) or not 0 <= self.eps < MAX_EPS:
+                raise InputError(f"eps must be a number from 0 on, found {self.eps!r:.80}")
             object.__setattr__(self, "eps", float(self.eps))
-        if self.input_format not in INPUT_FORMATS:
-            raise InputError(f"unknown input format {self.input_format!r}: {' or '.join(INPUT_FORMATS)}")
+        if not _is_one_of(self.input_format, INPUT_FORMATS):
+            raise InputError(f"unknown input format {self.input_format!r:.80}: {' or '.join(INPUT_FORMATS)}")
         if type(self.stride_in_1x1) is not bool:
-            raise InputError(f"stride_in_1x1 is {self.stride_in_1x1!r}; it must be true or false")
-        if self.sha256 is not None and not isinstance(self.sha256, str):
-            raise InputError(f"sha256 is {self.sha256!r}; it must be 64 hexadecimal digits")
+            raise InputError(f"stride_in_1x1 is {self.stride_in_1x1!r:.80}; it must be true or false")
+        if self.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", str(self.sha256)):
+            raise InputError(f"sha256 is {self.sha256!r:.80}; it must be 64 hexadecimal digits")
         for key, lowest in (("pixel_mean", 0.0), ("pixel_std", 1e-3)):  # a std of 0 would divide by it
             object.__setattr__(self, key, _pixels(getattr(self, key), key, lowest))
 
@@ -85,11 +88,13 @@ class Metadata:
         return content
 
 
+def _is_one_of(value: object, known: tuple[str, ...]) -> bool:
+    return isinstance(value, str) and value in known  # an array would answer `in` with an array
+
+
 def _pixels(values, name: str, lowest: float) -> tuple[float, ...]:
-    try:
-        found = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        found = ()
-    if len(found) != 3 or not all(lowest <= value <= 255 for value in found):
+    numbers = values if isinstance(values, list | tuple) else ()
+    found = [number for number in numbers if type(number) in (int, float) and lowest <= number <= 255]
+    if len(found) != 3 or len(numbers) != 3:
         raise InputError(f"{name} is not three numbers in 0..255")
-    return found
+    return tuple(map(float, found))

@@ -13,10 +13,10 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from rt_detectron.checkpoint import zoo
-from rt_detectron.checkpoint.architectures import Architecture, get_architecture, is_counter
+from rt_detectron.checkpoint.architectures import Architecture, is_counter
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.convert import read_network
-from rt_detectron.checkpoint.formats import WRITERS, read_pickle
+from rt_detectron.checkpoint.formats import WRITERS, file_architecture, file_name, read_pickle
 from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.checkpoint.preprocessing import compare
 from rt_detectron.config import add_robust_config
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_backbone(
-    name: str,
+    name: str | os.PathLike,
     detector: str | None = None,
     norm: str = "FrozenBN",
     freeze_at: int = 2,
@@ -59,16 +59,17 @@ def load_backbone(
             preprocessing than that of the weights, and for what
             :mod:`rt_detectron.checkpoint.zoo` and :class:`RobustCheckpointer` refuse.
     """
+    name = file_name(name)
     path = PathManager.get_local_path(name) if name.endswith(".pkl") else zoo.backbone(name)
     content = read_pickle(path)
-    if "rt_detectron" not in content:
+    if not isinstance(content, dict) or "rt_detectron" not in content:
         raise InputError(
             f"{path} was not written by rt_detectron: convert it with tools/convert_checkpoint.py"
         )
     metadata = Metadata.from_dict(content["rt_detectron"], path)
     given = {"INPUT.FORMAT": input_format, "MODEL.PIXEL_MEAN": pixel_mean, "MODEL.PIXEL_STD": pixel_std}
     compare(given, metadata)
-    cfg = _config(get_architecture(metadata.arch), detector, norm, freeze_at)
+    cfg = _config(file_architecture(metadata, path), detector, norm, freeze_at)
     backbone = build_backbone(cfg, ShapeSpec(channels=3))
     RobustCheckpointer(backbone).load(path)
     backbone.metadata = metadata
@@ -89,12 +90,14 @@ def _config(architecture: Architecture, detector: str | None, norm: str, freeze_
     return cfg
 
 
-def load_classifier(name: str, arch: str | None = None, num_classes: int | None = None) -> Classifier:
+def load_classifier(
+    name: str | os.PathLike, arch: str | None = None, num_classes: int | None = None
+) -> Classifier:
     """A pretrained classifier in eval mode, its normalisation included, as attacks want it.
 
     Args:
         name: of the zoo, such as "resnet50_l2_eps3" (or "robust://resnet50_l2_eps3.pkl"), or a classifier's
-            file (anything that :func:`rt_detectron.checkpoint.formats.read_classifier` reads).
+            file (anything that :func:`rt_detectron.checkpoint.formats.read_weights` reads).
         arch: the network in the file; None detects it. Needed for timm's ("timm/convnext_tiny").
         num_classes: put a fresh last linear layer for so many classes in place of the file's. A backbone's
             file, which has none, then serves, too.
@@ -107,8 +110,11 @@ def load_classifier(name: str, arch: str | None = None, num_classes: int | None 
         InputError: for an unknown name, a file that cannot be read or is of another network, and for a
             backbone, unless the last linear layer is all that it lacks and ``num_classes`` is given.
     """
-    path = _weights_file(name)
-    architecture, state_dict, metadata = read_network(path, arch)
+    path, published = _weights_file(file_name(name))
+    weights = read_network(path, arch or published)
+    architecture, state_dict, metadata = weights.architecture, weights.state_dict, weights.metadata
+    for guess in weights.guesses:
+        logger.warning("%s: %s", path, guess)
     logits = [tensor for name, tensor in state_dict.items() if name.startswith(architecture.head)]
     if not logits and num_classes is None:
         raise InputError(
@@ -138,10 +144,11 @@ def load_weights(classifier: Classifier, name: str, fresh_head: bool = False) ->
         InputError: for an unknown name, for a file that cannot be read, is of another network or of another
             number of classes, and for weights that expect another normalisation.
     """
-    path = _weights_file(name)
-    _, state_dict, metadata = read_network(path, classifier.architecture)
-    for key in ("pixel_mean", "pixel_std"):
-        expected, found = getattr(metadata, key), getattr(classifier, key)
+    path, _ = _weights_file(file_name(name))
+    weights = read_network(path, classifier.architecture)
+    state_dict = weights.state_dict
+    for key in ("pixel_mean", "pixel_std") if weights.pixels_are_known else ():
+        expected, found = getattr(weights.metadata, key), getattr(classifier, key)
         if not np.allclose(expected, found, rtol=1e-3):
             raise InputError(
                 f"{path} expects {key} {list(expected)}, not {list(found)}: set model.classifier.{key}"
@@ -176,8 +183,11 @@ def _fill(classifier: Classifier, state_dict: dict[str, Tensor], path: str, fres
         raise InputError(f"{path} is a backbone without {missing[0]}: give the classifier's file")
 
 
-def _weights_file(name: str) -> str:
+def _weights_file(name: str) -> tuple[str, str | None]:
+    """The local file, and which network it was published as."""
     robust = zoo.RobustPathHandler.PREFIX
-    if not name.startswith(robust) and (os.path.isfile(name) or name.endswith((*WRITERS, ".tar"))):
-        return name
-    return zoo.weights(name.removeprefix(robust).removesuffix(".pkl"))
+    if not name.startswith(robust) and (os.path.isfile(name) or name.endswith((*WRITERS, ".tar", ".pt"))):
+        return name, None
+    name = name.removeprefix(robust).removesuffix(".pkl")
+    path = zoo.weights(name)
+    return path, None if path.endswith(".pkl") else zoo.find(name).arch

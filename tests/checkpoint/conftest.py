@@ -1,12 +1,17 @@
-"""A server that speaks the file protocol of the Hugging Face Hub."""
+"""A server that speaks the file protocol of the Hugging Face Hub, and a network of a few kilobytes."""
 
 import hashlib
 import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 
 import pytest
+import torch
+from torch import nn
+
+from rt_detectron.checkpoint.architectures import ARCHITECTURES, TORCHVISION, Architecture
 
 COMMIT = "0123456789" * 4
 WEB_PAGE = b"<!DOCTYPE html><html>sign in</html>"
@@ -112,3 +117,42 @@ def hub(tmp_path, monkeypatch):
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+class TinyNet(nn.Module):
+    """Five strides and a linear layer, in 20 kilobytes."""
+
+    def __init__(self, num_classes: int = 5):
+        super().__init__()
+        channels = (3, 8, 8, 8, 16, 16)
+        self.features = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+                for a, b in pairwise(channels)
+            )
+        )
+        self.fc = nn.Linear(channels[-1], num_classes)
+
+    def forward(self, images):
+        return self.fc(self.features(images).mean((2, 3)))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """``tiny(seed)``: a :class:`TinyNet` with BN statistics of its own; the table knows it as "tiny"."""
+    stages = ("stem", "res2", "res3", "res4", "res5")
+    taps = {stage: f"features.{number}" for number, stage in enumerate(stages)}
+    architecture = Architecture("tiny", TORCHVISION, TinyNet, "features.0.0", "fc.", taps=taps)
+    monkeypatch.setitem(ARCHITECTURES, "tiny", architecture)
+
+    def build(seed: int = 0) -> TinyNet:
+        generator = torch.Generator().manual_seed(seed)
+        network = TinyNet().eval()
+        for name, tensor in network.state_dict().items():
+            if tensor.is_floating_point():
+                scale = (2 / tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else 0.1
+                offset = 1 if name.endswith(("running_var", "1.weight")) else 0
+                tensor.copy_(offset + scale * torch.randn(tensor.shape, generator=generator))
+        return network
+
+    return build

@@ -7,13 +7,21 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import timm
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
 from safetensors.torch import load_file, save_file
 
+from rt_detectron import load_backbone
 from rt_detectron.checkpoint import convert, formats
-from rt_detectron.checkpoint.architectures import ARCHITECTURES, build_classifier
+from rt_detectron.checkpoint.architectures import (
+    ARCHITECTURES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    build_classifier,
+    get_architecture,
+)
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.convert import convert_checkpoint, parse_threat_model
 from rt_detectron.utils.errors import InputError
@@ -101,6 +109,41 @@ def test_folded_weights_serve_detectron2s_default_preprocessing(
     # Rounding, which random weights amplify differently with every number of threads and kind of CPU: up to
     # 1.02e-4 was seen. That the RGB weights compute torchvision's features, too, is the test above.
     assert largest_difference(found, torchvision_features(arch, network, photograph)) < 5e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"), [("vit_tiny_r_s16_p8_224", "StdConv2dSame"), ("nf_regnet_b0", "ScaledStdConv2d")]
+)
+def test_nothing_is_folded_into_standardised_weights(tmp_path, name, stem):
+    """timm's weight-standardised convolutions scale away whatever their weights are multiplied by."""
+    torch.manual_seed(0)
+    network = timm.create_model(name)
+    architecture = get_architecture(f"timm/{name}")
+    assert type(network.get_submodule(architecture.stem)).__name__ == stem
+    torch.save(network.state_dict(), tmp_path / "c.pth")
+    with pytest.raises(InputError, match=r"c\.pth: the first convolution .* standardises its own weights"):
+        convert_checkpoint(tmp_path / "c.pth", tmp_path / "b.pkl", architecture.name, input_format="BGR")
+    assert not (tmp_path / "b.pkl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "activation", "input_format"),
+    [("resnet18", "gelu", "BGR"), ("resnet18", "silu", "RGB"), ("resnetblur18", None, "BGR")],
+)
+def test_lookalikes_of_resnets_are_built_as_they_were(tmp_path, photograph, name, activation, input_format):
+    """The tensors are those of a plain ResNet; its features are another's."""
+    torch.manual_seed(0)
+    network = timm.create_model(name, **({"act_layer": activation} if activation else {})).eval()
+    torch.save(network.state_dict(), tmp_path / "c.pth")
+    arch = f"timm/{name}:act_layer={activation}" if activation else f"timm/{name}"
+    convert_checkpoint(tmp_path / "c.pth", tmp_path / "b.pkl", arch, input_format=input_format)
+    backbone = load_backbone(tmp_path / "b.pkl").eval()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    images = (photograph - mean) / std
+    with torch.no_grad():
+        found = backbone((images if input_format == "RGB" else (photograph - mean).flip(0))[None])
+        expected = network.forward_features(images[None])
+    torch.testing.assert_close(found["res5"], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_folding_an_unusual_normalisation_records_its_own_mean(tmp_path, random_classifier):
@@ -271,7 +314,7 @@ def test_the_architecture_is_looked_up_once(source, tmp_path, monkeypatch):
     original = convert.get_architecture
 
     def counted(name):
-        asked.append(name)
+        asked.extend([name] if isinstance(name, str) else [])
         return original(name)
 
     for module in (convert, formats):

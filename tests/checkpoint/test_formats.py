@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rt_detectron.checkpoint.formats import PREFIXES, read_classifier, read_pickle
+from rt_detectron.checkpoint.convert import read_network
+from rt_detectron.checkpoint.formats import read_pickle, read_weights
 from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.utils.errors import InputError
 
@@ -21,19 +22,8 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 @pytest.fixture
-def state_dict():
-    """A few tensors under a ResNet's names: reading does not ask for the rest."""
-    generator = torch.Generator().manual_seed(0)
-    return OrderedDict(
-        {
-            "conv1.weight": torch.randn(8, 3, 7, 7, generator=generator),
-            "bn1.running_mean": torch.randn(8, generator=generator),
-            "bn1.num_batches_tracked": torch.tensor(7),
-            "layer1.0.conv1.weight": torch.randn(8, 8, 3, 3, generator=generator),
-            "layer2.0.conv1.weight": torch.randn(8, 8, 3, 3, generator=generator),
-            "fc.weight": torch.randn(5, 8, generator=generator),
-        }
-    )
+def state_dict(tiny):
+    return tiny().state_dict()
 
 
 def prefixed(state_dict, prefix):
@@ -68,9 +58,10 @@ def test_robustness_layouts(tmp_path, state_dict, zipped, key, inner):
     path = str(tmp_path / "resnet18_l2_eps3.ckpt")
     content = robustness_layout(state_dict, inner, key)
     torch.save(content, path, pickle_module=dill, _use_new_zipfile_serialization=zipped)
-    file = read_classifier(path)
-    assert_same(file.state_dict, state_dict)
-    assert (file.pixel_mean, file.pixel_std) == (MEAN, STD)
+    weights = read_network(path)
+    assert_same(weights.state_dict, state_dict)
+    assert (weights.metadata.pixel_mean, weights.metadata.pixel_std) == (MEAN, STD)
+    assert weights.pixels_are_known
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -85,23 +76,7 @@ def test_dill_saved_functions_are_left_out(tmp_path, state_dict, zipped):
     torch.save(content, path, pickle_module=dill, _use_new_zipfile_serialization=zipped)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
-    assert_same(read_classifier(path).state_dict, state_dict)
-
-
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_prefixes(tmp_path, state_dict, prefix):
-    path = str(tmp_path / "c.pth")
-    torch.save({"model": prefixed(state_dict, prefix), "iteration": 7}, path)
-    assert_same(read_classifier(path).state_dict, state_dict)
-
-
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s}])
-def test_torchvision_layouts(tmp_path, state_dict, wrap):
-    path = str(tmp_path / "resnet18.pth")
-    torch.save(wrap(state_dict), path)
-    file = read_classifier(path)
-    assert_same(file.state_dict, state_dict)
-    assert (file.metadata, file.pixel_mean, file.pixel_std) == (None, None, None)
+    assert_same(read_network(path).state_dict, state_dict)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -116,39 +91,40 @@ def test_the_layout_of_stylized_imagenet(tmp_path, state_dict, zipped):
         "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.001}]},
     }
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    file = read_classifier(path)
-    assert_same(file.state_dict, state_dict)
-    assert (file.metadata, file.pixel_mean) == (None, None)  # the table's, which is ImageNet's
+    weights = read_network(path)
+    assert_same(weights.state_dict, state_dict)
+    assert weights.metadata.pixel_mean == MEAN
+    assert not weights.pixels_are_known
 
 
 def test_parameters_are_read_as_tensors(tmp_path, state_dict):
     path = str(tmp_path / "c.pth")
     parameters = {n: torch.nn.Parameter(t) if t.is_floating_point() else t for n, t in state_dict.items()}
     torch.save({"model": parameters, "schedule": print}, path)
-    assert_same(read_classifier(path).state_dict, state_dict)
+    assert_same(read_network(path).state_dict, state_dict)
 
 
 def test_safetensors(tmp_path, state_dict):
     path = str(tmp_path / "resnet18.safetensors")
     save_file(dict(state_dict), path)
-    assert_same(read_classifier(path).state_dict, state_dict)
+    assert_same(read_network(path).state_dict, state_dict)
 
 
 def test_metadata_of_our_pretraining(tmp_path, state_dict):
     path = str(tmp_path / "classifier.pth")
     pixels = {"pixel_mean": (125.3, 123.0, 113.9), "pixel_std": (63.0, 62.1, 66.7)}
-    metadata = Metadata("resnet18", "l2", 0.5, "RGB", **pixels, stride_in_1x1=False, source="pretraining")
+    metadata = Metadata("tiny", "l2", 0.5, "RGB", **pixels, stride_in_1x1=False, source="pretraining")
     torch.save({"model": state_dict, "rt_detectron": metadata.to_dict()}, path)
-    assert read_classifier(path).metadata == metadata
+    assert read_weights(path).metadata == metadata
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_become_float32(tmp_path, state_dict, dtype):
     path = str(tmp_path / "c.pth")
     torch.save({n: t.to(dtype) if t.is_floating_point() else t for n, t in state_dict.items()}, path)
-    found = read_classifier(path).state_dict["conv1.weight"]
+    found = read_network(path).state_dict["features.0.0.weight"]
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, state_dict["conv1.weight"].to(dtype).float(), rtol=0, atol=0)
+    torch.testing.assert_close(found, state_dict["features.0.0.weight"].to(dtype).float(), rtol=0, atol=0)
 
 
 class Payload:
@@ -188,7 +164,7 @@ def test_payloads_do_not_run(tmp_path, state_dict, zipped, name, place):
         content[payload] = 1
     pickle_module = dill if place == "schedule" else pickle
     torch.save(content, path, pickle_module=pickle_module, _use_new_zipfile_serialization=zipped)
-    assert_same(read_classifier(path).state_dict, state_dict)
+    assert_same(read_network(path).state_dict, state_dict)
     assert not list(tmp_path.glob("ran-*"))
 
 
@@ -214,7 +190,7 @@ def test_arbitrary_objects_are_left_out(tmp_path, state_dict, protocol):
     torch.save(
         robustness_layout(state_dict, schedule=Stateful(), cls=Stateful), path, pickle_protocol=protocol
     )
-    assert_same(read_classifier(path).state_dict, state_dict)
+    assert_same(read_network(path).state_dict, state_dict)
 
 
 def test_allowed_functions_cannot_be_changed(tmp_path):
@@ -226,7 +202,7 @@ def test_allowed_functions_cannot_be_changed(tmp_path):
     torch.save({"model": {}, "x": print}, path)
     rewrite_pickle(path, program)
     with pytest.raises(InputError, match="holds no state dict"):
-        read_classifier(path)
+        read_weights(path)
     assert before == (vars(allowed), allowed.__defaults__)
 
 
@@ -242,14 +218,14 @@ def test_torchscript_is_refused(tmp_path):
     path = str(tmp_path / "scripted.pth")
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
     with pytest.raises(InputError, match="not a checkpoint"):
-        read_classifier(path)
+        read_weights(path)
 
 
 def test_whole_model_is_refused(tmp_path):
     path = str(tmp_path / "model.pth")
     torch.save(torch.nn.Linear(2, 2), path)
     with pytest.raises(InputError, match="state_dict"):
-        read_classifier(path)
+        read_weights(path)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +242,7 @@ def test_files_that_are_no_checkpoints(tmp_path, content, message, ending):
     path = tmp_path / f"c{ending}"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message) as error:
-        read_classifier(str(path))
+        read_weights(str(path))
     assert "\n" not in str(error.value)
 
 
@@ -277,22 +253,22 @@ def test_truncated_files(tmp_path, state_dict, zipped, share):
     torch.save(robustness_layout(state_dict, schedule=print), path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(InputError, match="damaged or not a checkpoint"):
-        read_classifier(str(path))
+        read_weights(str(path))
 
 
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*No such file"):
-        read_classifier(str(tmp_path / "none.ckpt"))
+        read_weights(str(tmp_path / "none.ckpt"))
     with pytest.raises(InputError, match="is a folder"):
-        read_classifier(str(tmp_path))
+        read_weights(str(tmp_path))
 
 
 def test_nan_is_named(tmp_path, state_dict):
     path = str(tmp_path / "c.pth")
-    bad = {**state_dict, "layer2.0.conv1.weight": state_dict["layer2.0.conv1.weight"] * float("nan")}
+    bad = {**state_dict, "features.2.0.weight": state_dict["features.2.0.weight"] * float("nan")}
     torch.save(bad, path)
-    with pytest.raises(InputError, match=r"layer2\.0\.conv1\.weight holds NaN"):
-        read_classifier(path)
+    with pytest.raises(InputError, match=r"features\.2\.0\.weight holds NaN"):
+        read_network(path)
 
 
 @pytest.mark.parametrize("archive", ["weights_only", "refused"])
@@ -300,31 +276,16 @@ def test_a_flipped_bit_in_a_weight_is_seen(tmp_path, state_dict, archive):
     path = tmp_path / "c.ckpt"
     torch.save(robustness_layout(state_dict, schedule=print if archive == "refused" else None), path)
     content = path.read_bytes()
-    weights = state_dict["conv1.weight"].numpy().tobytes()
+    weights = state_dict["features.0.0.weight"].numpy().tobytes()
     start = content.index(weights)
     for place in np.random.default_rng(0).integers(len(weights), size=20):
         flipped = bytearray(content)
         flipped[start + place] ^= 0x10
         path.write_bytes(flipped)
         with pytest.raises(InputError, match=r"is damaged \(.* has a wrong checksum\)"):
-            read_classifier(str(path))
+            read_weights(str(path))
     path.write_bytes(content)
-    assert_same(read_classifier(str(path)).state_dict, state_dict)
-
-
-def test_networks_outside_the_table(tmp_path, state_dict):
-    """As RobustBench saves timm's networks; the names below the prefix may themselves begin with one."""
-    path = str(tmp_path / "convnext.pth")
-    network = {"stem.0.weight": torch.ones(2, 3), "network.0.weight": torch.zeros(2)}
-    normalize = {
-        "normalize.mean": torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1),
-        "normalize.std": torch.tensor([0.2, 0.2, 0.4]).view(1, 3, 1, 1),
-    }
-    for prefix in ("model.", "module.model.", "module.", ""):
-        torch.save({**normalize, **prefixed(network, prefix)}, path)
-        file = read_classifier(path)
-        assert_same(file.state_dict, network)
-        assert (file.pixel_mean, file.pixel_std) == ((127.5, 102.0, 76.5), (51.0, 51.0, 102.0))
+    assert_same(read_network(path).state_dict, state_dict)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +296,7 @@ def test_files_without_a_network(tmp_path, content, message):
     path = str(tmp_path / "c.pth")
     torch.save(content, path)
     with pytest.raises(InputError, match=message):
-        read_classifier(path)
+        read_weights(path)
 
 
 ARRAYS = {

@@ -170,7 +170,7 @@ def test_a_backbone_becomes_a_classifier_if_a_last_layer_is_all_it_lacks(random_
         expected = random_classifier(arch).state_dict()
         backbone = {new: expected[name] for name, new in get_architecture(arch).backbone_names.items()}
         torch.save(expected, mirror / f"{arch}.pth")
-        _, _, metadata = read_network(str(mirror / f"{arch}.pth"))
+        metadata = read_network(mirror / f"{arch}.pth").metadata
         write_pickle(backbone, metadata, str(mirror / f"my_{arch}.pkl"))
     expected = random_classifier("resnet18").state_dict()
     for name in (str(mirror / "my_resnet18.pkl"), "robust://my_resnet18.pkl"):

@@ -165,5 +165,5 @@ def test_what_it_needs_is_one_line(label_free_cfg):
 def test_metadata_say_what_it_withstands(label_free_cfg):
     label_free_cfg.train.epochs = 0.25
     do_train(label_free_cfg)
-    metadata = read_network(f"{label_free_cfg.train.output_dir}/backbone.pkl")[2]
+    metadata = read_network(f"{label_free_cfg.train.output_dir}/backbone.pkl").metadata
     assert (metadata.norm, metadata.eps) == ("l2", 0.5)

@@ -172,6 +172,20 @@ def test_weights_for_another_normalisation_are_one_line(digits_cfg, tmp_path):
         start(build_model(digits_cfg), path, resume=False)
 
 
+def test_a_normalisation_that_the_file_does_not_hold_is_no_reason_to_stop(digits_cfg, tmp_path):
+    path = str(tmp_path / "encoder.pt")
+    tensors = build_model(digits_cfg).classifier.network.state_dict()
+    backbone = {f"module.encoder.{name}": t for name, t in tensors.items() if not name.startswith("fc.")}
+    torch.save(backbone, path)
+    digits_cfg.model.classifier.pixel_mean = [0.0, 0.0, 0.0]
+    model = build_model(digits_cfg)
+    start(model, path, resume=False)
+    assert torch.equal(model.classifier.network.conv1.weight, tensors["conv1.weight"])
+    torch.save({**backbone, "0.mean": torch.ones(3) / 2, "0.std": torch.ones(3)}, path)
+    with pytest.raises(InputError, match=r"set model\.classifier\.pixel_mean"):
+        start(model, path, resume=False)
+
+
 def test_an_interrupted_export_leaves_the_old_file_alone(digits_cfg, tmp_path, monkeypatch):
     model = build_model(digits_cfg)
     (tmp_path / "classifier.pth").write_text("old")

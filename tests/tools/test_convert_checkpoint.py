@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rt_detectron.checkpoint.formats import read_pickle
+
+UNIT_PIXELS = ["--pixel-mean", "0.485", "0.456", "0.406", "--pixel-std", "0.229", "0.224", "0.225"]
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
 
@@ -62,12 +65,47 @@ def test_other_formats_come_without_config_lines(tool, source, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
+    ("arguments", "mean", "std"),
+    [
+        (["--pixel-mean", "none"], [0, 0, 0], [255, 255, 255]),
+        (["--pixel-mean", "none", "--pixel-std", "none"], [0, 0, 0], [255, 255, 255]),
+        (["--pixel-mean", "127.5", "127.5", "127.5", "--pixel-std", "1", "2", "3"], [127.5] * 3, [1, 2, 3]),
+    ],
+)
+def test_a_normalisation_that_is_given(tool, source, tmp_path, capsys, arguments, mean, std):
+    tool.main([str(source), str(tmp_path / "b.pkl"), *arguments])
+    metadata = read_pickle(tmp_path / "b.pkl")["rt_detectron"]
+    assert (metadata["pixel_mean"], metadata["pixel_std"]) == (mean, std)
+    assert "\nguess" not in capsys.readouterr().out  # the file's name says what network it is
+
+
+def test_guesses_and_choices_are_printed(tool, tmp_path, random_classifier, capsys):
+    tensors = random_classifier("resnet18").state_dict()
+    torch.save({"model": tensors, "model_ema": {n: t + 1 for n, t in tensors.items()}}, tmp_path / "c.pth")
+    tool.main([str(tmp_path / "c.pth"), str(tmp_path / "b.pkl")])
+    printed = capsys.readouterr().out
+    assert "read the state dict 'model_ema', not the state dict 'model'" in printed
+    assert "guess  the network is taken for resnet18 by its tensors, its activations for ReLU" in printed
+    assert "guess  the file holds no mean and std: taken for 123.675" in printed
+    tool.main([str(tmp_path / "c.pth"), str(tmp_path / "b.pkl"), "--no-ema", "--arch", "resnet18"])
+    stem = read_pickle(tmp_path / "b.pkl")["model"]["stem.conv1.weight"]
+    assert torch.equal(torch.as_tensor(stem), tensors["conv1.weight"])
+    assert capsys.readouterr().out.count("\nguess  ") == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("{source}", "{folder}/b.onnx"), "must end in .pkl"),
         (("{folder}/none.ckpt", "{folder}/b.pkl"), "cannot read"),
         (("{source}", "{folder}/b.pkl", "--arch", "resnet34"), "do not fit resnet34: missing layer1.2"),
         (("{source}", "{folder}/b.pkl", "--norm", "l2"), "go together"),
+        (("{source}", "{folder}/b.pkl", "--pixel-mean", "1", "2", "3"), "--pixel-std go together"),
+        (("{source}", "{folder}/b.pkl", "--pixel-mean", "none", "--pixel-std", "1", "1", "1"), "go together"),
+        (("{source}", "{folder}/b.pkl", *UNIT_PIXELS), "three numbers in 0..255 each"),
+        (("{source}", "{folder}/b.pkl", "--key", "ema"), "has no state dict 'ema': it has 'model'"),
+        (("{source}", "{folder}/b.pkl", "--prefix", "net."), "no known architecture fits"),
+        (("{source}", "{folder}/b.pkl", "--ema"), "holds no averaged weights"),
     ],
 )
 def test_mistakes_are_one_line(tool, source, tmp_path, capsys, arguments, message):

@@ -9,7 +9,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
-from rt_detectron.checkpoint.architectures import TIMM, TIMM_FAMILY, get_architecture, import_timm
+from rt_detectron.checkpoint.architectures import TIMM_FAMILY, build_timm, get_architecture
 from rt_detectron.modeling.backbone.trunk import (
     STAGES,
     STRIDES,
@@ -121,12 +121,10 @@ def timm_features(arch: str, **kwargs) -> nn.Module:
     Raises:
         InputError: if timm cannot build one.
     """
-    timm = import_timm()
-    name = arch.removeprefix(TIMM)
     try:
         for settings in ANY_SIZE:
             try:
-                return timm.create_model(name, features_only=True, pretrained=False, **settings, **kwargs)
+                return build_timm(arch, features_only=True, **settings, **kwargs)
             except TypeError as error:
                 if not any(key in str(error) for key in settings):
                     raise
