@@ -1,7 +1,15 @@
 """Data of classification and detection. Importing this registers the demo dataset with Detectron2."""
 
+from rt_detectron.data.cached import folder_name
 from rt_detectron.data.corruptions import CorruptionMapper, corruption_names
-from rt_detectron.data.datasets import check_datasets, classes_of, load_test_set, load_training_set
+from rt_detectron.data.datasets import (
+    check_datasets,
+    classes_of,
+    count_classes,
+    load_test_set,
+    load_training_set,
+    set_num_classes,
+)
 from rt_detectron.data.image_files import CheckedMapper
 
 __all__ = [
@@ -10,6 +18,9 @@ __all__ = [
     "check_datasets",
     "classes_of",
     "corruption_names",
+    "count_classes",
+    "folder_name",
     "load_test_set",
     "load_training_set",
+    "set_num_classes",
 ]

@@ -11,6 +11,7 @@ from detectron2.data.datasets import register_coco_instances
 from rt_detectron.data.annotations import annotations_of, check_objects
 from rt_detectron.data.derived import register_derived
 from rt_detectron.data.image_files import check_images
+from rt_detectron.data.own import FORMS, is_own, register_own, split_modifiers
 from rt_detectron.utils.errors import InputError, did_you_mean
 
 
@@ -28,32 +29,38 @@ _register_demo(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
 def check_datasets(names) -> None:
     """Check that every dataset is registered and that its files exist.
 
-    Derived datasets (:func:`rt_detectron.data.derived.register_derived`) are made and registered.
+    Own data (:func:`rt_detectron.data.own.register_own`) and derived datasets
+    (:func:`rt_detectron.data.derived.register_derived`) are registered.
 
     Args:
-        names: names in Detectron2's DatasetCatalog, or such names followed by ``@MODIFIER``.
+        names: names in Detectron2's DatasetCatalog, or ``FORMAT:PATH[:PATH]``, or either with ``@MODIFIER``.
 
     Raises:
-        InputError: for an unknown dataset or a missing file.
+        InputError: for an unknown dataset, a missing file, or own data that cannot be read.
     """
     for name in names:
-        base = name if name in DatasetCatalog else name.partition("@")[0]
+        base, modifiers = split_modifiers(name)
+        if is_own(base):
+            register_own(base)
         _check_dataset(base)
-        if base != name:
-            register_derived(name)
+        if modifiers:
+            register_derived(name, base, modifiers)
 
 
 def _check_dataset(name: str) -> None:
     if name not in DatasetCatalog:
-        hint = did_you_mean(name, DatasetCatalog.list()) or "; register it, or use coco_2017_train"
+        forms = ", ".join(FORMS.values())
+        hint = did_you_mean(name, DatasetCatalog.list()) or f"; register it, or name your data by {forms}"
         raise InputError(f"dataset {name!r} is not registered{hint}")
     metadata = MetadataCatalog.get(name)
     for path in (metadata.get("json_file"), metadata.get("image_root")):
         if path is not None and not os.path.exists(path):
-            raise InputError(
-                f"dataset {name} needs {path}, which does not exist; set DETECTRON2_DATASETS to the "
-                "folder that holds it (datasets/README.md shows the tree)"
+            way_out = (
+                "set DETECTRON2_DATASETS to the folder that holds it (datasets/README.md shows the tree)"
+                if name.partition(":")[0] not in FORMS
+                else "paths are relative to the current folder"
             )
+            raise InputError(f"dataset {name} needs {path}, which does not exist; {way_out}")
 
 
 def load_training_set(cfg: CfgNode) -> list[dict]:
@@ -106,20 +113,61 @@ def classes_of(name: str) -> list[str] | None:
     Args:
         name: as for :func:`check_datasets`.
     """
-    if name in DatasetCatalog and (known := MetadataCatalog.get(name).get("thing_classes")):
-        return known  # Detectron2 has those of COCO and others built in
     try:
-        check_datasets([name])
-        metadata = MetadataCatalog.get(name)
-        if metadata.get("thing_classes") is None and metadata.get("json_file") is not None:
-            with annotations_of(metadata.json_file), open(metadata.json_file, "rb") as file:
-                categories = json.load(file)["categories"]
-                return [category["name"] for category in sorted(categories, key=lambda each: each["id"])]
-        if metadata.get("thing_classes") is None:
-            DatasetCatalog.get(name)  # reading the annotations sets them
-        return metadata.get("thing_classes")
+        return _read_classes(name, "thing_classes")
     except InputError:
         return None
+
+
+def _read_classes(name: str, kind: str) -> list[str] | None:
+    """The metadata's "thing_classes" or "stuff_classes", from the annotations if they are not built in."""
+    if name in DatasetCatalog and (known := MetadataCatalog.get(name).get(kind)):
+        return known  # of COCO and others, and of what has been loaded
+    check_datasets([name])
+    metadata = MetadataCatalog.get(name)
+    if metadata.get(kind) is None and metadata.get("evaluator_type") == "coco" and kind == "thing_classes":
+        with annotations_of(metadata.json_file), open(metadata.json_file, "rb") as file:
+            categories = json.load(file)["categories"]
+            return [category["name"] for category in sorted(categories, key=lambda each: each["id"])]
+    if metadata.get(kind) is None:
+        with annotations_of(_files([name])):
+            DatasetCatalog.get(name)  # reading the annotations sets them
+    return metadata.get(kind)
+
+
+def count_classes(name: str, key: str, kind: str = "thing_classes") -> int:
+    """The number of classes of a training set, for a configuration key that is 0.
+
+    Args:
+        name: of the set, as for :func:`check_datasets`.
+        key: for messages.
+        kind: "thing_classes", or "stuff_classes" for semantic segmentation.
+
+    Raises:
+        InputError: if the set, or its classes, are not there.
+    """
+    try:
+        classes = _read_classes(name, kind)
+    except InputError as error:
+        raise InputError(f"{key} is 0, to have as many classes as the training set, but {error}") from None
+    if not classes:
+        raise InputError(f"{key} is 0, but the training set {name} has no {kind}: give their number")
+    return len(classes)
+
+
+def set_num_classes(cfg: CfgNode) -> None:
+    """Give each of the model's NUM_CLASSES that is 0 the number that ``cfg.DATASETS.TRAIN`` has.
+
+    Raises:
+        InputError: as :func:`count_classes`.
+    """
+    kinds = {"ROI_HEADS": "thing_classes", "RETINANET": "thing_classes", "SEM_SEG_HEAD": "stuff_classes"}
+    for part, kind in kinds.items():
+        if cfg.MODEL[part].NUM_CLASSES == 0:
+            key = f"MODEL.{part}.NUM_CLASSES"
+            if not cfg.DATASETS.TRAIN:
+                raise InputError(f"{key} is 0, but there is no training set to take it from: give the number")
+            cfg.MODEL[part].NUM_CLASSES = count_classes(cfg.DATASETS.TRAIN[0], key, kind)
 
 
 def _files(names: Sequence[str]) -> str:

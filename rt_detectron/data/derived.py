@@ -3,15 +3,15 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from rt_detectron.data.annotations import annotations_of
+from rt_detectron.data.cached import cached_annotations
 from rt_detectron.utils.errors import InputError, did_you_mean
-from rt_detectron.utils.files import cache_folder, locked, replaced_atomically
 
 _VERSION = 1  # of the code below; part of the cache's key
 _HELD_OUT = 0.2
@@ -27,8 +27,8 @@ _OWN_METADATA = (
 )
 
 
-def register_derived(name: str) -> None:
-    """Register ``BASE@MODIFIER[@MODIFIER ...]``, a COCO-format dataset made from the registered BASE.
+def register_derived(name: str, base: str, modifiers: Sequence[str]) -> None:
+    """Register ``name``, BASE@MODIFIER[@MODIFIER ...], a COCO-format dataset made from the registered BASE.
 
     The modifiers apply from left to right:
 
@@ -44,41 +44,17 @@ def register_derived(name: str) -> None:
     Raises:
         InputError: for a base that is not in COCO's format, an unknown modifier, or a split without images.
     """
-    base, *modifiers = name.split("@")
     source = MetadataCatalog.get(base)
     if source.get("evaluator_type") != "coco" or source.get("json_file") is None:
         raise InputError(f"{name}: {base} is not in COCO's format; use a dataset of register_coco_instances")
-    path = os.path.join(_cache_folder(name, source.json_file), "annotations.json")
-    categories_path = os.path.join(os.path.dirname(path), "categories.json")
-    if not os.path.isfile(path):
-        with locked(path, "set RT_DETECTRON_CACHE to a folder that can be written"):
-            if not os.path.isfile(path):  # or else another process has written it meanwhile
-                content = _derived(source.json_file, name, modifiers)
-                _write(categories_path, sorted(content["categories"], key=lambda category: category["id"]))
-                _write(path, content)  # last, so that the categories are there if it is
-    with open(categories_path) as file:
-        categories = json.load(file)  # a small file: the classes are known without reading all annotations
+    found = os.stat(source.json_file)
+    key = [_VERSION, name, os.path.realpath(source.json_file), found.st_size, found.st_mtime_ns]
+    path, classes = cached_annotations(name, key, partial(_derived, source.json_file, name, modifiers))
     shared = {key: value for key, value in source.as_dict().items() if key not in _OWN_METADATA}
-    classes = {
-        "thing_classes": [category["name"] for category in categories],
-        "thing_dataset_id_to_contiguous_id": {category["id"]: i for i, category in enumerate(categories)},
-    }
     register_coco_instances(name, {**shared, **classes}, path, source.image_root)
 
 
-def _cache_folder(name: str, json_file: str) -> str:
-    path, found = os.path.realpath(json_file), os.stat(json_file)
-    key = json.dumps([_VERSION, name, path, found.st_size, found.st_mtime_ns])
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return os.path.join(cache_folder("datasets"), f"{name.replace(os.sep, '_')}-{digest}")
-
-
-def _write(path: str, content) -> None:
-    with replaced_atomically(path) as temporary, open(temporary, "w") as file:
-        json.dump(content, file, separators=(",", ":"))
-
-
-def _derived(json_file: str, name: str, modifiers: list[str]) -> dict:
+def _derived(json_file: str, name: str, modifiers: Sequence[str]) -> dict:
     with annotations_of(json_file):
         with open(json_file, "rb") as file:
             content = json.load(file)

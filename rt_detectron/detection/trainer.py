@@ -1,12 +1,19 @@
 """Detectron2's DefaultTrainer with safe checkpoints, and its configuration, for tools/train_net.py."""
 
+import ast
 import logging
 import os
+import re
 import weakref
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import (
     DatasetEvaluator,
@@ -18,7 +25,7 @@ from yaml import YAMLError
 
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.config import add_robust_config
-from rt_detectron.data import CheckedMapper, check_datasets, load_training_set
+from rt_detectron.data import CheckedMapper, check_datasets, load_training_set, set_num_classes
 from rt_detectron.detection.adversarial import replayed
 from rt_detectron.detection.hooks import build_average, training_hooks
 from rt_detectron.detection.steps import DIVERGED, build_optimizer, build_trainer, fast
@@ -36,10 +43,12 @@ ADVICE = "a lower SOLVER.BASE_LR, or with SOLVER.CLIP_GRADIENTS.ENABLED True"
 def load_detector_config(path: str, opts: list[str]) -> CfgNode:
     """Detectron2's and our keys, the file at ``path``, then ``opts`` (``KEY VALUE ...``); frozen.
 
-    Where there is no GPU, MODEL.DEVICE becomes "cpu", with a warning.
+    DATASETS.TRAIN and DATASETS.TEST may be a single name. A NUM_CLASSES of 0 becomes the number of classes
+    that the training set has. Where there is no GPU, MODEL.DEVICE becomes "cpu", with a warning.
 
     Raises:
-        InputError: for a missing file, an unknown key or a value of the wrong type.
+        InputError: for a missing file, an unknown key, a value of the wrong type, or a NUM_CLASSES of 0
+            without a training set.
     """
     path = find_config(path)
     if not os.path.isfile(path):
@@ -48,7 +57,7 @@ def load_detector_config(path: str, opts: list[str]) -> CfgNode:
     add_robust_config(cfg)
     try:
         cfg.merge_from_file(path)
-        cfg.merge_from_list(opts)
+        cfg.merge_from_list(_names_as_tuples(opts))
     except (KeyError, ValueError, AssertionError, OSError, YAMLError, AttributeError, TypeError) as error:
         # yacs: KeyError for an unknown key, ValueError for a type, AssertionError for an odd list,
         # AttributeError or TypeError for a file that is no mapping. OSError: a missing _BASE_.
@@ -58,8 +67,21 @@ def load_detector_config(path: str, opts: list[str]) -> CfgNode:
             logger.warning("No GPU found: running on the CPU (MODEL.DEVICE cpu)")
         cfg.MODEL.DEVICE = "cpu"
         cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMP is for GPUs only
+    set_num_classes(cfg)
     cfg.freeze()
     return cfg
+
+
+def _names_as_tuples(opts: list[str]) -> list[str]:
+    """``opts`` with a bare name of a dataset, such as coco_2017_val, as the tuple that Detectron2 takes."""
+    opts = list(opts)
+    for number, key in enumerate(opts[:-1:2]):
+        if key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+            try:
+                ast.literal_eval(opts[2 * number + 1])
+            except (ValueError, SyntaxError):  # not a tuple, nor anything else of Python
+                opts[2 * number + 1] = repr((opts[2 * number + 1],))
+    return opts
 
 
 class Trainer(DefaultTrainer):
@@ -115,7 +137,7 @@ class Trainer(DefaultTrainer):
             evaluated=self.evaluated,
             evaluate=self._evaluate,
             eval_period=cfg.TEST.EVAL_PERIOD,
-            best_metric=cfg.TEST.BEST_METRIC,
+            best_metric=best_metric(cfg),
             average=self.average,
             precise_bn=precise_bn,
             build_writers=self.build_writers,
@@ -172,6 +194,31 @@ class Trainer(DefaultTrainer):
         ]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{name}_TTA": metrics for name, metrics in results.items()}
+
+
+def best_metric(cfg: CfgNode) -> str:
+    """TEST.BEST_METRIC as it is called in the results: of several test sets, the first one's counts.
+
+    Raises:
+        InputError: for a metric that COCO's evaluation of that set does not have.
+    """
+    metric = cfg.TEST.BEST_METRIC
+    if not (metric and cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST):
+        return metric
+    named = [name for name in cfg.DATASETS.TEST if metric.startswith(f"{name}/")]
+    name = named[0] if named else cfg.DATASETS.TEST[0]
+    metric = metric.removeprefix(f"{name}/")
+    tasks = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+    if MetadataCatalog.get(name).get("evaluator_type") == "coco" and (
+        not tasks.get(metric.partition("/")[0]) or not re.fullmatch(r"\w+/AP(50|75|s|m|l|-.+)?", metric)
+    ):
+        known = ", ".join(f"{task}/AP" for task, is_on in tasks.items() if is_on)
+        raise InputError(f"TEST.BEST_METRIC: {name} has no {metric}; it has {known}, and AP50, AP75, ...")
+    if len(cfg.DATASETS.TEST) == 1:
+        return metric
+    if not named:
+        logger.info("TEST.BEST_METRIC: %s of the first test set, %s", metric, name)
+    return f"{name}/{metric}"
 
 
 def _check_tta(cfg: CfgNode, model: torch.nn.Module) -> None:

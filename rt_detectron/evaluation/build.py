@@ -16,7 +16,7 @@ from detectron2.evaluation import (
 )
 from detectron2.utils.logger import log_first_n
 
-from rt_detectron.data import load_test_set
+from rt_detectron.data import folder_name, load_test_set
 from rt_detectron.evaluation.coco import COCOEvaluator
 from rt_detectron.evaluation.lvis import LVISEvaluator
 from rt_detectron.utils.errors import InputError
@@ -62,7 +62,7 @@ _EVALUATORS: dict[str, list[Callable[[CfgNode, str, str], DatasetEvaluator]]] = 
 def inference_folder(cfg: CfgNode, dataset_name: str) -> str:
     """The folder for a test set's predictions: OUTPUT_DIR/inference, or below it for several sets."""
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-    return folder if len(cfg.DATASETS.TEST) == 1 else os.path.join(folder, dataset_name)
+    return folder if len(cfg.DATASETS.TEST) == 1 else os.path.join(folder, folder_name(dataset_name))
 
 
 def check_test_sets(cfg: CfgNode) -> None:

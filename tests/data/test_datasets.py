@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
-from rt_detectron.data import check_datasets, load_training_set
+from rt_detectron.data import check_datasets, classes_of, load_test_set, load_training_set, set_num_classes
 from rt_detectron.data.datasets import _register_demo
 from rt_detectron.utils.errors import InputError
 
@@ -172,3 +172,79 @@ class TestLoadTrainingSet:
         )
         cfg.MODEL[key].NUM_CLASSES = 2
         assert len(load_training_set(cfg)) == 1
+
+
+class TestLoadTestSet:
+    """Most mistakes are shown with the evaluators, in tests/evaluation/test_build.py."""
+
+    @pytest.fixture
+    def trained_elsewhere(self, register, cfg):
+        """``trained_elsewhere(classes)``: a config whose training set has them; the test set's are others."""
+
+        def make(*classes):
+            register([annotation()])
+            categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
+            register([], f"{NAME}_train", categories=categories)
+            cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (f"{NAME}_train",), (NAME,)
+            return cfg
+
+        return make
+
+    def test_all_images_count(self, trained_elsewhere):
+        assert [record["image_id"] for record in load_test_set(trained_elsewhere("cat", "dog"), NAME)] == [
+            1,
+            2,
+        ]
+
+    def test_classes_are_compared_with_a_training_set_that_was_not_loaded(self, trained_elsewhere):
+        text = message(load_test_set, trained_elsewhere("dog", "cat"), NAME)
+        assert "in another order: class 0 is 'cat', not 'dog'" in text
+
+    def test_a_training_set_of_another_detector_does_not_count(self, trained_elsewhere):
+        """As in a config whose DATASETS.TRAIN nobody set for an evaluation."""
+        assert load_test_set(trained_elsewhere("dog", "cat", "ox"), NAME)
+
+    def test_objects_are_checked_for_attacks(self, trained_elsewhere):
+        cfg = trained_elsewhere("cat", "dog")
+        path = MetadataCatalog.get(NAME).json_file
+        with open(path) as file:
+            content = json.load(file)
+        del content["annotations"][0]["segmentation"]
+        with open(path, "w") as file:
+            json.dump(content, file)
+        load_test_set(cfg, NAME)
+        assert "has no usable mask" in message(lambda: load_test_set(cfg, NAME, with_objects=True))
+
+
+class TestNumClasses:
+    def test_0_is_as_many_as_the_training_set_has(self, register, cfg):
+        register([annotation()])
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = 0
+        cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 7
+        set_num_classes(cfg)
+        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == 2
+        assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 7
+        assert classes_of(NAME) == ["cat", "dog"]
+
+    def test_classes_that_detectron2_knows_need_no_file(self, cfg):
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 0
+        cfg.DATASETS.TRAIN = ("coco_2017_train_panoptic_separated",)
+        set_num_classes(cfg)
+        assert (cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES) == (80, 54)
+
+    def test_without_a_training_set_the_number_is_needed(self, register, cfg):
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
+        path = register([annotation()])
+        path.unlink()
+        text = message(set_num_classes, cfg)
+        assert text.startswith(
+            "MODEL.ROI_HEADS.NUM_CLASSES is 0, to have as many classes as the training set, but "
+        )
+        assert f"needs {path}" in text
+        cfg.DATASETS.TRAIN = ()
+        assert message(set_num_classes, cfg).endswith("give the number")
+
+    def test_a_set_without_classes_of_stuff(self, register, cfg):
+        register([annotation()])
+        cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 0
+        assert f"the training set {NAME} has no stuff_classes: give" in message(set_num_classes, cfg)

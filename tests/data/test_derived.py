@@ -163,7 +163,9 @@ class TestRegistration:
 
     def test_processes_at_once_find_whole_files(self, base):
         context = multiprocessing.get_context("fork")
-        processes = [context.Process(target=register_derived, args=(f"{BASE}@any",)) for _ in range(4)]
+        processes = [
+            context.Process(target=register_derived, args=(f"{BASE}@any", BASE, ["any"])) for _ in range(4)
+        ]
         for process in processes:
             process.start()
         for process in processes:

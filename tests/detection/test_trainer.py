@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from rt_detectron.checkpoint import zoo
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.detection import Trainer, load_detector_config
+from rt_detectron.detection.trainer import best_metric
 from rt_detectron.evaluation.results import write_results
 from rt_detectron.utils.errors import InputError
 
@@ -73,6 +74,15 @@ class TestLoadConfig:
             robust.MODEL.WEIGHTS = f"robust://{arch}_l2_eps0.pkl"
             assert robust.dump() == standard.dump()
 
+    def test_a_bare_name_is_a_set_and_0_classes_are_the_training_sets(self, tiny_datasets):
+        folder = tiny_datasets / "demo" / "detection"
+        own = f"coco:{folder}/annotations/instances_train.json:{folder}/train"
+        opts = ["DATASETS.TRAIN", own, "DATASETS.TEST", "('a', 'b')", "MODEL.ROI_HEADS.NUM_CLASSES", "0"]
+        cfg = load_detector_config("configs/Base-RCNN-FPN.yaml", opts)
+        assert ((own,), ("a", "b")) == (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
+        assert opts[1] == own
+
     def test_opts_win_over_the_file_and_the_result_is_frozen(self):
         cfg = load_detector_config(CONFIG, ["SOLVER.BASE_LR", "0.5", "MODEL.ROBUST.ARCH", "resnet34"])
         assert (cfg.SOLVER.BASE_LR, cfg.MODEL.ROBUST.ARCH) == (0.5, "resnet34")
@@ -84,7 +94,7 @@ class TestLoadConfig:
         [
             (CONFIG, ["SOLVER.BASE_RL", "0.1"], "Non-existent key: SOLVER.BASE_RL"),
             (CONFIG, ["SOLVER.MAX_ITER", "many"], "MAX_ITER"),
-            (CONFIG, ["DATASETS.TRAIN", "rt_demo_train"], "DATASETS.TRAIN"),
+            (CONFIG, ["DATASETS.TRAIN", "5"], "DATASETS.TRAIN"),
             (CONFIG, ["SOLVER.MAX_ITER"], "has odd length"),
             (CONFIG, ["SOLVER", "3"], "SOLVER"),
             ("configs/nowhere.yaml", [], "configs/nowhere.yaml: no such file"),
@@ -238,6 +248,38 @@ def test_test_sets_are_checked_before_anything_is_built(tiny_cfg, tmp_path, sets
 def test_the_class_count_is_checked(tiny_cfg, tmp_path):
     with pytest.raises(InputError, match=r"set MODEL.ROI_HEADS.NUM_CLASSES 10"):
         Trainer(tiny_cfg(tmp_path, "MODEL.ROI_HEADS.NUM_CLASSES", 80))
+
+
+class TestBestMetric:
+    """Of several test sets the first one counts, and a metric that no evaluation has stops at once."""
+
+    @pytest.fixture
+    def metric(self, tiny_cfg, tmp_path, sets):
+        def metric(name, *opts):
+            return best_metric(tiny_cfg(tmp_path, "TEST.BEST_METRIC", name, "TEST.EVAL_PERIOD", 1, *opts))
+
+        return metric
+
+    @pytest.mark.parametrize("name", ["bbox/AP", "segm/AP75", "bbox/APs", "bbox/AP-zero", ""])
+    def test_of_one_set(self, metric, name):
+        assert metric(name) == name
+
+    def test_of_several_sets(self, metric, sets):
+        both = ["DATASETS.TEST", f"('{sets['val']}', '{sets['train']}')"]
+        assert metric("bbox/AP", *both) == f"{sets['val']}/bbox/AP"
+        assert metric(f"{sets['train']}/bbox/AP", *both) == f"{sets['train']}/bbox/AP"
+
+    @pytest.mark.parametrize("name", ["AP", "box/AP", "bbox/mAP", "keypoints/AP", "nowhere/bbox/AP"])
+    def test_there_is_none(self, metric, name):
+        with pytest.raises(InputError, match=rf"has no {name}; it has bbox/AP, segm/AP"):
+            metric(name)
+
+    def test_segm_needs_masks(self, metric):
+        with pytest.raises(InputError, match=r"has no segm/AP; it has bbox/AP, and"):
+            metric("segm/AP", "MODEL.MASK_ON", False)
+
+    def test_without_evaluations_it_does_not_matter(self, metric):
+        assert metric("box/AP", "TEST.EVAL_PERIOD", 0) == "box/AP"
 
 
 class TestOptions:
