@@ -84,7 +84,10 @@ def _mask_problem(annotation: dict, record: dict, mask_format: str) -> str | Non
     if problem:
         return f"has no usable mask ({problem}): annotate it, or set MODEL.MASK_ON False"
     if mask_format == "polygon" and isinstance(segmentation, dict):
-        return "has a mask in RLE, not polygons: set INPUT.MASK_FORMAT bitmask"
+        return (
+            "has a mask in RLE, not polygons: set INPUT.MASK_FORMAT bitmask (in a LazyConfig, the mapper's "
+            "instance_mask_format)"
+        )
     return None
 
 

@@ -79,7 +79,8 @@ def load_training_set(cfg: CfgNode) -> list[dict]:
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
     _check_objects(cfg, records)
-    _check_num_classes(cfg, cfg.DATASETS.TRAIN)
+    for name in cfg.DATASETS.TRAIN:
+        _check_classes(cfg, name)
     return check_images(records, cfg.INPUT.ON_CORRUPT)
 
 
@@ -102,8 +103,7 @@ def load_test_set(cfg: CfgNode, name: str, with_objects: bool = False) -> list[d
         )
     if with_objects:
         _check_objects(cfg, records)
-    _check_num_classes(cfg, [name])
-    _check_same_classes(cfg, name)
+    _check_classes(cfg, name)
     return check_images(records, skipping="")
 
 
@@ -182,46 +182,47 @@ def _check_objects(cfg: CfgNode, records: list[dict]) -> None:
     )
 
 
-def _class_key(cfg: CfgNode) -> str | None:
-    """The part of ``cfg.MODEL`` whose NUM_CLASSES is the number of the detector's classes."""
-    known = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
-    return known.get(cfg.MODEL.META_ARCHITECTURE)
+def _check_classes(cfg: CfgNode, name: str) -> None:
+    parts = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+    part = parts.get(cfg.MODEL.META_ARCHITECTURE)
+    count = cfg.MODEL[part].NUM_CLASSES if part else None
+    check_classes(name, f"MODEL.{part}.NUM_CLASSES", count, cfg.DATASETS.TRAIN)
 
 
-def _check_num_classes(cfg: CfgNode, names: Sequence[str]) -> None:
-    key = _class_key(cfg)
-    if key is None:
+def check_classes(name: str, key: str, count: int | None, training: Sequence[str]) -> None:
+    """Check that a dataset that was loaded has the detector's classes.
+
+    AP compares classes by their index, so a test set must number them as the training set does. The training
+    set of a detector that is only evaluated may be missing, or be that of another one, which shows in its
+    number of classes.
+
+    Args:
+        name: of the dataset.
+        key: the configuration key of the model's number of classes.
+        count: its value; None if the detector has no such number.
+        training: names of the training sets.
+
+    Raises:
+        InputError: for another number of classes; for a test set also for other names or another order.
+    """
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    if classes is None:
         return
-    found = cfg.MODEL[key].NUM_CLASSES
-    for name in names:
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is None or len(classes) == found:
-            continue
-        way_out = f"set MODEL.{key}.NUM_CLASSES {len(classes)}"
-        if name not in cfg.DATASETS.TRAIN:
+    if count not in (None, len(classes)):
+        way_out = f"set {key} {len(classes)}"
+        if name not in training:
             way_out = (
                 f"a test set needs the detector's classes in the same order; if it has, {way_out}; "
                 f"if it has one of them, use {name}@CATEGORY"
             )
-        raise InputError(
-            f"MODEL.{key}.NUM_CLASSES is {found}, but {name} has {len(classes)} classes; {way_out}"
-        )
-
-
-def _check_same_classes(cfg: CfgNode, name: str) -> None:
-    """AP compares classes by their index: a test set must number them as the training set does.
-
-    The training set of a detector that is only evaluated may be missing, or be that of another one, which
-    shows in its number of classes.
-    """
-    classes = MetadataCatalog.get(name).get("thing_classes")
-    for other in cfg.DATASETS.TRAIN[:1]:
+        raise InputError(f"{key} is {count}, but {name} has {len(classes)} classes; {way_out}")
+    for other in training[:1]:
         known = classes_of(other)
-        if not known or not classes or len(known) != len(classes) or list(known) == list(classes):
+        if not known or len(known) != len(classes) or list(known) == list(classes):
             continue
         index = next(i for i in range(len(known)) if known[i] != classes[i])
         raise InputError(
-            f"DATASETS.TEST {name} has other classes than DATASETS.TRAIN {other}, or in another order: "
-            f"class {index} is {classes[index]!r}, not {known[index]!r}; list the same categories, in the "
-            "same order of their ids, in both"
+            f"{name} has other classes than the training set {other}, or in another order: class {index} is "
+            f"{classes[index]!r}, not {known[index]!r}; list the same categories, in the same order of their "
+            "ids, in both"
         )

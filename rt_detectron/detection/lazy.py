@@ -16,6 +16,12 @@ from rt_detectron.checkpoint.preprocessing import check_preprocessing
 from rt_detectron.data import check_datasets
 from rt_detectron.detection.adversarial import replayed
 from rt_detectron.detection.hooks import build_average, training_hooks
+from rt_detectron.detection.lazy_data import (
+    build_lazy_loader,
+    check_lazy_test_set,
+    dataset_names,
+    set_num_classes,
+)
 from rt_detectron.detection.steps import DIVERGED, build_trainer, fast
 from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
 from rt_detectron.engine.lazy_config import lazy_config_sha256, read_lazy_config
@@ -37,7 +43,8 @@ def load_lazy_config(path: str, overrides: list[str]):
     """The LazyConfig at ``path`` with ``key=value`` overrides; checks that its datasets are there.
 
     Detectron2's own configs work as well: keys of configs/lazy/common/train.py that they lack are off.
-    Where there is no GPU, train.device becomes "cpu", with a warning.
+    A num_classes of 0 becomes the number of classes that the training set has. Where there is no GPU,
+    train.device becomes "cpu", with a warning.
 
     Raises:
         InputError: as :func:`read_lazy_config`, for missing datasets, and for a colour order that differs
@@ -49,6 +56,7 @@ def load_lazy_config(path: str, overrides: list[str]):
     if cfg.train.device == "cpu":
         cfg.train.amp.enabled = False  # Detectron2's AMP is for GPUs only
     check_datasets([*dataset_names(cfg, "train"), *dataset_names(cfg, "test")])
+    set_num_classes(cfg)
     loaded = image_format(cfg)
     expected = OmegaConf.select(cfg, "model.input_format")
     if None not in (loaded, expected) and loaded != expected:
@@ -57,12 +65,6 @@ def load_lazy_config(path: str, overrides: list[str]):
             "set both to what the weights were trained on"
         )
     return cfg
-
-
-def dataset_names(cfg, split: str) -> list[str]:
-    """Names of the "train" or "test" sets, if ``cfg.dataloader`` has them."""
-    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names") or []
-    return [names] if isinstance(names, str) else list(names)
 
 
 def build_lazy_model(cfg) -> nn.Module:
@@ -92,7 +94,7 @@ def do_test(cfg, model: nn.Module) -> dict:
     """The metrics of ``cfg.dataloader.evaluator`` on ``cfg.dataloader.test``, printed and returned."""
     if "evaluator" not in cfg.dataloader:
         return {}
-    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    loader, evaluator = build_lazy_loader(cfg, "test"), instantiate(cfg.dataloader.evaluator)
     results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
         print_csv_format(results)
@@ -105,10 +107,11 @@ def do_train(cfg, resume: bool = False) -> dict:
     Raises:
         InputError: for weights that do not fit, and if the training diverges.
     """
+    loader = build_lazy_loader(cfg, "train")  # first, since here lie most mistakes
+    check_lazy_test_set(cfg)
     model = build_lazy_model(cfg)
     optimizer = build_optimizer(cfg, model)
     train = cfg.train
-    loader = instantiate(cfg.dataloader.train)
     if "adversarial" in train:
         loader = replayed(loader, train.device, **train.adversarial)
     average = build_average(model, train.get("ema", 0.0))

@@ -7,7 +7,7 @@ import torch
 from detectron2 import model_zoo
 
 from rt_detectron.detection import build_lazy_model, do_train, load_lazy_config, write_lazy_results
-from rt_detectron.detection.lazy import dataset_names
+from rt_detectron.detection.lazy_data import dataset_names
 from rt_detectron.utils.errors import InputError
 
 CONFIG = "configs/lazy/mask_rcnn_robust_r50_eps3.py"

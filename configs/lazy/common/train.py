@@ -7,6 +7,7 @@ train.update(
     seed=-1,  # -1 draws one
     ema=0.0,  # decay of the averaged weights that are evaluated and saved, e.g. 0.999; 0 is none
     best_metric="bbox/AP",  # with eval_period, its best weights are kept as model_best.pth; "" keeps none
+    on_corrupt="stop",  # what to do with an image that cannot be read; "skip" trains without it
     # Free replays: each batch is trained on so many times, its images moving against the detector; 0 is none.
     # eps is of one image in [0, 1] after resizing, for linf in units of 1/255.
     adversarial=dict(replays=0, norm="l2", eps=0.5),

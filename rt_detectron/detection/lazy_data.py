@@ -1,0 +1,76 @@
+"""The loaders of a LazyConfig, whose data sets, annotations and images are checked."""
+
+from collections.abc import Iterable
+
+from detectron2.config import instantiate
+from omegaconf import OmegaConf
+
+from rt_detectron.data import CheckedMapper, check_classes, check_images, check_objects, count_classes
+from rt_detectron.data.annotations import annotations_of
+from rt_detectron.evaluation import COCOEvaluator, LVISEvaluator
+
+SKIPPING = "train.on_corrupt=skip"
+# The keys of a model's number of classes, and which of a data set's classes they count.
+_CLASS_KEYS = {
+    "model.roi_heads.num_classes": "thing_classes",
+    "model.num_classes": "thing_classes",  # RetinaNet, FCOS
+    "model.sem_seg_head.num_classes": "stuff_classes",
+}
+
+
+def dataset_names(cfg, split: str) -> list[str]:
+    """Names of the "train" or "test" sets, if ``cfg.dataloader`` has them."""
+    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names") or []
+    return [names] if isinstance(names, str) else list(names)
+
+
+def set_num_classes(cfg) -> None:
+    """Give each of the model's num_classes that is 0 the number that the training set has.
+
+    Raises:
+        InputError: as :func:`rt_detectron.data.count_classes`.
+    """
+    for key, kind in _CLASS_KEYS.items():
+        names = dataset_names(cfg, "train")
+        if names and OmegaConf.select(cfg, key) == 0:
+            OmegaConf.update(cfg, key, count_classes(names[0], key, kind))
+
+
+def build_lazy_loader(cfg, split: str) -> Iterable:
+    """The loader ``cfg.dataloader.train`` or ``.test``.
+
+    Images that cannot be read stop a training, or are left out for train.on_corrupt "skip".
+
+    Raises:
+        InputError: as :func:`rt_detectron.data.load_training_set`, which does the same for YAML configs.
+    """
+    node, names = cfg.dataloader[split], dataset_names(cfg, split)
+    if not names or "mapper" not in node:
+        return instantiate(node)
+    with annotations_of(", ".join(names)):
+        records = instantiate(node.dataset)
+    mapper = instantiate(node.mapper)
+    for name in names:
+        key = next((key for key in _CLASS_KEYS if OmegaConf.select(cfg, key) is not None), "")
+        check_classes(name, key, OmegaConf.select(cfg, key) if key else None, dataset_names(cfg, "train"))
+    policy, skipping = "stop", ""
+    if split == "train":
+        policy, skipping = cfg.train.get("on_corrupt", "stop"), SKIPPING
+        check_objects(records, mapper.instance_mask_format if mapper.use_instance_mask else None)
+    records = check_images(records, policy, skipping)
+    return instantiate({**node, "dataset": records, "mapper": CheckedMapper(mapper, policy, skipping)})
+
+
+def check_lazy_test_set(cfg) -> None:
+    """Check that the test set can be evaluated, by all that needs no detector.
+
+    Raises:
+        InputError: as :func:`rt_detectron.evaluation.build.check_test_sets`.
+    """
+    if "evaluator" not in cfg.dataloader:
+        return
+    build_lazy_loader(cfg, "test")
+    evaluator = instantiate(cfg.dataloader.evaluator)
+    if isinstance(evaluator, COCOEvaluator | LVISEvaluator):
+        heads = OmegaConf.select(cfg, "model.roi_heads") or {}
+        evaluator.check_shapes(masks="mask_head" in heads, keypoints="keypoint_head" in heads)
