@@ -14,7 +14,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.utils.env import seed_all_rng
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
-from tool_process import start_server
+from tool_process import launch_two, start_server
 
 import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.checkpoint.architectures import build_classifier
@@ -41,6 +41,12 @@ def rendezvous(tmp_path_factory):
     It is a file, since a port that was free when it was found (--dist-url auto) may be taken when it is used.
     """
     return lambda: f"file://{tmp_path_factory.mktemp('rendezvous')}/store"
+
+
+@pytest.fixture
+def launch(tool_server, rendezvous):
+    """``launch(function, arguments ...)`` runs a function of a test file in two processes, by Detectron2."""
+    return lambda function, *arguments: launch_two(function, arguments, rendezvous())
 
 
 @pytest.fixture

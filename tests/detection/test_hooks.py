@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import launch
 from detectron2.utils import comm
 
 from rt_detectron.detection import Trainer, load_detector_config
@@ -230,9 +229,8 @@ def preempted_in_one_process(opts):
     train(cfg)
 
 
-def test_a_signal_to_one_process_stops_both(tiny_datasets, tiny_opts, tmp_path, rendezvous, monkeypatch):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tiny_datasets))
+def test_a_signal_to_one_process_stops_both(tiny_opts, tmp_path, launch):
     opts = [*tiny_opts, "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", 1000]
-    launch(preempted_in_one_process, 2, dist_url=rendezvous(), args=([str(opt) for opt in opts],))
+    launch(preempted_in_one_process, [str(opt) for opt in opts])
     assert [path.name for path in tmp_path.glob("*.pth")] == ["model_0000001.pth"]
     assert load(tmp_path, "model_0000001")["iteration"] == 1

@@ -87,6 +87,21 @@ def run_tool(command: Iterable, cwd: Path, **options) -> subprocess.CompletedPro
     return subprocess.CompletedProcess(list(command), status, process.stdout, process.stderr)
 
 
+def launch_two(function: Callable, arguments: tuple, dist_url: str) -> None:
+    """Detectron2's launch of ``function(*arguments)`` in two processes; it must be importable by its name."""
+    import torch
+    from detectron2.engine import launch
+
+    start = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
+    with mock.patch.object(torch.multiprocessing, "start_processes", start):
+        launch(_called, 2, dist_url=dist_url, args=(dict(os.environ), function, arguments))
+
+
+def _called(environment: dict[str, str], function: Callable, arguments: tuple) -> None:
+    os.environ.update(environment)
+    function(*arguments)
+
+
 def _run(command: list[str], cwd: str, environment: dict[str, str], prepare: Callable | None) -> None:
     import torch
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from detectron2.engine import launch
 from torch import nn
 
 from rt_detectron.layers.sync_bn import CpuSyncBatchNorm, use_sync_bn
@@ -32,8 +31,8 @@ def one_of_two(path):
     torch.save({"state": module.state_dict(), "grads": grads}, f"{path}/{rank}.pth")
 
 
-def test_two_processes_are_one_batch(tmp_path, rendezvous):
-    launch(one_of_two, 2, dist_url=rendezvous(), args=(str(tmp_path),))
+def test_two_processes_are_one_batch(tmp_path, launch):
+    launch(one_of_two, str(tmp_path))
     reference = norm().train()
     expected = []
     for step in batches():

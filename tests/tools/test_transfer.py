@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
 from rt_detectron.transfer.recipe import load_transfer_config
@@ -53,12 +53,12 @@ def each_on_a_machine_of_its_own(runs: list[list[str]]) -> None:
         main(default_argument_parser().parse_args(arguments))
 
 
-def test_two_machines_share_the_features_and_fit_one_layer(overrides, rendezvous, tmp_path):
+def test_two_machines_share_the_features_and_fit_one_layer(overrides, launch, tmp_path):
     runs = [
         ["--config-file", str(CONFIGS / f"{method}.py"), *overrides(method)]
         for method in ("full_network", "fixed_feature")
     ]
-    launch(each_on_a_machine_of_its_own, 2, dist_url=rendezvous(), args=(runs,))
+    launch(each_on_a_machine_of_its_own, runs)
 
     results, predictions = read(tmp_path / "full_network")
     assert results["iterations"] == 8
