@@ -17,7 +17,10 @@ from rt_detectron.pretrain.label_free import LabelFree
 
 from .common.imagenet import dataloader, evaluator, model, threat_model, train
 
-model.strategy = L(LabelFree)(attack=L(PGD)(threat_model="${threat_model}", steps=10, random_start=True))
+model.strategy = L(LabelFree)(
+    attack=L(PGD)(threat_model="${threat_model}", steps=10, random_start=True),
+    schedule=model.strategy.schedule,
+)
 optimizer = L(torch.optim.AdamW)(
     params=L(get_default_optimizer_params)(), lr=1e-5, weight_decay=1e-4, fused=True
 )

@@ -8,7 +8,7 @@ from .common.imagenet import dataloader, evaluator, lr_multiplier, model, optimi
 
 # A single attack step: about half the cost of PGD-3, with a check for catastrophic overfitting.
 model.classifier.arch = "resnet50"
-model.strategy = L(Fast)(threat_model="${threat_model}", check_every=100)
+model.strategy = L(Fast)(threat_model="${threat_model}", check_every=100, schedule=model.strategy.schedule)
 threat_model.norm = "linf"
 threat_model.eps = 4.0
 train.output_dir = "./output/pretrain/resnet50_linf_eps4_fast"

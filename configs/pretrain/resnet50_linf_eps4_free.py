@@ -8,7 +8,7 @@ from .common.imagenet import dataloader, evaluator, lr_multiplier, model, optimi
 
 # Every batch four times in a row with attacks at no cost of their own, so a quarter of the epochs.
 model.classifier.arch = "resnet50"
-model.strategy = L(Free)(threat_model="${threat_model}", replays=4)
+model.strategy = L(Free)(threat_model="${threat_model}", replays=4, schedule=model.strategy.schedule)
 threat_model.norm = "linf"
 threat_model.eps = 4.0
 train.output_dir = "./output/pretrain/resnet50_linf_eps4_free"

@@ -81,6 +81,9 @@ def periodic_checkpoints(folder: str) -> list[str]:
 class TrainingCheckpointer(AtomicCheckpointer):
     """Resumes from the newest whole checkpoint; no code in a file is run when it is loaded.
 
+    Attributes:
+        processes: after ``resume``, what each process saved for itself.
+
     Raises:
         InputError: from ``save``, when the file cannot be written; from ``resume``, when no checkpoint of the
             folder can be read or the last one does not fit the configuration.
@@ -119,6 +122,7 @@ class TrainingCheckpointer(AtomicCheckpointer):
             self.model.load_state_dict(content["model"])
             for key, part in self.checkpointables.items():
                 part.load_state_dict(content[key])
+            self.processes = content.get("processes", [])
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"{path} is of another configuration ({type(error).__name__}: {one_line(error)[:200]}): "

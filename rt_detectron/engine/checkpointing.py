@@ -22,12 +22,21 @@ class Checkpoints:
         checkpointer: of the training.
         periods: save after every so many iterations, for each of these numbers, and at the end.
         max_to_keep: number of periodic checkpoints to keep; older ones are deleted. None keeps all.
+        state_of_process: gives what else a process needs to go on, as torch saves it. All of them are saved,
+            as a list "processes".
     """
 
-    def __init__(self, checkpointer: AtomicCheckpointer, periods: list[int], max_to_keep: int | None = None):
+    def __init__(
+        self,
+        checkpointer: AtomicCheckpointer,
+        periods: list[int],
+        max_to_keep: int | None = None,
+        state_of_process: Callable[[], dict] = dict,
+    ):
         self.checkpointer = checkpointer
         self.periods = periods
         self.max_to_keep = max_to_keep
+        self.state_of_process = state_of_process
         self.saved: int | None = None  # iterations behind the newest checkpoint of this training
 
     def start(self, start_iter: int, max_iter: int) -> None:
@@ -40,15 +49,19 @@ class Checkpoints:
         return iteration == self.max_iter or any(iteration % period == 0 for period in self.periods)
 
     def save(self, iteration: int) -> None:
-        """Save what there is after ``iteration`` iterations, unless that is saved already."""
+        """Save what there is after ``iteration`` iterations, unless that is saved already.
+
+        Call it in all processes.
+        """
         if iteration == self.saved:
             return
         self.saved = iteration
+        processes = comm.gather(self.state_of_process())
         if not comm.is_main_process():
             return
         is_last = iteration == self.max_iter
         name = "model_final" if is_last else f"model_{iteration - 1:07d}"
-        self.checkpointer.save(name, iteration=iteration - 1)
+        self.checkpointer.save(name, iteration=iteration - 1, processes=processes)
         if not is_last:
             self.recent.append(self.checkpointer.get_checkpoint_file())
         while self.max_to_keep is not None and len(self.recent) > self.max_to_keep:

@@ -53,7 +53,8 @@ def run(
 
     Args:
         cfg: a LazyConfig with ``lr_multiplier`` and ``train``.
-        trainer: has ``has_diverged`` for :class:`SafeCheckpointing`, and its message in ``diverged``.
+        trainer: has ``has_diverged`` for :class:`SafeCheckpointing`, its message in ``diverged``, and
+            ``state_of_process`` and ``load_state_of_process`` for what each process keeps for itself.
         checkpointer: of the training.
         epoch: iterations in each of ``cfg.train.epochs``.
         evaluate: gives Detectron2's evaluation results.
@@ -70,7 +71,9 @@ def run(
     signals = StopSignals()
     checkpoint_period = max(round(train.checkpoint_epochs * epoch), 1)
     checkpointing = SafeCheckpointing(
-        Checkpoints(checkpointer, [checkpoint_period, eval_period], TO_KEEP),
+        Checkpoints(
+            checkpointer, [checkpoint_period, eval_period], TO_KEEP, state_of_process=trainer.state_of_process
+        ),
         signals,
         trainer.diverged,
         advice="a smaller optimizer.lr, or without train.amp",
@@ -94,7 +97,10 @@ def run(
             ProgressBar() if is_main and sys.stderr.isatty() else None,
         ]
     )
-    start_iter = trainer.iter + 1 if resume and checkpointer.resume() else 0
+    start_iter = 0
+    if resume and checkpointer.resume():
+        start_iter = trainer.iter + 1
+        trainer.load_state_of_process(checkpointer.processes)
     with signals.handled():
         trainer.train(start_iter, max_iter)
         if is_main:

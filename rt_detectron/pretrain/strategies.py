@@ -6,6 +6,7 @@ from dataclasses import is_dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -16,13 +17,14 @@ from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.modes import eval_mode
 
 logger = logging.getLogger(__name__)
+POOL = 200  # images: fewer than 100 or so give false alarms, as when a growing part of a batch is attacked
 
 
 class Standard:
     """Cross-entropy on the clean images, and what every strategy derives from.
 
     A strategy is stated in a recipe, ``L(Strategy)(...)``. It may have ``state_dict`` and
-    ``load_state_dict``, which then become part of the checkpoints.
+    ``load_state_dict``, which then become part of the checkpoints: that of the first process.
 
     Attributes:
         attack: what the classifier is trained against; None if nothing or no attack of its own.
@@ -45,6 +47,13 @@ class Standard:
             classifier: with the weights that the training starts from, unless it is resumed.
             has_head: whether the last linear layer is among them, if they are pretrained.
         """
+
+    def state_of_process(self) -> dict:
+        """What each process needs for itself to go on, as torch saves it."""
+        return {}
+
+    def load_state_of_process(self, states: list[dict]) -> None:
+        """Take over what :meth:`state_of_process` gave in each process, however many there were."""
 
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         """The images to train on.
@@ -109,7 +118,9 @@ class Adversarial(Standard):
         return replace(self.attack, threat_model=scaled)
 
     def perturb(self, model, images, labels, progress):
-        count = self.schedule.attacked(len(images), progress)
+        # Of the batch of all processes, of which this one has the images [rank :: processes].
+        attacked = self.schedule.attacked(len(images) * comm.get_world_size(), progress)
+        count = len(range(comm.get_rank(), attacked, comm.get_world_size()))
         if count == 0:
             return images
         adversarial = self._perturb(self.attack_now(progress), model, images[:count], labels[:count])
@@ -126,8 +137,9 @@ class Fast(Adversarial):
     It comes with a check for catastrophic overfitting (Andriushchenko & Flammarion 2020): within an epoch,
     the network can learn to withstand the single step by bending its loss surface, and lose its robustness
     to anything else. So every ``check_every`` steps the same batch is attacked with five steps as well. If
-    the accuracy under five steps is less than half of that under one step twice in a row, a warning is
-    logged. Both accuracies go to Detectron2's event storage.
+    of 200 images or more, from as many of these batches as it takes, less than half as many withstand five
+    steps as one step, twice in a row, a warning is logged. Both accuracies go to Detectron2's event storage.
+    Each process judges by its own images.
 
     Args:
         threat_model: of the training.
@@ -143,6 +155,7 @@ class Fast(Adversarial):
         super().__init__(PGD(threat_model, steps=1, relative_step_size=1.25, random_start=True), schedule)
         self.check_every = check_every
         self.seen = self.suspicions = 0
+        self.pooled = [0, 0, 0]  # images, and how many of them withstand one step and five
 
     def _perturb(self, attack, model, images, labels):
         adversarial = attack(model, images, labels)
@@ -156,10 +169,13 @@ class Fast(Adversarial):
     def _check_overfitting(self, model, single: Tensor, several: Tensor, labels: Tensor) -> None:
         """``single`` and ``several``: the images after one and after five steps."""
         with eval_mode(model):
-            one, five = (
-                (model(adversarial).argmax(1) == labels).float().mean().item()
-                for adversarial in (single, several)
-            )
+            right = [(model(images).argmax(1) == labels).sum().item() for images in (single, several)]
+        images, one, five = (sum(pair) for pair in zip(self.pooled, (len(labels), *right), strict=True))
+        self.pooled = [images, one, five]
+        if images < POOL:
+            return
+        self.pooled = [0, 0, 0]
+        one, five = one / images, five / images
         get_event_storage().put_scalars(
             fast_accuracy=100 * one, fast_accuracy_pgd5=100 * five, smoothing_hint=False
         )
@@ -175,10 +191,11 @@ class Fast(Adversarial):
             )
 
     def state_dict(self) -> dict:
-        return {"seen": self.seen, "suspicions": self.suspicions}
+        return {"seen": self.seen, "suspicions": self.suspicions, "pooled": self.pooled}
 
     def load_state_dict(self, state: dict) -> None:
         self.seen, self.suspicions = state["seen"], state["suspicions"]
+        self.pooled = state.get("pooled", [0, 0, 0])  # older checkpoints have none
 
 
 class Free(Standard):
@@ -215,15 +232,21 @@ class Free(Standard):
         self.perturbation = free.moved(last.to(images), grad, scaled).requires_grad_(True)
         return free.perturbed(images, self.perturbation)
 
-    def state_dict(self) -> dict:
-        if self.perturbation is None:
+    def state_of_process(self) -> dict:
+        last = self.perturbation
+        if last is None:
             return {}
-        return {"perturbation": self.perturbation.detach(), "grad": self.perturbation.grad}
+        parts = {"perturbation": last.detach(), "grad": last.grad}
+        return {name: part.cpu() for name, part in parts.items() if part is not None}
 
-    def load_state_dict(self, state: dict) -> None:
-        if state:
-            self.perturbation = state["perturbation"].clone()
-            self.perturbation.grad = state["grad"]
+    def load_state_of_process(self, states: list[dict]) -> None:
+        """Process r of w has the images [r::w] of a batch, so any number of processes can go on."""
+        if not states or not states[0]:
+            return
+        whole = {name: torch.stack([s[name] for s in states], 1).flatten(0, 1) for name in states[0]}
+        mine = slice(comm.get_rank(), None, comm.get_world_size())
+        self.perturbation = whole["perturbation"][mine].clone()
+        self.perturbation.grad = whole["grad"][mine].clone() if "grad" in whole else None
 
 
 class Trades(Adversarial):

@@ -207,6 +207,7 @@ class ClassifierTrainer(SimpleTrainer):
         # device_ids=None: the model's own device, CPU or this process's GPU.
         wrapped = create_ddp_model(model, device_ids=None, broadcast_buffers=not sync_bn)
         super().__init__(wrapped, loader, optimizer)
+        self.strategy = model.strategy
         self.replays = model.strategy.replays
         if accumulate > 1 and self.replays > 1:
             strategy = type(model.strategy).__name__
@@ -293,6 +294,12 @@ class ClassifierTrainer(SimpleTrainer):
                 self._diverged = True
                 logger.error("Loss %s at iteration %d on %s", loss.item(), iteration, ", ".join(keys))
         return self._diverged
+
+    def state_of_process(self) -> dict:
+        return self.strategy.state_of_process()
+
+    def load_state_of_process(self, states: list[dict]) -> None:
+        self.strategy.load_state_of_process(states)
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}

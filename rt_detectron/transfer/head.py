@@ -77,6 +77,12 @@ class HeadTrainer(SimpleTrainer):
         if not self.has_diverged():
             self._write_metrics({"loss": self.loss}, data_time=0.0)
 
+    def state_of_process(self) -> dict:
+        return {}  # all processes have the same layer
+
+    def load_state_of_process(self, states: list[dict]) -> None:
+        pass
+
     def has_diverged(self, wait: bool = False) -> bool:
         """Whether the last epoch's loss was not finite."""
         return not torch.isfinite(self.loss).item()

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -5,10 +6,13 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 
 from rt_detectron.pretrain.recipe import load_pretrain_config
+from rt_detectron.pretrain.strategies import Free, Standard
 from rt_detectron.utils.errors import InputError
 
+RECIPES = sorted(Path("configs/pretrain").glob("*.py"))
 
-@pytest.mark.parametrize("path", sorted(Path("configs/pretrain").glob("*.py")), ids=lambda p: p.stem)
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_load_build_and_can_be_saved(path, tmp_path):
     cfg = load_pretrain_config(str(path), [])
     assert cfg.model.classifier.arch in path.stem or "demo" in path.stem
@@ -63,6 +67,27 @@ def test_bad_input_is_one_line(path, overrides, words):
     with pytest.raises(InputError, match=words) as error:
         load_pretrain_config(path, overrides)
     assert "\n" not in str(error.value)
+
+
+def documented_overrides() -> list[str]:
+    """Those between backticks and in commands of the guide, except for paths and what stands for one."""
+    text = Path("docs/pretrain-imagenet.md").read_text()
+    return sorted(set(re.findall(r"\b(?:model|train|dataloader|threat_model)[.\w]+=[\w.]+(?![\w/:])", text)))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_take_the_overrides_that_the_guide_names(path):
+    strategy = load_pretrain_config(str(path), []).model.strategy
+    overrides = documented_overrides()
+    assert "model.strategy.schedule.clean=0.3" in overrides
+    assert "train.cudnn_benchmark=true" in overrides
+    if strategy._target_ is Standard:
+        overrides = [override for override in overrides if ".schedule." not in override]
+    if strategy._target_ is Free:
+        overrides.remove("model.strategy.schedule.grows=images")
+    for override in overrides:
+        cfg = load_pretrain_config(str(path), ["train.device=cpu", override])
+        instantiate(cfg.model.strategy)
 
 
 def test_a_file_with_a_syntax_error_is_one_line(tmp_path):

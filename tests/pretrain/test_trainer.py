@@ -1,9 +1,11 @@
 import json
 
+import pretraining_variants
 import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig
+from tool_process import ToolProcess
 
 from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
@@ -226,7 +228,7 @@ def test_free_trains_each_batch_several_times_and_resumes(digits_cfg, tmp_path, 
     batches = [total for total, _ in seen]
     assert batches[0] == batches[1] == batches[2] != batches[3] == batches[4] == batches[5]
     saved = torch.load(f"{digits_cfg.train.output_dir}/model_final.pth", weights_only=True)
-    assert saved["strategy"]["perturbation"].shape == (16, 3, 16, 16)
+    assert saved["processes"][0]["perturbation"].shape == (16, 3, 16, 16)
     digits_cfg.train.epochs = 0.75
     do_train(digits_cfg, resume=True)
     assert len(seen) == 9
@@ -239,3 +241,31 @@ def test_only_training_on_cpus_has_kernels_of_its_own(digits_cfg, device, expect
     kinds = {type(module) for module in classifier.modules() if isinstance(module, torch.nn.Conv2d)}
     assert kinds == {expected}
     assert list(classifier.network.state_dict()) == list(build_classifier("resnet18", 2).state_dict())
+
+
+def test_every_option_trains_one_network_in_two_processes(digit_folders, tool_server, rendezvous, tmp_path):
+    processes = {}
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        command = [pretraining_variants.__file__, digit_folders, folder, number, rendezvous()]
+        processes[number] = ToolProcess(command, folder)
+    for process in processes.values():
+        assert process.wait(300) == 0, process.stderr
+
+    def found(variant: str, number: int, rank: int = 0) -> dict:
+        parts = torch.load(tmp_path / str(number) / f"{variant}-{rank}.pth", weights_only=True)
+        return {f"{part} {name}": value for part in parts for name, value in parts[part].items()}
+
+    def farthest(one: dict, other: dict) -> float:
+        assert one.keys() == other.keys()
+        return max((one[name] - other[name]).abs().max().item() for name in one)
+
+    for variant in (*pretraining_variants.EQUAL, *pretraining_variants.OTHERS):
+        first, second = (found(variant, 2, rank) for rank in range(2))
+        of_all = [name for name in first if "running_" not in name]  # BN's: the first process's count
+        assert farthest(*({name: one[name] for name in of_all} for one in (first, second))) == 0, variant
+    for variant in pretraining_variants.EQUAL:
+        assert farthest(found(variant, 1), found(variant, 2)) < 1e-6, variant
+    assert farthest(found("free", 2), found("free, interrupted", 2)) == 0
+    assert farthest(found("plain", 1), found("eps grows", 1)) > 1e-3  # what a difference is

@@ -46,6 +46,7 @@ train = dict(
     output_dir="./output/transfer",
     seed=0,
     device="cuda",  # falls back to the CPU where there is no GPU
+    cudnn_benchmark=False,  # let cuDNN try which convolution is fastest
     epochs=150,
     eval_epochs=150,  # test every so many epochs, and at the end
     checkpoint_epochs=10,  # write a checkpoint to resume from every so many epochs
