@@ -424,7 +424,8 @@ def run_tool(tool: str, arguments: list[str], folder: Path, timeout: float, log:
             with open(log, "wb", buffering=0) as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
             sys.argv = [str(REPOSITORY / "tools" / f"{tool}.py"), *arguments]
             status = _exit_status(sys.argv[0])
             sys.stdout.flush()
@@ -465,8 +466,8 @@ def outcome(status: int | None, printed: str, output: Path) -> str:
         return "half-written"
     if status == 0:
         return "accepted"
-    last = (printed.strip().splitlines() or [""])[-1]
-    return "one line" if status in (1, 2) and "error: " in last else "silent"
+    says_why = any("error: " in line for line in printed.strip().splitlines()[-3:])  # libpng adds a line
+    return "one line" if status in (1, 2) and says_why else "silent"
 
 
 def is_half_written(path: Path) -> bool:
