@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from rt_detectron.checkpoint.conv_stem import first_convolution, put_conv_stem
 from rt_detectron.utils.errors import InputError, did_you_mean, one_line, optional_import
 
 TIMM = "timm/"  # before the name of a network of timm's
+CONV_STEM = "stem=conv"  # behind that name: see rt_detectron.checkpoint.conv_stem
 TIMM_LAYERS = ("act_layer", "norm_layer", "aa_layer")  # what may be chosen behind that name
 
 # What torchvision's and the published classifiers subtract and divide by. RGB, 0..255.
@@ -309,7 +311,8 @@ ARCHITECTURES = {architecture.name: architecture for architecture in _TABLE}
 def get_architecture(name: "str | Architecture") -> Architecture:
     """The table's entry for ``name``, or timm's network for ``timm/NAME``; an architecture is itself.
 
-    ``timm/NAME:KEY=VALUE`` has timm build it of other layers: ``timm/resnet50:act_layer=gelu``.
+    ``timm/NAME:KEY=VALUE`` has timm build it of other layers: ``timm/resnet50:act_layer=gelu``. With
+    ``stem=conv`` it has the convolutional stem of Singh et al. (2023): ``timm/convnext_tiny:stem=conv``.
 
     Raises:
         InputError: for an unknown name, listing the known; for a timm name without timm installed.
@@ -335,6 +338,8 @@ def import_timm():
 def split_timm(arch: str) -> tuple[str, dict[str, str]]:
     """timm's name and the layers it is built of: ``timm/resnet50:act_layer=gelu`` has {"act_layer": "gelu"}.
 
+    Besides timm's own arguments there is ``stem=conv``, see :mod:`rt_detectron.checkpoint.conv_stem`.
+
     Raises:
         InputError: for other arguments: the name may come from a file, and not all of timm's are harmless.
     """
@@ -342,8 +347,9 @@ def split_timm(arch: str) -> tuple[str, dict[str, str]]:
     arguments = {}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
-        if key not in TIMM_LAYERS or not value.isidentifier():
-            raise InputError(f"{arch}: {part!r} is none of {', '.join(f'{key}=NAME' for key in TIMM_LAYERS)}")
+        if part != CONV_STEM and (key not in TIMM_LAYERS or not value.isidentifier()):
+            known = ", ".join([CONV_STEM, *(f"{key}=NAME" for key in TIMM_LAYERS)])
+            raise InputError(f"{arch}: {part!r} is none of {known}")
         arguments[key] = value
     return name, arguments
 
@@ -351,7 +357,14 @@ def split_timm(arch: str) -> tuple[str, dict[str, str]]:
 def build_timm(arch: str, **kwargs) -> nn.Module:
     """timm's network ``timm/NAME`` or ``timm/NAME:act_layer=gelu``, randomly initialised."""
     name, arguments = split_timm(arch)
-    return import_timm().create_model(name, pretrained=False, **arguments, **kwargs)
+    has_conv_stem = bool(arguments.pop("stem", ""))
+    is_classifier = not kwargs.get("features_only")
+    if has_conv_stem and not is_classifier:
+        kwargs["feature_cls"] = "getter"  # keeps the classifier's modules, so that the stem is one of them
+    network = import_timm().create_model(name, pretrained=False, **arguments, **kwargs)
+    if has_conv_stem:
+        put_conv_stem(network if is_classifier else network.model, name)
+    return network
 
 
 @functools.cache
@@ -362,6 +375,8 @@ def _timm_architecture(arch: str) -> Architecture:
         raise InputError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
     config = timm.get_pretrained_cfg(name)
     first_conv, classifier = getattr(config, "first_conv", None), getattr(config, "classifier", None)
+    if "stem" in arguments:
+        first_conv = first_convolution(name)
     if not isinstance(first_conv, str) or not isinstance(classifier, str):
         raise InputError(
             f"timm/{name} has no single first convolution and classifier: choose another network"
