@@ -12,10 +12,10 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
+from documents import DOCUMENTS, REPOSITORY, Block, blocks, joined
 
 from rt_detectron.detection import load_detector_config
 from rt_detectron.detection.lazy import KEYS as LAZY_KEYS
@@ -25,15 +25,7 @@ from rt_detectron.study.load import load_study
 from rt_detectron.transfer.recipe import load_transfer_config
 from rt_detectron.utils.files import find_config
 
-REPOSITORY = Path(__file__).parents[2]
-DOCUMENTS = sorted(
-    path.relative_to(REPOSITORY)
-    for path in [
-        *REPOSITORY.glob("*.md"),
-        *REPOSITORY.glob("docs/**/*.md"),
-        REPOSITORY / "datasets/README.md",
-    ]
-)
+RUN = (Path("docs/your-data.md"),)  # by tests/docs/test_your_data.py
 # Which reader takes a tool's overrides; the others have none.
 READERS = {
     "train_net": load_detector_config,
@@ -53,28 +45,6 @@ SHELL = ("for", "done", "export", "cd", "git", "mv", "ray", "rm", "source", ".")
 LANGUAGES = ("", "bash", "python", "yaml", "text")
 
 
-class Block(NamedTuple):
-    """A fenced block of a document."""
-
-    path: Path
-    line: int
-    language: str
-    text: str
-
-
-def blocks(path: Path) -> Iterator[Block]:
-    lines = (REPOSITORY / path).read_text(encoding="utf-8").splitlines()
-    start = language = None
-    for number, line in enumerate(lines, start=1):
-        fence = re.match(r"\s*```(.*)$", line)
-        if fence and start is None:
-            start, language = number, fence[1].strip()
-        elif fence:
-            yield Block(path, start, language, "\n".join(lines[start : number - 1]))
-            start = None
-    assert start is None, f"{path}:{start}: the block has no end"
-
-
 def blocks_in(*languages: str) -> list[Block]:
     return [block for path in DOCUMENTS for block in blocks(path) if block.language in languages]
 
@@ -88,6 +58,8 @@ def commands() -> Iterator:
     """(line, variables) of each command, continued lines joined. Variables hold until the document ends."""
     document, variables = None, {}
     for block in blocks_in("", "bash"):
+        if block.path in RUN:
+            continue
         if block.path != document:
             document, variables = block.path, dict(VALUES)
         for number, line in joined(block):
@@ -95,21 +67,6 @@ def commands() -> Iterator:
                 variables[match[1]] = match[2]
             elif line and not line.startswith("#"):
                 yield pytest.param(line, dict(variables), id=f"{document}:{number} {line[:40]}")
-
-
-def joined(block: Block) -> Iterator[tuple[int, str]]:
-    """Each command and the number of its first line; a backslash or an open quote continues it."""
-    command, start = "", 0
-    for number, line in enumerate(block.text.splitlines(), start=block.line + 1):
-        start = start if command else number
-        command += line.strip() if not command or command.count('"') % 2 == 0 else line
-        if command.endswith("\\"):
-            command = command.removesuffix("\\").rstrip() + " "
-        elif command.count('"') % 2:
-            command += "\n"
-        else:
-            yield start, command
-            command = ""
 
 
 class _Parsed(BaseException):

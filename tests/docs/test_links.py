@@ -4,16 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).parents[2]
-DOCUMENTS = sorted(
-    path.relative_to(REPOSITORY)
-    for path in [
-        *REPOSITORY.glob("*.md"),
-        *REPOSITORY.glob("docs/**/*.md"),
-        REPOSITORY / "datasets/README.md",
-    ]
-)
+from documents import DOCUMENTS, REPOSITORY
 
 
 def anchors(path: Path) -> set[str]:
