@@ -179,8 +179,9 @@ def check_study(file: str | Path, folder: Path, monkeypatch) -> None:
     (folder / "configs").symlink_to(REPOSITORY / "configs")
     for arm in yaml.safe_load(Path(file).read_text(encoding="utf-8"))["arms"].values():
         if "://" not in arm["weights"]:
-            (folder / arm["weights"]).parent.mkdir(parents=True, exist_ok=True)
-            (folder / arm["weights"]).touch()
+            path = folder / arm["weights"].replace("{seed}", "1")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
     load_study(file)
 
 
