@@ -309,23 +309,35 @@ def tiny_cfg(sets, tiny_opts):
     return make
 
 
+@pytest.fixture(scope="session")
+def make_digits_cfg(digit_folders):
+    """``make_digits_cfg(folder)``: the demo's pretraining on those digits, at 16 pixels, for seconds.
+
+    Its output folder is folder/out.
+    """
+
+    def make(folder):
+        cfg = LazyConfig.load("configs/pretrain/demo_l2.py")
+        cfg.dataloader.test.dataset.transform.transforms[0].size = 16
+        cfg.dataloader.train.dataset.transform = cfg.dataloader.test.dataset.transform
+        overrides = [
+            "model.classifier.num_classes=2",
+            f"dataloader.train.dataset.root={digit_folders}/train",
+            f"dataloader.test.dataset.root={digit_folders}/val",
+            "dataloader.train.total_batch_size=16",
+            "dataloader.train.num_workers=0",
+            "dataloader.test.num_workers=0",
+            "model.strategy.attack.steps=1",
+            "evaluator.attack.steps=2",
+            "evaluator.max_attacked=20",
+            "train.device=cpu",
+            f"train.output_dir={folder}/out",
+        ]
+        return LazyConfig.apply_overrides(cfg, overrides)
+
+    return make
+
+
 @pytest.fixture
-def digits_cfg(digit_folders, tmp_path):
-    """The demo's pretraining recipe on those digits at their 16 pixels, for seconds."""
-    cfg = LazyConfig.load("configs/pretrain/demo_l2.py")
-    cfg.dataloader.test.dataset.transform.transforms[0].size = 16
-    cfg.dataloader.train.dataset.transform = cfg.dataloader.test.dataset.transform
-    overrides = [
-        "model.classifier.num_classes=2",
-        f"dataloader.train.dataset.root={digit_folders}/train",
-        f"dataloader.test.dataset.root={digit_folders}/val",
-        "dataloader.train.total_batch_size=16",
-        "dataloader.train.num_workers=0",
-        "dataloader.test.num_workers=0",
-        "model.strategy.attack.steps=1",
-        "evaluator.attack.steps=2",
-        "evaluator.max_attacked=20",
-        "train.device=cpu",
-        f"train.output_dir={tmp_path}/out",
-    ]
-    return LazyConfig.apply_overrides(cfg, overrides)
+def digits_cfg(make_digits_cfg, tmp_path):
+    return make_digits_cfg(tmp_path)

@@ -82,8 +82,11 @@ import rt_detectron
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.utils.file_io import PathManager
 
-for name in ("robust_resnet", "robust_resnet_fpn", "retinanet_robust_resnet_fpn"):
-    assert f"build_{name}_backbone" in BACKBONE_REGISTRY, name
+assert {name for name, _ in BACKBONE_REGISTRY if "robust" in name} == {
+    f"build_{name}_backbone"
+    for family in ("resnet", "torchvision", "timm")
+    for name in (f"robust_{family}", f"robust_{family}_fpn", f"retinanet_robust_{family}_fpn")
+} | {"build_robust_timm_sfp_backbone"}
 try:
     PathManager.get_local_path("robust://resnet50_l2_eps3.pkl")
 except rt_detectron.utils.errors.InputError as error:

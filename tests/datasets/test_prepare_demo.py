@@ -3,14 +3,13 @@
 import hashlib
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+from tool_process import run_tool
 
 from rt_detectron.utils.errors import InputError
 
@@ -360,9 +359,9 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("tool_server")
 def test_the_command_line_ends_with_one_line(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--output", str(tmp_path / "demo"), "--detection-train", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_tool([SCRIPT, "--output", tmp_path / "demo", "--detection-train", "0"], tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --detection-train 0")
     assert "Traceback" not in done.stderr

@@ -1,6 +1,7 @@
 """What a training leaves to be resumed from. Kills, signals and full disks: tests/tools/test_pretrain.py."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,23 @@ from rt_detectron.pretrain.trainer import do_train
 from rt_detectron.utils.errors import InputError
 
 
-@pytest.fixture
-def trained(digits_cfg):
+@pytest.fixture(scope="module")
+def cut_off(make_digits_cfg, tmp_path_factory):
     """The output folder of a training cut off after 6 of 8 iterations, with checkpoints after 2, 4 and 6."""
-    digits_cfg.train.update(epochs=1.5, checkpoint_epochs=0.5)
-    do_train(digits_cfg)
-    digits_cfg.train.epochs = 2
-    folder = Path(digits_cfg.train.output_dir)
+    cfg = make_digits_cfg(tmp_path_factory.mktemp("cut_off"))
+    cfg.train.update(epochs=1.5, checkpoint_epochs=0.5)
+    do_train(cfg)
+    folder = Path(cfg.train.output_dir)
     (folder / "model_final.pth").rename(folder / "model_0000005.pth")
     (folder / "last_checkpoint").write_text("model_0000005.pth")
     return folder
+
+
+@pytest.fixture
+def trained(cut_off, digits_cfg):
+    """A copy of it in the output folder of ``digits_cfg``, which goes on to 8 iterations."""
+    digits_cfg.train.update(epochs=2, checkpoint_epochs=0.5)
+    return Path(shutil.copytree(cut_off, digits_cfg.train.output_dir, dirs_exist_ok=True))
 
 
 def test_only_the_last_ones_are_kept(trained, digits_cfg):
