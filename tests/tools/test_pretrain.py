@@ -234,12 +234,12 @@ def test_an_interrupted_training_leaves_a_checkpoint_but_no_classifier(start, tm
 
 
 @pytest.mark.parametrize("launcher", ["one", "launch", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_a_preempted_training_saves_and_ends_well_within_seconds(start, two_processes, tmp_path, launcher):
+def test_a_preempted_training_saves_and_ends_within_a_minute(start, two_processes, tmp_path, launcher):
     options = {"one": [], "launch": two_processes(), "torchrun": ["torchrun"]}[launcher]
     process = start(*ENDLESS, "train.checkpoint_epochs=10000", *options, wait_for="metrics.json")
     assert not (tmp_path / "out/last_checkpoint").exists()
     process.send_signal(signal.SIGTERM)
-    status = process.wait(20)
+    status = process.wait(60)
     # torchrun itself reports the signal, however well its processes ended.
     assert status == 0 or launcher == "torchrun", (tmp_path / "stderr").read_text()
     assert "Traceback" not in (tmp_path / "stderr").read_text() or launcher == "torchrun"

@@ -217,7 +217,10 @@ def set_up(folder, *arguments, environment, python=BASE_PYTHON):
 def imported_from(folder, module):
     code = f"import {module}; print({module}.__file__)"
     python = folder / ".venv" / "bin" / "python"
-    result = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=folder / ".venv")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    result = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, cwd=folder / ".venv", env=environment
+    )
     return result.stdout.strip() or result.stderr
 
 
