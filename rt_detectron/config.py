@@ -44,6 +44,8 @@ def _keys() -> CN:
     cfg.SOLVER.LAYER_DECAY = 1.0
     # Decay of the moving average of the weights, which is evaluated and saved, such as 0.999. 0: none.
     cfg.SOLVER.EMA = 0.0
+    # Number of periodic checkpoints to keep; older ones are deleted. 0: all.
+    cfg.SOLVER.MAX_TO_KEEP = 0
     # "Free" adversarial fine-tuning: train on each batch this many times in a row, while its images move
     # along the gradient of the detector's loss. 0: none.
     cfg.SOLVER.ADVERSARIAL = CN()

@@ -116,7 +116,9 @@ class Trainer(DefaultTrainer):
             self.evaluated, cfg.OUTPUT_DIR, input_format=cfg.INPUT.FORMAT, trainer=weakref.proxy(self)
         )
         self.signals = StopSignals()
-        checkpoints = Checkpoints(self.checkpointer, [cfg.SOLVER.CHECKPOINT_PERIOD])
+        checkpoints = Checkpoints(
+            self.checkpointer, [cfg.SOLVER.CHECKPOINT_PERIOD], cfg.SOLVER.MAX_TO_KEEP or None
+        )
         self.checkpointing = SafeCheckpointing(checkpoints, self.signals, DIVERGED, ADVICE)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER

@@ -10,9 +10,10 @@ are matched to objects once, since matching does not depend on other images.
 import contextlib
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from scipy.sparse import csr_array
 MAX_DETECTIONS = 100  # per image and category, as in COCO's AP
 IOU_THRESHOLDS = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)  # COCO's
-RESAMPLES = 500  # the random error of a variance is then about 6 %
+RESAMPLES = 200  # the random error of a variance is then about 10 %, which its degrees of freedom account for
 _BATCH_CELLS = 4_000_000  # detections x resamples at a time: about 100 MB
 
 
@@ -74,6 +75,43 @@ def match(coco: COCO, detections: list[dict[str, Any]], task: str) -> Matches:
     return Matches(
         image_ids=np.asarray(evaluator.params.imgIds),
         categories=[c for c in categories if len(c.image) or c.objects.any()],
+    )
+
+
+def read_matches(path: str | Path, names: Mapping[int, str]) -> dict[str, Matches]:
+    """The matches that an evaluation kept, by task, over all areas.
+
+    Args:
+        path: of a matches.npz of :mod:`rt_detectron.evaluation.matching`, which says what is in it.
+        names: category id -> its name. Those of other categories are their ids.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    found = {}
+    for task in dict.fromkeys(name.partition("/")[0] for name in arrays if "/" in name):
+        of_task = {name.partition("/")[2]: array for name, array in arrays.items() if name.startswith(task)}
+        categories = [
+            _kept_category(names.get(int(number), str(number)), of_task, position, len(arrays["image_ids"]))
+            for position, number in enumerate(arrays["category_ids"])
+        ]
+        known = [category for category in categories if len(category.image) or category.objects.any()]
+        found[task] = Matches(arrays["image_ids"], known)
+    return found
+
+
+def _kept_category(
+    name: str, arrays: Mapping[str, np.ndarray], position: int, images: int
+) -> CategoryMatches:
+    rows = np.flatnonzero(arrays["category"] == position)
+    order = rows[np.argsort(-arrays["score"][rows], kind="stable")]
+    counted = (arrays["object_category"] == position) & ~arrays["object_ignored"][0]
+    return CategoryMatches(
+        name=name,
+        image=arrays["image"][order],
+        score=arrays["score"][order],
+        hit=arrays["hit"][0][:, order],
+        ignored=arrays["ignored"][0][:, order],
+        objects=np.bincount(arrays["object_image"][counted], minlength=images),
     )
 
 

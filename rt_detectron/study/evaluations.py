@@ -17,7 +17,7 @@ import pandas as pd
 from rt_detectron.study.examples import evaluation_pictures
 from rt_detectron.study.figures import SIZES, Charts, Figure
 from rt_detectron.study.grid import FINAL, Study
-from rt_detectron.study.images import UNREADABLE, clean_on_resamples, one_reason
+from rt_detectron.study.images import UNREADABLE, clean_on_resamples, condition_on_resamples, one_reason
 from rt_detectron.study.record import Outcome, by_test_set, mean_if_defined
 from rt_detectron.study.statistics import (
     CLEAN,
@@ -165,6 +165,22 @@ class Attack(Evaluation):
     ATTACKED, UNATTACKED, NOISE, MEAN = "attack", "attack: clean", "noise", "attack: mean"
     name, title, question, main_kind = "attack", "Under attack", "Under attack", MEAN
 
+    def part(self, outcome: Outcome) -> Any:
+        # The file also keeps what an earlier evaluation had asked for.
+        return [attack for attack in super().part(outcome) or [] if attack.get("requested", True)]
+
+    def on_resamples(self, outcome: Outcome) -> Any:
+        attacks = []
+        for attack in self.part(outcome):
+            found = {
+                key: condition_on_resamples(outcome, attack.get(matches), attack[key] or {})
+                for key, matches in (
+                    ("metrics", "matches"), ("clean", "clean_matches"), ("noise", "noise_matches"),
+                )
+            }  # fmt: skip
+            attacks.append({**attack, **found})
+        return attacks if all(attack["metrics"] for attack in attacks) else None
+
     def numbers(self, part: Any) -> Numbers:
         found: Numbers = {}
         for attack in part:
@@ -234,6 +250,29 @@ class Corruption(Evaluation):
 
     CORRUPTED, UNCORRUPTED, MPC, RPC = "corruption", "corruption: clean", "mPC", "rPC"
     name, title, question, main_kind = "corruption", "Under corruption", "Under corruption", MPC
+
+    def part(self, outcome: Outcome) -> Any:
+        part = super().part(outcome) or {"results": []}
+        results = [result for result in part["results"] if result.get("requested", True)]
+        return {**part, "results": results} if results else None
+
+    def on_resamples(self, outcome: Outcome) -> Any:
+        part = self.part(outcome)
+        clean = condition_on_resamples(outcome, part.get("clean_matches"), part["clean"])
+        results = [
+            {**result, "metrics": condition_on_resamples(outcome, result.get("matches"), result["metrics"])}
+            for result in part["results"]
+        ]
+        if not clean or not all(result["metrics"] for result in results):
+            return None
+        mean = {
+            task: np.mean([result["metrics"][task]["AP"] for result in results], axis=0)
+            for task in clean
+            if all(task in result["metrics"] for result in results)
+        }
+        with np.errstate(invalid="ignore", divide="ignore"):
+            relative = {task: 100 * values / clean[task]["AP"] for task, values in mean.items()}
+        return {**part, "clean": clean, "results": results, "mPC": mean, "rPC": relative}
 
     def numbers(self, part: Any) -> Numbers:
         found = dict(_numbers(self.UNCORRUPTED, part["clean"]))

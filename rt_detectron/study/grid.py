@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -260,7 +260,8 @@ class Study:
     def count_trials(self) -> int:
         """Number of trials of the study. It does not depend on what the selection chooses."""
         checkpoints = sum(len(arm.checkpoints) for arm in self.arms)
-        return len(self.selection_trials()) + checkpoints * len(self.targets) * len(self.seeds)
+        chosen_by = len(self.selection.seeds) * len(self.learning_rates) if self.selection else 0
+        return len(self.targets) * (len(self.arms) * chosen_by + checkpoints * len(self.seeds))
 
     def description(self) -> dict[str, Any]:
         """The study as results.json holds it."""
@@ -274,7 +275,8 @@ class Study:
         evaluations = tuple(opt for evaluation in self.evaluations.values() for opt in evaluation)
         if stage == SELECTION and self.selection is not None:
             opts += self.selection.opts
-            opts += self.downstream.held_out(target, opts)
+            source = replace(target, config=self.copies.get(target.name, target.config))
+            opts += self.downstream.held_out(source, opts)
             evaluations = ()
         return Trial(
             arm=arm.name,

@@ -1,7 +1,7 @@
 """What trials find on single test images, read from their predictions: matches, and scores on resamples."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from rt_detectron.study.bootstrap import (
     Matches,
     average_precision,
     match,
+    read_matches,
     resampled_accuracy,
     resampled_precision,
 )
@@ -23,14 +24,16 @@ from rt_detectron.utils.numbers import is_number
 from rt_detectron.visualization.coco import load_coco, load_detections
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError)  # what missing or broken files raise
-CACHE = "resampled.npz"  # in a trial's folder
+CACHE = "resampled.npz"  # beside the file that it is made of
+MATCHES = "matches.npz"
 _TOLERANCE = 0.01  # of AP in percent, since results.json may be rounded
 
+Metrics = Mapping[str, Mapping[str, Any]]
 Resampled = dict[str, dict[str, np.ndarray]]  # task -> metric -> (B,) values, as results.json has numbers
 
 
 def clean_on_resamples(outcome: Outcome) -> Resampled:
-    """The metrics of a trial on resampled test images. They are kept in its folder.
+    """The metrics of a trial on resampled test images. They are kept beside its predictions.
 
     Raises:
         UNREADABLE: predictions or annotations cannot be read, or belong to another evaluation.
@@ -39,25 +42,37 @@ def clean_on_resamples(outcome: Outcome) -> Resampled:
     dataset = datasets_of(outcome)[0]
     if not dataset["predictions"]:
         raise ValueError("it kept no predictions")
-    stamp = Path(dataset["predictions"]).stat()
-    key = json.dumps([dataset["predictions"], stamp.st_size, stamp.st_mtime_ns, RESAMPLES])
-    path = outcome.folder / CACHE
-    found = _read(path, key)
-    if found is None:
-        find = _accuracy if "accuracy" in metrics else _precision
-        found = find(dataset, metrics)
-        _write(path, key, found)
-    return found
+    predictions = Path(dataset["predictions"])
+    if "accuracy" in metrics:
+        return _kept(predictions, lambda: _accuracy(dataset))
+    tasks = [task for task in ("bbox", "segm") if is_number(metrics.get(task, {}).get("AP"))]
+
+    def resampled() -> Resampled:
+        found = {task: load_matches(dataset["json_file"], str(predictions), task) for task in tasks}
+        return _precision(found, metrics, str(predictions))
+
+    source = predictions.with_name(MATCHES)
+    return _kept(source if source.is_file() else predictions, resampled)
 
 
-def _precision(dataset: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> Resampled:
-    found = {}
-    for task in ("bbox", "segm"):
-        if task in metrics and is_number(metrics[task].get("AP")):
-            matches = load_matches(dataset["json_file"], dataset["predictions"], task)
-            check_ap(matches, metrics[task]["AP"], dataset["predictions"], task)
-            found[task] = resampled_precision(matches)
-    return found
+def condition_on_resamples(outcome: Outcome, matches: str | None, metrics: Metrics) -> Resampled:
+    """The same on changed images, from the matches that their evaluation kept; {} if it kept none.
+
+    Args:
+        matches: path of a matches.npz, relative to the trial's folder.
+        metrics: as robustness.json has them.
+    """
+    if not matches:
+        return {}
+    path = outcome.folder / matches
+    return _kept(path, lambda: _precision(read_matches(path, {}), metrics, str(path)))
+
+
+def _precision(found: Mapping[str, Matches], metrics: Metrics, file: str) -> Resampled:
+    known = {task: matches for task, matches in found.items() if is_number(metrics.get(task, {}).get("AP"))}
+    for task, matches in known.items():
+        check_ap(matches, metrics[task]["AP"], file, task)
+    return {task: resampled_precision(matches) for task, matches in known.items()}
 
 
 def check_ap(matches: Matches, expected: float, file: str, task: str) -> None:
@@ -68,16 +83,28 @@ def check_ap(matches: Matches, expected: float, file: str, task: str) -> None:
         raise ValueError(f"{file} has a {TASKS[task]} of {ap:.2f}, not {expected:.2f}")
 
 
-def _accuracy(dataset: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> Resampled:
+def _accuracy(dataset: Mapping[str, Any]) -> Resampled:
     found = json.loads(Path(dataset["predictions"]).read_text(encoding="utf-8"))
     labels = np.asarray(found["labels"])
     resampled = resampled_accuracy(np.asarray(found["predicted"]) == labels, labels, found["keys"])
     return {"accuracy": {"accuracy": resampled[dataset["metric"]], **resampled}}
 
 
+def _kept(source: Path, resampled: Callable[[], Resampled]) -> Resampled:
+    """What ``resampled`` gives, computed once for each state of the file ``source`` and kept beside it."""
+    stamp = source.stat()
+    key = json.dumps([source.name, stamp.st_size, stamp.st_mtime_ns, RESAMPLES])
+    path = source.with_name(CACHE)
+    found = _read(path, key)
+    if found is None:
+        found = resampled()
+        _write(path, key, found)
+    return found
+
+
 def _read(path: Path, key: str) -> Resampled | None:
     try:
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
             if str(file["key"]) != key:
                 return None
             found: Resampled = {}
@@ -91,7 +118,7 @@ def _read(path: Path, key: str) -> Resampled | None:
 
 def _write(path: Path, key: str, found: Resampled) -> None:
     arrays: dict[str, Any] = {
-        f"{task}/{metric}": values
+        f"{task}/{metric}": values.astype(np.float32)
         for task, by_metric in found.items()
         for metric, values in by_metric.items()
     }
@@ -121,7 +148,12 @@ def test_sets_of(outcome: Outcome, baseline: Outcome) -> tuple[dict[str, Any], d
 
 @lru_cache(maxsize=4)  # about 100 MB each for COCO's 5,000 images
 def load_matches(json_file: str, predictions: str, task: str) -> Matches:
-    return match(load_coco(json_file), load_detections(predictions), task)
+    """Those that the evaluation kept beside its predictions; matched again if there are none."""
+    coco = load_coco(json_file)
+    kept = Path(predictions).with_name(MATCHES)
+    if kept.is_file():
+        return read_matches(kept, {number: each["name"] for number, each in coco.cats.items()})[task]
+    return match(coco, load_detections(predictions), task)
 
 
 def one_reason(error: Exception) -> str:

@@ -3,7 +3,7 @@
 import glob
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -12,7 +12,18 @@ import yaml
 from omegaconf import MISSING, OmegaConf, SCMode
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from rt_detectron.study.grid import Arm, Checkpoint, DownstreamTask, Resources, Selection, Study, Target
+from rt_detectron.study.grid import (
+    FINAL,
+    SELECTION,
+    Arm,
+    Checkpoint,
+    DownstreamTask,
+    Resources,
+    Selection,
+    Study,
+    Target,
+    Trial,
+)
 from rt_detectron.study.tasks import DOWNSTREAM_TASKS
 from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import file_sha256, find_config
@@ -80,6 +91,28 @@ def load_study(file: str | Path) -> Study:
         return _study(_validated(content))
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
+
+
+def trials_only(study: Study, text: str) -> Callable[[Trial], bool]:
+    """Whether a trial is one of those that ``arm=NAME,target=NAME,...`` names; all are if it is empty.
+
+    Raises:
+        InputError: for an unknown key or name.
+    """
+    known = {
+        "arm": [arm.name for arm in study.arms],
+        "target": [target.name for target in study.targets],
+        "stage": [SELECTION, FINAL],
+    }
+    wanted: dict[str, list[str]] = {}
+    for entry in filter(None, text.split(",")):
+        key, _, name = entry.partition("=")
+        if key not in known:
+            raise InputError(f"--only {text}: unknown key {key!r}; known are {', '.join(known)}")
+        if name not in known[key]:
+            raise InputError(f"--only {text}: unknown {key} {name!r}; known are {', '.join(known[key])}")
+        wanted.setdefault(key, []).append(name)
+    return lambda trial: all(getattr(trial, key) in names for key, names in wanted.items())
 
 
 def described_study(content: Mapping[str, Any]) -> Study:

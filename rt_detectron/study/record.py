@@ -4,19 +4,21 @@ import json
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-from rt_detectron.study.grid import Trial
+from rt_detectron.study.grid import Study, Trial
 from rt_detectron.study.worker import PROCESSES, read_json
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.files import replaced_atomically, write_json
 
 SPECIFICATION, RECORD = "trial.json", "record.json"
+STUDY = "study.json"  # in the output folder: the study as it runs, for reports without its files
+COPIED = "copied.json"  # beside the copy of a config: what it is a copy of
 # Files that the processes of a trial write, and a key that a complete file has.
 RESULTS = ("results.json", "metrics")
 ROBUSTNESS = ("robustness.json", "clean")
@@ -57,6 +59,45 @@ def is_finished(output: Path, trial: Trial) -> bool:
     )
 
 
+def check_unfinished(output: Path, trial: Trial) -> None:
+    """Check that what is missing of a trial can still be made.
+
+    Raises:
+        InputError: its folder was made for a different specification, or other evaluations are asked for, but
+            its weights are deleted.
+    """
+    folder = trial_folder(output, trial)
+    missing = _has_other_evaluations(folder, trial) or not _has_all_results(folder, trial)
+    if missing and trial.evaluations and _is_pruned(folder):
+        raise InputError(
+            f"{folder} lacks evaluations that the study asks for, and its weights are deleted "
+            "(keep_checkpoints: true keeps them): delete that folder to train again, or use another --output"
+        )
+
+
+def prune(outcome: Outcome, patterns: Iterable[str]) -> int:
+    """Delete the checkpoints of a trial that has its record. Gives their size in bytes."""
+    size = 0
+    for path in _matching(outcome.folder, patterns):
+        size += path.stat().st_size
+        path.unlink()
+    return size
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> set[Path]:
+    return {path for pattern in patterns for path in folder.glob(pattern)}
+
+
+def _is_pruned(folder: Path) -> bool:
+    return (folder / RECORD).is_file() and not any(folder.glob("*.pth"))
+
+
+def remove_leftovers(output: Path) -> None:
+    """Delete the temporary files of processes that were killed. Nobody else may write into ``output``."""
+    for path in output.rglob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def prepare(output: Path, trial: Trial) -> Path:
     """Make the trial's folder and its trial.json. Results of a different evaluation are deleted."""
     folder = trial_folder(output, trial)
@@ -76,12 +117,13 @@ def read_outcome(output: Path, trial: Trial, error: str | None = None) -> Outcom
     return Outcome(trial, folder, results, robustness, error)
 
 
-def write_record(outcome: Outcome, selection: dict[str, Any] | None) -> None:
+def write_record(outcome: Outcome, selection: dict[str, Any] | None, weights: Iterable[str] = ()) -> None:
     """Write record.json, which holds everything about a finished trial.
 
     ``attempts`` is 1 plus the number of processes that crashed. ``wall_time_s`` is the sum over
     ``processes``; processes that were killed together with the driver are missing there. ``config`` is the
     config.yaml that the training wrote. ``selection`` says how the learning rate was chosen.
+    ``weights_bytes`` is the size of its checkpoints, which the patterns ``weights`` find.
     """
     processes = _read_processes(outcome.folder)
     last = processes[-1] if processes else {}
@@ -94,10 +136,42 @@ def write_record(outcome: Outcome, selection: dict[str, Any] | None) -> None:
         "git": last.get("git"),
         "hostname": last.get("hostname"),
         "wall_time_s": round(sum(process["wall_time_s"] for process in processes), 1),
+        "weights_bytes": sum(path.stat().st_size for path in _matching(outcome.folder, weights)),
         "attempts": 1 + sum(not process["finished"] for process in processes),
         "processes": processes,
     }
     write_text(outcome.folder / RECORD, json.dumps(record, indent=2))
+
+
+def with_copied_configs(study: Study, output: Path, make: bool) -> tuple[Study, list[str]]:
+    """The study with configs as they were when it began, so that a later edit changes nothing.
+
+    Args:
+        make: copy the configs of targets that are new.
+
+    Returns:
+        The study, and a note for each config that has changed since it was copied.
+    """
+    copies, targets, notes = {}, [], []
+    for target in study.targets:
+        folder = output / "configs" / target.name
+        known = read_json(folder / COPIED, "source")
+        if known is None or known["source"]["config"] != target.config:
+            known = None
+            if make:
+                folder.mkdir(parents=True, exist_ok=True)
+                copy = study.downstream.copy_config(target.config, folder)
+                source = {"config": target.config, "sha256": target.config_sha256, "copy": copy}
+                write_json(folder / COPIED, {"source": source})
+                known = {"source": source}
+        if known is not None:
+            source = known["source"]
+            copies[target.name] = source["copy"]
+            if source["sha256"] != target.config_sha256:
+                target = replace(target, config_sha256=source["sha256"])
+                notes.append(f"{target.config} has changed since the study began; {source['copy']} is used")
+        targets.append(target)
+    return replace(study, targets=tuple(targets), copies=copies), notes
 
 
 def git_state() -> dict[str, Any] | None:

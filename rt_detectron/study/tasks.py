@@ -56,7 +56,9 @@ class Detection(DownstreamTask):
         return ("DATASETS.TRAIN", fit, "DATASETS.TEST", held_out)
 
     def steps(self, trial: Trial, tools: Path, folder: Path, resources: Resources) -> list[Step]:
-        options = ("--config-file", trial.config, "--resume", *_processes(resources), *trial.opts)
+        # The newest checkpoint is all that a continued training needs.
+        options = ("--config-file", trial.config, "--resume", *_processes(resources))
+        options += ("SOLVER.MAX_TO_KEEP", "1", *trial.opts)
         keys = (
             "OUTPUT_DIR",
             str(folder),

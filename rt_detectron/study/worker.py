@@ -20,7 +20,7 @@ from typing import Any
 LOG = "trial.log"  # Detectron2's own log.txt misses tracebacks and stderr
 PROCESSES = "processes.jsonl"  # one line for each process of the trial that has ended
 _LAST_LINES = 10
-_GRACE_S = 5.0
+GRACE_S = 60.0  # for a process that is told to stop, so that it can write a checkpoint
 # A trial's process must die with the worker that started it, however that ends. (The worker dies with the
 # driver.) The process asks the kernel for it itself, since Python code between fork and exec is not safe in a
 # worker with threads.
@@ -47,24 +47,21 @@ class Step:
     holds: str
 
 
-def read_json(path: Path, holds: str) -> dict[str, Any] | None:
-    """A JSON object with the key ``holds``; None if the file is missing or incomplete."""
+def read_json(path: Path, holds: str, kind: type = dict) -> dict[str, Any] | None:
+    """A JSON object whose key ``holds`` is of this kind; None if the file is missing or incomplete."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) and isinstance(content.get(holds), dict) else None
+    return content if isinstance(content, dict) and isinstance(content.get(holds), kind) else None
 
 
-def run_steps(
-    steps: list[Step], folder: str, cwd: str, environment: dict[str, str], git: dict[str, Any] | None
-) -> str | None:
+def run_steps(steps: list[Step], folder: str, cwd: str, git: dict[str, Any] | None) -> str | None:
     """Run the steps that are not finished yet, until one fails.
 
     Args:
         folder: folder of the trial, relative to ``cwd``.
         cwd: where the processes run, so that paths mean the same on every machine of a cluster.
-        environment: variables to add to this worker's, which name the GPUs that Ray gave it.
         git: state of the code, for PROCESSES.
 
     Returns:
@@ -75,7 +72,7 @@ def run_steps(
         if read_json(path / step.result, step.holds) is not None:
             continue
         start = time.time()
-        status = _run(step, path / LOG, cwd, environment)
+        status = _run(step, path / LOG, cwd)
         finished = read_json(path / step.result, step.holds) is not None
         line = {
             "script": Path(step.command[0]).name,
@@ -93,7 +90,7 @@ def run_steps(
     return None
 
 
-def _run(step: Step, log: Path, cwd: str, environment: dict[str, str]) -> int:
+def _run(step: Step, log: Path, cwd: str) -> int:
     """Run a step's process and append its output to ``log``. Returns the exit status.
 
     The process leads its own process group. If the waiting is interrupted, the whole group is stopped.
@@ -105,7 +102,6 @@ def _run(step: Step, log: Path, cwd: str, environment: dict[str, str]) -> int:
         process = subprocess.Popen(
             [sys.executable, "-c", _DIE_WITH_PARENT, *command],
             cwd=cwd,
-            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -126,7 +122,7 @@ def _stop(process: subprocess.Popen) -> None:
     for request in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, request)
-            process.wait(_GRACE_S)
+            process.wait(GRACE_S)
         except ProcessLookupError:
             return
         except subprocess.TimeoutExpired:

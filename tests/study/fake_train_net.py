@@ -2,7 +2,8 @@
 
 Config keys it understands: TEST.COCO (a folder with val.json: predictions are the ground truth, shifted),
 TEST.CRASH_ONCE (a file: crash unless it exists, and make it), TEST.SLEEP_ONCE (a file: unless it exists,
-write the process id into it, then wait), TEST.RATES (learning rate -> AP on @held_out, None: undefined).
+write the process id into it, then wait), TEST.SLEEP (seconds),
+TEST.RATES (learning rate -> AP on @held_out, None: undefined).
 """
 
 import argparse
@@ -26,6 +27,7 @@ print("training with", args.opts)
 if "TEST.SLEEP_ONCE" in keys and not Path(keys["TEST.SLEEP_ONCE"]).exists():
     Path(keys["TEST.SLEEP_ONCE"]).write_text(str(os.getpid()))
     time.sleep(120)
+time.sleep(float(keys.get("TEST.SLEEP", 0)))
 if "TEST.CRASH_ONCE" in keys and not Path(keys["TEST.CRASH_ONCE"]).exists():
     Path(keys["TEST.CRASH_ONCE"]).touch()
     raise RuntimeError("CUDA out of memory")

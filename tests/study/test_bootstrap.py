@@ -8,11 +8,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
+from rt_detectron.evaluation.coco import evaluate_detections, write_evaluations
 from rt_detectron.study.bootstrap import (
     average_precision,
     f1_per_image,
     image_counts,
     match,
+    read_matches,
     resampled_accuracy,
     resampled_precision,
 )
@@ -216,3 +218,18 @@ def box_annotation(number, image, category, x, crowd=0):
 
 def box_detection(image, category, x, score):
     return {"image_id": image, "category_id": category, "bbox": [x, 0, 20, 20], "score": score}
+
+
+def test_kept_matches_are_those_made_anew(tmp_path):
+    """From the file of :mod:`rt_detectron.evaluation.matching`, which another program writes and reads."""
+    truth, detections = random_set(2, images=30)
+    coco = index(truth)
+    evaluated = {"bbox": evaluate_detections(copy.deepcopy(coco), detections, "bbox")}
+    write_evaluations(evaluated, tmp_path / "matches.npz")
+    kept = read_matches(tmp_path / "matches.npz", {1: "c0", 6: "c1", 11: "c2"})["bbox"]
+    anew = match(coco, detections, "bbox")
+    assert kept.image_ids.tolist() == anew.image_ids.tolist()
+    for ours, theirs in zip(kept.categories, anew.categories, strict=True):
+        assert ours.name == theirs.name
+        for field in ("image", "score", "hit", "ignored", "objects"):
+            np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field))

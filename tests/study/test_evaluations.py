@@ -1,10 +1,14 @@
 import math
 from pathlib import Path
 
-from rt_detectron.study.evaluations import tidy_table
+import pytest
+
+from rt_detectron.evaluation.coco import evaluate_detections, write_evaluations
+from rt_detectron.study.evaluations import compared, tidy_table
 from rt_detectron.study.grid import Trial
 from rt_detectron.study.record import Outcome
-from rt_detectron.study.statistics import QUANTITY, Quantity
+from rt_detectron.study.statistics import QUANTITY, Quantity, select
+from rt_detectron.visualization.coco import load_coco, load_detections
 
 TRIAL = Trial("a", "t", 0.01, 1, "final", "c.yaml", "", "w.pkl", None, (), ())
 
@@ -84,3 +88,36 @@ def test_accuracy_is_the_main_number_of_classification():
     found = measurements(outcome({"accuracy": {"accuracy": 80.0, "top1": 81.0, "accuracy-cat": 70.0}}))
     assert found[Quantity("clean", "accuracy", "accuracy")] == 80.0
     assert [quantity.metric for quantity in found] == ["accuracy", "top1", "accuracy-cat"]
+
+
+def test_intervals_under_attack_and_corruption_cover_images(tmp_path, build_study):
+    """From the matches that their evaluation kept; here nothing is changed, so they are the clean ones."""
+    options = {"detectors": ("faster_rcnn",), "arms": ("standard", "robust"), "rates": (0.02,)}
+    study, outcomes = build_study(tmp_path, **options)
+    for outcome in outcomes:
+        dataset, metrics = outcome.results["datasets"][0], outcome.results["metrics"]
+        coco = load_coco(dataset["json_file"])
+        found = evaluate_detections(coco, load_detections(dataset["predictions"]), "bbox")
+        (outcome.folder / "a").mkdir()
+        write_evaluations({"bbox": found}, outcome.folder / "a" / "matches.npz")
+        known = {
+            "metrics": metrics,
+            "matches": "a/matches.npz",
+            "clean": metrics,
+            "clean_matches": "a/matches.npz",
+        }
+        for attack in outcome.robustness["attack"]:
+            attack |= {**known, "noise": None}
+        outcome.robustness["attack"].append({**attack, "requested": False, "eps": 9.0})
+        corruption = outcome.robustness["corruption"]
+        corruption |= {key: known[key] for key in ("clean", "clean_matches")}
+        corruption["mPC"] = {"bbox": metrics["bbox"]["AP"]}
+        for result in corruption["results"]:
+            result |= {key: known[key] for key in ("metrics", "matches")}
+    comparison = compared(study, outcomes)
+    assert comparison.notes == []
+    main = select(comparison.scores, arm="robust", main=True)
+    assert main["kind"].tolist() == ["clean", "attack: mean", "mPC"]
+    assert set(main["over"]) == {"seeds and images"}
+    assert main["se"].tolist() == pytest.approx([main["se"].iloc[0]] * 3, rel=1e-4)
+    assert 9.0 not in comparison.table["level"].tolist()  # which only an earlier evaluation asked for

@@ -1,13 +1,22 @@
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from rt_detectron.study.grid import Resources
-from rt_detectron.study.record import Outcome, is_finished
-from rt_detectron.study.run import describe, import_ray, missing_trials, parallel_trials, run_study
+from rt_detectron.study.load import trials_only
+from rt_detectron.study.record import Outcome, is_finished, with_copied_configs
+from rt_detectron.study.run import (
+    _short_folder,
+    describe,
+    import_ray,
+    missing_trials,
+    parallel_trials,
+    run_study,
+)
 from rt_detectron.utils.errors import InputError
 
 OUT, TOOLS = Path("out"), Path("tools")
@@ -101,12 +110,68 @@ def test_crashed_evaluation_does_not_train_again(make_study, tools):
 
 
 def test_another_evaluation_keeps_the_training(make_study, tools):
-    run_study(make_study(seeds=[1]), OUT, tools)
-    outcomes = run_study(make_study(seeds=[1], more=EVALUATIONS), OUT, tools)
+    keep = "keep_checkpoints: true\n"
+    run_study(make_study(seeds=[1], more=keep), OUT, tools)
+    outcomes = run_study(make_study(seeds=[1], more=keep + EVALUATIONS), OUT, tools)
     assert [attack["eps"] for attack in outcomes[0].robustness["attack"]] == [0.5, 1]
-    outcomes = run_study(make_study(seeds=[1], more=EVALUATIONS.replace("[0.5, 1]", "[2]")), OUT, tools)
+    changed = keep + EVALUATIONS.replace("[0.5, 1]", "[2]")
+    outcomes = run_study(make_study(seeds=[1], more=changed), OUT, tools)
     assert [attack["eps"] for attack in outcomes[0].robustness["attack"]] == [2]
     assert started(outcomes) == [1, 1]
+    assert all((outcome.folder / "model_final.pth").is_file() for outcome in outcomes)
+
+
+def test_weights_are_deleted_once_a_trial_has_its_record(make_study, tools):
+    outcomes = run_study(make_study(seeds=[1]), OUT, tools)
+    assert not list(OUT.rglob("*.pth"))
+    record = json.loads((outcomes[0].folder / "record.json").read_text())
+    assert record["weights_bytes"] == len("20.5")
+    with pytest.raises(InputError, match=r"its weights are deleted \(keep_checkpoints: true keeps them\)"):
+        run_study(make_study(seeds=[1], more=EVALUATIONS), OUT, tools)
+    (outcomes[0].folder / "model_final.pth").write_text("left by a driver that was killed")
+    run_study(make_study(seeds=[1]), OUT, tools)
+    assert not list(OUT.rglob("*.pth"))
+
+
+def test_trials_run_at_no_niceness_without_gpus_and_with_the_drivers_environment(
+    make_study, tools, monkeypatch
+):
+    monkeypatch.setenv("DETECTRON2_DATASETS", "/data/of/mine")
+    (tools / "train_net.py").write_text(
+        "import json, os\n"
+        "seen = [os.nice(0), os.environ['CUDA_VISIBLE_DEVICES'], os.environ['DETECTRON2_DATASETS']]\n"
+        "open('seen', 'w').write(json.dumps(seen))\n"
+    )
+    run_study(make_study(seeds=[1]), OUT, tools, only=lambda trial: trial.arm == "robust")
+    assert json.loads((tools / "seen").read_text()) == [os.nice(0), "", "/data/of/mine"]
+
+
+def test_only_some_trials_run(make_study, tools):
+    study = make_study(seeds=[1, 2])
+    outcomes = run_study(study, OUT, tools, only=trials_only(study, "arm=robust"))
+    assert {outcome.trial.arm for outcome in outcomes} == {"robust"}
+    assert len(outcomes) == 2
+    outcomes = run_study(study, OUT, tools)
+    assert started(outcomes) == [1] * 4
+    for text, message in (
+        ("arm=x", "unknown arm 'x'; known are standard, robust"),
+        ("a=b", "unknown key 'a'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            trials_only(study, text)
+
+
+def test_an_edited_config_changes_nothing_of_a_study_that_has_begun(make_study, tools):
+    study, notes = with_copied_configs(make_study(seeds=[1]), OUT, make=True)
+    run_study(study, OUT, tools, only=lambda trial: trial.arm == "robust")
+    (tools / "mask.yaml").write_text("DATASETS:\n  TRAIN: ('other_train',)\n")
+    study, notes = with_copied_configs(make_study(seeds=[1]), OUT, make=False)
+    assert notes == ["mask.yaml has changed since the study began; out/configs/mask_rcnn/mask.yaml is used"]
+    outcomes = run_study(study, OUT, tools)
+    assert started(outcomes) == [1, 1]
+    log = (outcomes[0].folder / "trial.log").read_text()
+    assert "--config-file out/configs/mask_rcnn/mask.yaml" in log
+    assert "tiny_train" in (OUT / "configs/mask_rcnn/mask.yaml").read_text()
 
 
 def test_half_written_results_are_run_again(make_study, tools):
@@ -133,7 +198,24 @@ def test_process_that_exits_well_without_results_is_a_failure(make_study, tools)
     assert outcome.error.endswith("\ndone")
 
 
-def test_worker_that_dies_is_a_crash(make_study, tools):
+def test_lost_workers_are_replaced_and_are_no_crashes(make_study, tools):
+    """A trial whose worker or machine is lost starts again, though ``retries`` of crashes is 0."""
+    (tools / "really_train.py").write_text((tools / "train_net.py").read_text())
+    (tools / "train_net.py").write_text(
+        "import os, pathlib, runpy, signal\n"
+        "if not pathlib.Path('lost').exists():\n"
+        "    pathlib.Path('lost').touch()\n"
+        "    os.kill(os.getppid(), signal.SIGKILL)\n"
+        "runpy.run_path(str(pathlib.Path(__file__).with_name('really_train.py')), run_name='__main__')\n"
+    )
+    study = make_study(seeds=[1])
+    (outcome,) = run_study(study, OUT, tools, only=lambda trial: trial.arm == "robust")
+    assert outcome.error is None
+    assert started([outcome]) == [2]
+
+
+@pytest.mark.slow
+def test_worker_that_always_dies_is_a_crash(make_study, tools):
     (tools / "train_net.py").write_text("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n")
     outcomes = run_study(make_study(seeds=[1]), OUT, tools)
     assert all(outcome.error.startswith("WorkerCrashedError: ") for outcome in outcomes)
@@ -147,7 +229,7 @@ def test_nothing_is_known_at_first(make_study):
     assert text.count("python tools/train_net.py") == 8
     assert text.endswith(
         "time of 12 trials: unknown until one of each group has finished: "
-        "mask_rcnn (final), mask_rcnn (selection)"
+        "mask_rcnn (final), mask_rcnn (selection)\ndisk: unknown until one trial has finished"
     )
     assert not OUT.exists()
 
@@ -180,6 +262,7 @@ def test_estimate_is_from_finished_trials(make_study, tools, ray_here):
     assert f"with {parallel} trials at a time" in text
     if parallel == 2:
         assert "30:00 with 2" in text
+    assert re.search(r"disk: about \S+ GB for all trials, without their checkpoints", text)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +281,26 @@ def test_trials_that_fit_the_machines(resources, fits):
     nodes = [{"Alive": True, "Resources": machine} for machine in MACHINES]
     dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
     assert parallel_trials(SimpleNamespace(nodes=lambda: [*nodes, dead]), resources) == fits
+
+
+def test_a_cluster_may_still_add_machines(capsys):
+    ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    assert parallel_trials(ray, Resources(gpus=8), waits=True) == 1
+    assert (
+        "no machine of the cluster has them yet (2 CPUs, 0 GPUs): waiting for one" in capsys.readouterr().err
+    )
+
+
+def test_ray_gets_a_folder_with_a_short_path(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/tmp")
+    assert _short_folder() == {}
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / ("x" * 60)))
+    (folder,) = _short_folder().values()
+    assert len(folder) < 30
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(InputError, match="too long a path for Ray's sockets: set RAY_TMPDIR to one of"):
+        _short_folder()
 
 
 def test_trial_that_no_machine_can_run():

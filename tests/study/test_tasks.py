@@ -26,11 +26,13 @@ def transfer_study(make_transfer_study):
 def test_a_detector_is_trained_then_evaluated(trial):
     train, evaluate = DETECTION.steps(trial, TOOLS, FOLDER, Resources())
     assert "|".join(train.command) == (
-        "tools/train_net.py|--config-file|mask.yaml|--resume|A.D|0.5|A.B|[1, 2]"
+        "tools/train_net.py|--config-file|mask.yaml|--resume|SOLVER.MAX_TO_KEEP|1"
+        "|A.D|0.5|A.B|[1, 2]"
         "|OUTPUT_DIR|out/x|SOLVER.BASE_LR|0.02|SEED|1|MODEL.WEIGHTS|l2.pkl"
     )
     assert "|".join(evaluate.command) == (
-        "tools/evaluate_robustness.py|--config-file|mask.yaml|--resume|A.D|0.5|A.B|[1, 2]"
+        "tools/evaluate_robustness.py|--config-file|mask.yaml|--resume|SOLVER.MAX_TO_KEEP|1"
+        "|A.D|0.5|A.B|[1, 2]"
         "|OUTPUT_DIR|out/x|SOLVER.BASE_LR|0.02|SEED|1|MODEL.WEIGHTS|out/x/model_final.pth"
         "|TEST.ATTACK.STEPS|5|TEST.ATTACK.L2_EPS|[0.5, 1]"
     )

@@ -22,7 +22,7 @@ def test_data_workers_left_behind_are_ended(tmp_path):
         "pathlib.Path('pid').write_text(str(child.pid))\n"
         "pathlib.Path('results.json').write_text('{\"metrics\": {}}')\n"
     )
-    assert run_steps([Step((str(script),), "results.json", "metrics")], ".", str(tmp_path), {}, None) is None
+    assert run_steps([Step((str(script),), "results.json", "metrics")], ".", str(tmp_path), None) is None
     assert ends(int((tmp_path / "pid").read_text()))
 
 
@@ -34,7 +34,7 @@ def test_process_ends_with_its_worker(tmp_path):
     )
     program = (
         "import sys; sys.path.insert(0, sys.argv[2]); import worker;"  # as a Ray worker: without the package
-        "worker.run_steps([worker.Step((sys.argv[1],), 'r.json', 'r')], '.', '.', {}, None)"
+        "worker.run_steps([worker.Step((sys.argv[1],), 'r.json', 'r')], '.', '.', None)"
     )
     room = os.path.dirname(sys.modules[run_steps.__module__].__file__)
     worker = subprocess.Popen([sys.executable, "-c", program, str(script), room], cwd=tmp_path)

@@ -1,3 +1,4 @@
+import json
 import os
 import runpy
 import shutil
@@ -7,7 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from rt_detectron.study.record import output_folder
 
 REPOSITORY = Path(__file__).parents[2]
 COMPARE = ["tools/compare.py", "--study", "study.yaml", "--output", "out"]
@@ -79,8 +83,56 @@ def test_dry_run_touches_nothing(project, run):
     status, out, _ = run(folder, "--dry-run")
     assert status == 0
     assert "2 of 2 trials to run" in out
-    assert "--config-file mask.yaml --resume OUTPUT_DIR out/trials/robust/mask_rcnn/lr0.02/seed1" in out
+    assert "--config-file mask.yaml --resume SOLVER.MAX_TO_KEEP 1 OUTPUT_DIR out/trials/" in out
     assert sorted(folder.rglob("*")) == before
+
+
+def test_the_dry_run_says_how_many_seeds_resolve_a_difference(project, run):
+    folder = project()
+    status, out, _ = run(folder, "--dry-run", "--resolve", "0.3", "--sd", "0.2")
+    assert status == 0
+    assert "mask_rcnn: 9 seeds of each arm resolve 0.3 box AP in 80% of studies" in out
+    status, out, err = run(folder, "--resolve", "0.3")
+    assert (status, out) == (2, "")
+    assert "--resolve goes with --dry-run" in err
+
+
+def test_a_report_needs_the_result_files_only(project, run, monkeypatch):
+    """Also beside a running study, without its file, weights and configs, and without Ray."""
+    folder = project()
+    assert run(folder, "--only", "arm=standard")[0] == 1
+    page = (folder / "out/report.html").read_text()
+    for name in ("std.pkl", "l2.pkl", "mask.yaml", "study.yaml", "out/report.html"):
+        (folder / name).unlink()
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(sys.modules[__name__], "COMPARE", ["tools/compare.py", "--output", "out"])
+    with output_folder(folder / "out"):  # as a running study holds it
+        status, _, err = run(folder, "--report")
+    assert status == 1
+    assert f"missing trials: 1; run them with: {COMMAND} --resume" in err
+    assert (folder / "out/report.html").read_text() == page
+    for name in ("study.json", "results.json"):
+        (folder / "out" / name).rename(folder / name)
+        status, _, err = run(folder, "--report")
+        assert status == (1 if name == "study.json" else 2)  # then from the report's results.json
+    assert err.startswith("error: out has neither study.json nor results.json of a study")
+
+
+@pytest.mark.parametrize("name", ["coco-subset", "transfer"])
+def test_shipped_results_are_rendered_without_ray(project, run, monkeypatch, name):
+    folder = project()
+    shutil.copytree(REPOSITORY / "docs/results" / name, folder / "out")
+    (folder / "out/report.html").unlink()
+    before = json.loads((folder / "out/results.json").read_text())
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(sys.modules[__name__], "COMPARE", ["tools/compare.py", "--output", "out"])
+    status, out, err = run(folder, "--report")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1] == "out/report.html"
+    after = json.loads((folder / "out/results.json").read_text())
+    assert [trial["results"] for trial in after["trials"]] == [trial["results"] for trial in before["trials"]]
+    assert len(after["answers"]) == (3 if name == "coco-subset" else 1)
+    assert (folder / "out/report.html").stat().st_size > 100_000
 
 
 def test_wrong_study_is_one_line(project, run):
@@ -144,6 +196,37 @@ def test_killed_driver_leaves_no_process_and_is_resumed(project, run, start):
     assert status == 0
     assert "robust/mask_rcnn/lr0.02/seed1 finished" in err
     assert "standard/mask_rcnn" not in err  # that one was done before
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_again_and_again_loses_no_finished_trial(project, run):
+    """12 trials, the driver killed at 20 random moments: finished trials stay, and no file is left over."""
+    folder = project("TEST.SLEEP", "0.7")
+    text = (folder / "study.yaml").read_text().replace("seeds: [1]", "seeds: [1, 2, 3, 4, 5, 6]")
+    (folder / "study.yaml").write_text(text)
+    random = np.random.default_rng(0)
+    finished = {}
+    for _ in range(20):
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", *COMPARE],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        time.sleep(random.uniform(4, 12))
+        process.kill()
+        process.wait()
+        now = {path: path.read_text() for path in (folder / "out").rglob("record.json")}
+        assert finished.items() <= now.items()
+        finished = now
+    status, _, _ = run(folder)
+    assert status == 0
+    records = {path: path.read_text() for path in (folder / "out").rglob("record.json")}
+    assert len(records) == 12
+    assert finished.items() <= records.items()
+    left = [path for path in (folder / "out").rglob("*") if path.suffix in (".tmp", ".pth")]
+    assert left == []
 
 
 def is_gone(pid):
