@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -23,6 +24,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 from detectron2.utils.events import EventStorage
 
 import rt_detectron
+from rt_detectron.checkpoint import zoo
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.utils.errors import InputError
 
@@ -130,13 +132,15 @@ def network(random_classifier):
 
 @pytest.fixture(scope="module", autouse=True)
 def mirror(network, tmp_path_factory):
-    """A zoo folder that holds the one checkpoint, in the published layout, and a cache of its own."""
+    """A zoo folder with one checkpoint in the published layout, whatever its hash, and a cache of its own."""
     folder = tmp_path_factory.mktemp("zoo")
     tensors = {f"module.model.{name}": tensor for name, tensor in network.state_dict().items()}
     torch.save({"model": tensors}, folder / "resnet50_l2_eps3.ckpt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RT_DETECTRON_ZOO", str(folder))
-        patch.setenv("FVCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("RT_DETECTRON_CACHE", str(tmp_path_factory.mktemp("cache")))
+        entries = {name: replace(entry, size=None, sha256=None) for name, entry in zoo._entries().items()}
+        patch.setattr(zoo, "_entries", lambda: entries)
         yield folder
 
 

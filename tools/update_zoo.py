@@ -24,18 +24,17 @@ INTRODUCTION = """\
 
 <!-- Written by tools/update_zoo.py from rt_detectron/checkpoint/zoo.json: change that, not this. -->
 
-The {count} ImageNet classifiers published with
+The ImageNet classifiers published with
 [Do Adversarially Robust ImageNet Models Transfer Better?](https://arxiv.org/abs/2007.08489)
-(Salman et al. 2020), by name, as Detectron2 backbones:
+(Salman et al. 2020), {count} files, by name, as Detectron2 backbones:
 
 ```
 MODEL.WEIGHTS "robust://resnet50_l2_eps3.pkl"
 ```
 
 After `import rt_detectron` this works wherever Detectron2 takes a path. The first use downloads the
-checkpoint from [{hub}](https://huggingface.co/{hub}), verifies it, reads it without running any code in
-it, and converts it into Detectron2's cache folder (`$FVCORE_CACHE/rt_detectron`). Later uses take it
-from there, offline too.
+checkpoint from [{hub}](https://huggingface.co/{hub}) at revision `{short}`, verifies it, reads it without
+running any code in it, and converts it into the cache folder. Later uses take it from there, offline too.
 
 - **eps** is the size of the attacks in training: for L2 of images in [0, 1], for Linf in 1/255. eps 0 is
   standard training by the same recipe: the fair baseline.
@@ -44,11 +43,16 @@ from there, offline too.
   `tools/convert_checkpoint.py` prints.
 - **A mirror**: files in the folder that `RT_DETECTRON_ZOO` names come first. `NAME.ckpt`, as published,
   is converted into the cache; `NAME.pkl`, which may be a backbone of your own under any name, is taken
-  as it is. Nothing is written to the folder. Without network access, put downloaded files there.
-- **What is verified**: the size and SHA-256 of the {recorded} of {count} checkpoints that have them
-  recorded. Any other download is checked against the SHA-256 that the Hub announces. For any other file
-  of a mirror, only damage that breaks reading is noticed; files of torch before 1.6 have no checksums,
-  so that is little.
+  as it is, if our reader finds nothing but arrays in it and its metadata agrees with the name. Nothing
+  is written to the folder. Without network access, put downloaded files there.
+- **What is verified**: the SHA-256 of the {recorded} of {count} checkpoints that have it recorded,
+  wherever they come from. Any other download is checked against the SHA-256 that the Hub announces. For
+  any other file of a mirror, only damage that breaks reading is noticed; files of torch before 1.6 have
+  no checksums, so that is little.
+- **The cache** is the folder `zoo` in `RT_DETECTRON_CACHE`, else in `~/.cache/rt_detectron`. It is its
+  owner's alone: a folder that others own or may write to is refused, and there is no fallback. It may be
+  deleted at any time. Downloads are kept by huggingface_hub, in `HF_HOME`.
+  `PathManager.get_local_path("robust://NAME.pkl", force=True)` downloads and converts anew.
 
 From Python:
 
@@ -61,28 +65,32 @@ path = rt_detectron.zoo.backbone("resnet50_linf_eps4.0")  # of the converted .pk
 path = rt_detectron.zoo.checkpoint("resnet50_linf_eps4.0")  # of the published classifier's own file
 ```
 
-Top-1 is the accuracy on clean ImageNet, in percent, as published.
+Top-1 is the accuracy on clean ImageNet, in percent, as published. The last column says whether the file's
+SHA-256 is recorded.
 """
 
 
 def document(table: dict) -> str:
     """The text of docs/MODEL_ZOO.md for the content of zoo.json."""
-    hub, entries = table["hub"], table["checkpoints"]
+    hub, revision, entries = table["hub"], table["revision"], table["checkpoints"]
     recorded = sum(entry["sha256"] is not None for entry in entries)
-    parts = [INTRODUCTION.format(hub=hub, count=len(entries), recorded=recorded)]
+    parts = [INTRODUCTION.format(hub=hub, short=revision[:7], count=len(entries), recorded=recorded)]
     for family, members in itertools.groupby(entries, lambda entry: re.split("[^a-z_]", entry["arch"])[0]):
-        parts += [f"\n## {family}\n\n| name | eps | top-1 | file |\n|---|--:|--:|---|\n"]
+        parts += [f"\n## {family}\n\n| name | eps | top-1 | file | SHA-256 |\n|---|--:|--:|---|---|\n"]
         for entry in members:
             eps = f"{entry['eps']:g}" + ("/255" if entry["norm"] == "linf" else "")
-            link = f"[{entry['file']}](https://huggingface.co/{hub}/blob/main/{entry['file']})"
-            parts.append(f"| `{entry['name']}` | {eps} | {entry['top1']:.2f} | {link} |\n")
+            top1 = "" if entry["top1"] is None else f"{entry['top1']:.2f}"
+            link = f"[{entry['file']}](https://huggingface.co/{hub}/blob/{revision}/{entry['file']})"
+            is_recorded = "recorded" if entry["sha256"] else ""
+            parts.append(f"| `{entry['name']}` | {eps} | {top1} | {link} | {is_recorded} |\n")
     return "".join(parts)
 
 
 def dumped(table: dict) -> str:
     """The text of zoo.json: a checkpoint a line, so that changes can be read."""
     lines = ",\n".join(f"    {json.dumps(entry)}" for entry in table["checkpoints"])
-    return f'{{\n  "hub": {json.dumps(table["hub"])},\n  "checkpoints": [\n{lines}\n  ]\n}}\n'
+    head = "".join(f"  {json.dumps(key)}: {json.dumps(table[key])},\n" for key in ("hub", "revision"))
+    return f'{{\n{head}  "checkpoints": [\n{lines}\n  ]\n}}\n'
 
 
 def record(table: dict, mirror: str, overwrite: bool) -> None:

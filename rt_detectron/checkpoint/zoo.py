@@ -9,14 +9,14 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from iopath.common.file_io import PathHandler, get_cache_dir
+from iopath.common.file_io import PathHandler
 
 from rt_detectron.checkpoint.architectures import get_architecture
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.checkpoint.formats import check_file, read_pickle
 from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.utils.errors import InputError, did_you_mean, one_line, optional_import
-from rt_detectron.utils.files import file_sha256, locked
+from rt_detectron.utils.files import cache_folder, file_sha256, locked, replaced_atomically, text_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Entry:
         arch: a name of :data:`rt_detectron.checkpoint.architectures.ARCHITECTURES`.
         norm, eps: the threat model of its training: "l2" with eps in [0,1] pixels, or "linf" in 1/255.
         file: its name on the Hugging Face Hub and in a mirror.
-        top1: accuracy on clean ImageNet, in percent (Salman et al. 2020).
+        top1: accuracy on clean ImageNet, in percent (Salman et al. 2020); None where not published.
         input_format: the order of the colours that it takes.
         size, sha256: of the file, in bytes and hexadecimal; None where not recorded yet.
     """
@@ -44,7 +44,7 @@ class Entry:
     norm: str
     eps: float
     file: str
-    top1: float
+    top1: float | None
     input_format: str
     size: int | None
     sha256: str | None
@@ -53,7 +53,7 @@ class Entry:
     def url(self) -> str:
         """Where the file is downloaded from; ``$HF_ENDPOINT`` names another server than the Hub."""
         endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        return f"{endpoint}/{_table()['hub']}/resolve/main/{self.file}"
+        return f"{endpoint}/{_table()['hub']}/resolve/{_table()['revision']}/{self.file}"
 
 
 @functools.cache
@@ -102,18 +102,13 @@ def checkpoint(name: str) -> str:
     """The local path of a published classifier's own file, verified.
 
     It is taken from the folder ``$RT_DETECTRON_ZOO`` if it is there, else from huggingface_hub's cache or
-    the Hub. Its size and SHA-256 must be those of the zoo's table. Where these are not recorded yet, a
-    download must have the SHA-256 that the Hub announces.
+    the Hub, at the revision that the table pins. Its size and SHA-256 must be those of the table. Where these
+    are not recorded, a download must have the SHA-256 that the Hub announces.
 
     Raises:
         InputError: for an unknown name, a file that cannot be read or downloaded, and one with another hash.
     """
-    entry = find(name)
-    path = _in_mirror(entry.file)
-    if path is None:
-        return _download(entry)
-    _verify(path, entry, entry.sha256, "replace it by the published file or take it out of RT_DETECTRON_ZOO")
-    return path
+    return _verified(find(name))[0]
 
 
 def weights(name: str) -> str:
@@ -126,41 +121,82 @@ def weights(name: str) -> str:
     """
     own = _in_mirror(f"{name}.pkl")
     if own and not (name in _entries() and _in_mirror(find(name).file)):
-        check_file(own)
+        _check_backbone(own, name)
         return own
     return checkpoint(name)
 
 
-def backbone(name: str) -> str:
-    """The local path of a backbone ``.pkl``, converted once and cached in Detectron2's cache folder.
+def backbone(name: str, force: bool = False) -> str:
+    """The local path of a backbone ``.pkl``, converted once and cached.
+
+    Whichever it is, our reader has read it and run no code of it, and it says of itself what its name says.
+    The cache is :func:`.cache_folder`; the source's SHA-256 and the code that converts are part of its key.
 
     Args:
         name: of ``NAME.pkl`` in the folder ``$RT_DETECTRON_ZOO``, taken as it is, or of a published
             checkpoint; with ``-bgr`` at its end the weights absorb Detectron2's default preprocessing.
+        force: download and convert anew.
 
     Raises:
-        InputError: as for :func:`checkpoint`, and if the file cannot be converted or the cache be written.
+        InputError: as for :func:`checkpoint`, for a ``.pkl`` that is refused, and if the file cannot be
+            converted or the cache be written.
     """
     _check_name(name)
     own = _in_mirror(f"{name}.pkl")
     if own:
-        check_file(own)
+        _check_backbone(own, name)
         return own
     entry = _find_for(name)
-    source = checkpoint(entry.name) if _in_mirror(entry.file) else None
-    # By content, so that one mirror's file is never mistaken for another's. As long as the table does not
-    # know the SHA-256, what came from the Hub must be found without it.
-    content = entry.sha256 or (file_sha256(source) if source else "hub")
-    output = os.path.join(get_cache_dir(), "rt_detectron", content, f"{name}.pkl")
-    if os.path.isfile(output):
+    source, sha256 = None, None if _in_mirror(entry.file) or force else _known_sha256(entry)
+    if sha256 is None:
+        source, sha256 = _verified(entry, force)
+    output = os.path.join(cache_folder("zoo"), f"{sha256}-{_converter()}", f"{name}.pkl")
+    if _is_backbone(output, name) and not force:
         return output
-    with locked(output, "set FVCORE_CACHE to a folder that can be written"):
-        if not os.path.isfile(output):  # else another process converted it meanwhile
+    with locked(output, "set RT_DETECTRON_CACHE to a folder that can be written"):
+        if force or not _is_backbone(output, name):  # else another process converted it meanwhile
             source = source or checkpoint(entry.name)
             logger.info("converting %s to %s", source, output)
             input_format = "BGR" if name.endswith(BGR) else "RGB"
             convert_checkpoint(source, output, entry.arch, entry.norm, entry.eps, input_format)
     return output
+
+
+@functools.cache
+def _converter() -> str:
+    """Changes with the code that reads and converts, all of which is in this folder."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return text_sha256("".join(path.read_text(encoding="utf-8") for path in sources))[:16]
+
+
+def _check_backbone(path: str, name: str) -> None:
+    """Raise :class:`InputError` for a ``.pkl`` that may run code, or is not ``name``."""
+    found, known = _read_metadata(path), _entries().get(name.removesuffix(BGR))
+    wanted: dict[str, object] = {"input_format": "BGR"} if name.endswith(BGR) else {}
+    if known:
+        wanted = {"arch": known.arch, "norm": known.norm, "eps": known.eps, "input_format": "RGB", **wanted}
+    wrong = [
+        f"{key} {getattr(found, key)} instead of {value}"
+        for key, value in wanted.items()
+        if getattr(found, key) != value
+    ]
+    if wrong:
+        raise InputError(
+            f"{path} is not what its name says ({', '.join(wrong)}): rename it, or replace it by what "
+            "tools/convert_checkpoint.py writes"
+        )
+
+
+def _is_backbone(path: str, name: str) -> bool:
+    """Whether the cache has the file; one that is damaged counts as missing."""
+    if not os.path.lexists(path):
+        return False
+    try:
+        _check_backbone(path, name)
+    except InputError as error:
+        logger.warning("%s; it is made anew", error)
+        return False
+    return True
 
 
 def metadata(name: str) -> Metadata:
@@ -235,37 +271,69 @@ def _in_mirror(file: str) -> str | None:
     return path if folder and os.path.lexists(path) else None
 
 
-def _verify(path: str, entry: Entry, sha256: str | None, way_out: str) -> None:
-    check_file(path)
+def _verified(entry: Entry, force: bool = False) -> tuple[str, str]:
+    """The local path of ``entry``'s file and its SHA-256."""
+    path = _in_mirror(entry.file)
+    if path is None:
+        return _download(entry, force)
+    problem = _problem(path, entry, entry.sha256)
+    if problem:
+        raise InputError(f"{problem}: replace it by the published file or take it out of RT_DETECTRON_ZOO")
+    return path, entry.sha256 or file_sha256(path)
+
+
+def _problem(path: str, entry: Entry, sha256: str | None) -> str:
+    """How the file differs from the published one; "" if it does not, as far as that is known."""
+    try:
+        check_file(path)
+    except InputError as error:
+        return str(error)
     size = os.path.getsize(path)
     if entry.size is not None and size != entry.size:
-        raise InputError(f"{path} has {size} bytes, but {entry.size} were published: {way_out}")
+        return f"{path} has {size} bytes, but {entry.size} were published"
     if sha256 is not None and (found := file_sha256(path)) != sha256:
-        raise InputError(f"{path} has SHA-256 {found}, but {sha256} was published: {way_out}")
+        return f"{path} has SHA-256 {found}, but {sha256} was published"
+    return ""
 
 
-def _download(entry: Entry) -> str:
+def _known_sha256(entry: Entry) -> str | None:
+    """The file's SHA-256: as recorded in the table, or as announced when it was downloaded first."""
+    if entry.sha256 is not None:
+        return entry.sha256
+    try:
+        return Path(_note(entry)).read_text().strip()
+    except FileNotFoundError:
+        return None
+
+
+def _note(entry: Entry) -> str:
+    """A file for what the Hub announced: its pinned revision never changes, and may be needed offline."""
+    return os.path.join(cache_folder("zoo"), f"{_table()['revision']}-{entry.file}.sha256")
+
+
+def _download(entry: Entry, force: bool) -> tuple[str, str]:
     try:
         huggingface_hub = optional_import("huggingface_hub", "huggingface_hub>=0.30", "downloads")
     except InputError as error:
         raise InputError(f"cannot download {entry.file}: {error}; or {_by_hand(entry)}") from None
-    hub = _table()["hub"]
+    where = {"repo_id": _table()["hub"], "filename": entry.file, "revision": _table()["revision"]}
+    sha256 = _known_sha256(entry)
     # Networks, servers and disks fail in every way there is, and under the names of whichever HTTP package
     # this huggingface_hub is made on: hence the broad `except`.
     try:
-        path = huggingface_hub.hf_hub_download(hub, entry.file)
-        announced = _announced_sha256(path, huggingface_hub.hf_hub_url(hub, entry.file))
+        path = huggingface_hub.hf_hub_download(**where, force_download=force)
+        announced = sha256 or _announced_sha256(path, huggingface_hub.hf_hub_url(**where))
     except Exception as error:
         raise InputError(f"cannot download {entry.file}: {_reason(error)}; or {_by_hand(entry)}") from None
-    try:
-        sha256 = entry.sha256 or announced
-        if sha256 is None:
-            raise InputError(f"{entry.url} comes without a SHA-256 to verify it by: {_by_hand(entry)}")
-        _verify(path, entry, sha256, f"it was removed; try again, or {_by_hand(entry)}")
-    except InputError:
-        _discard(path)
-        raise
-    return path
+    problem = _problem(path, entry, announced)
+    if announced is None or problem:
+        problem = problem or f"{entry.url} comes without a SHA-256 to verify it by"
+        then = "it was removed; try again" if _discard(path) else "remove it and try again"
+        raise InputError(f"{problem}: {then}, or {_by_hand(entry)}")
+    if sha256 is None:
+        with replaced_atomically(_note(entry)) as temporary:
+            Path(temporary).write_text(f"{announced}\n")
+    return path, announced
 
 
 def _announced_sha256(path: str, url: str) -> str | None:
@@ -281,12 +349,20 @@ def _announced_sha256(path: str, url: str) -> str | None:
     return etag if is_sha256 else None
 
 
-def _discard(path: str) -> None:
-    """Remove a file from huggingface_hub's cache: the links and their target."""
-    while os.path.lexists(path):
-        target = os.path.join(os.path.dirname(path), os.readlink(path)) if os.path.islink(path) else ""
-        os.remove(path)
-        path = target
+def _discard(path: str) -> bool:
+    """Remove a file from huggingface_hub's cache: the links and what they lead to, as far as that is in it.
+
+    Returns:
+        Whether ``path`` is gone.
+    """
+    from huggingface_hub import constants
+
+    cache, link = Path(os.path.realpath(constants.HF_HUB_CACHE)), path
+    while os.path.lexists(link) and Path(os.path.realpath(os.path.dirname(link))).is_relative_to(cache):
+        target = os.path.join(os.path.dirname(link), os.readlink(link)) if os.path.islink(link) else ""
+        os.remove(link)
+        link = target
+    return not os.path.lexists(path)
 
 
 def _by_hand(entry: Entry) -> str:
@@ -322,7 +398,7 @@ class RobustPathHandler(PathHandler):
         return [self.PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
-        return backbone(name_in(path))
+        return backbone(name_in(path), force)
 
     def _isfile(self, path: str, **kwargs) -> bool:
         """Whether the name is in the mirror or was published; downloads nothing."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,8 @@ def replaced_atomically(path: str | os.PathLike) -> Iterator[str]:
     So ``path`` is at any time either the old file or the whole new one, also after a power cut, and nothing
     is left of a block that fails or is interrupted.
     """
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    # The same process number exists on every host that shares a file system.
+    temporary = f"{os.fspath(path)}.{os.getpid()}-{secrets.token_hex(8)}.tmp"
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -40,9 +42,33 @@ def write_json(path: str | os.PathLike, content: dict) -> None:
 
 
 def cache_folder(kind: str) -> str:
-    """Where files of this kind are kept: below ``$RT_DETECTRON_CACHE`` or ``~/.cache/rt_detectron``."""
-    root = os.path.expanduser(os.environ.get("RT_DETECTRON_CACHE") or "~/.cache/rt_detectron")
-    return os.path.join(root, kind)
+    """The folder for files of this kind: in ``$RT_DETECTRON_CACHE``, else in ``~/.cache/rt_detectron``.
+
+    ``$XDG_CACHE_HOME`` takes the place of ``~/.cache``. What is in it is trusted, so it is made for its owner
+    alone, and one that others own or may write to is refused.
+
+    Raises:
+        InputError: for a folder that is refused, or cannot be made.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = os.environ.get("RT_DETECTRON_CACHE") or os.path.join(home, "rt_detectron")
+    root = os.path.realpath(os.path.expanduser(root))
+    folder = os.path.join(root, kind)
+    own = "set RT_DETECTRON_CACHE to a folder of your own"
+    try:
+        os.makedirs(root, mode=0o700, exist_ok=True)
+        status = os.stat(root)
+        if status.st_uid != os.geteuid():
+            raise InputError(f"the cache {root} belongs to another user: {own}")
+        if status.st_mode & 0o022:
+            raise InputError(f"others may write to the cache {root}: run `chmod go-w {root}`, or {own}")
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot make the cache {folder} ({error.strerror}): set RT_DETECTRON_CACHE to a folder that can "
+            "be written"
+        ) from None
+    return folder
 
 
 def locked(path: str, way_out: str) -> AcquireReturnProxy:

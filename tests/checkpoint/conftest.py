@@ -13,7 +13,7 @@ from torch import nn
 
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, TORCHVISION, Architecture
 
-COMMIT = "0123456789" * 4
+COMMIT = "3f04ac96136001cfe402022100728124cbe3fac5"  # the revision that the zoo's table pins
 WEB_PAGE = b"<!DOCTYPE html><html>sign in</html>"
 
 
@@ -57,7 +57,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/storage/"):
             return self.answer_storage(self.path.removeprefix("/storage/"), body)
         owner, repository, resolve, revision, file = self.path.lstrip("/").split("/")
-        assert (resolve, revision) == ("resolve", "main")
+        assert (resolve, revision) == ("resolve", COMMIT)
         path = f"{owner}/{repository}/{file}"
         if path not in hub.files:
             headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT, "Content-Length": 0}

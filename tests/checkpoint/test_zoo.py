@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -26,7 +27,8 @@ from rt_detectron.checkpoint.convert import convert_checkpoint, parse_threat_mod
 from rt_detectron.utils.errors import InputError
 
 HUB = "madrylab/robust-imagenet-models"
-NAME = "shufflenet_l2_eps3"  # the smallest of the published networks
+NAME = "shufflenet_l2_eps0"  # the smallest of the published networks; its SHA-256 is not recorded
+COMMIT = zoo._table()["revision"]
 FILE = f"{NAME}.ckpt"
 ON_HUB = f"{HUB}/{FILE}"
 
@@ -47,6 +49,13 @@ def saved(content, **kwargs) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer, **kwargs)
     return buffer.getvalue()
+
+
+def backbone_pkl(name: str = NAME, **changes) -> bytes:
+    """The least that a backbone's file of this name holds."""
+    metadata = {**zoo.metadata(name).to_dict(), **changes}
+    weights = {"weight": np.zeros(1, np.float32)}
+    return pickle.dumps({"model": weights, "__author__": "rt_detectron", "rt_detectron": metadata})
 
 
 def sha256(content: bytes) -> str:
@@ -84,7 +93,7 @@ def assert_same(path: str, expected: dict):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache, no mirror, and no network but where the fixture ``hub`` makes one."""
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RT_DETECTRON_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("RT_DETECTRON_ZOO", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     constants = pytest.importorskip("huggingface_hub.constants")
@@ -129,17 +138,19 @@ def files(folder: Path) -> set[str]:
 class TestTable:
     def test_counts(self):
         entries = zoo.list()
-        assert len(entries) == len({entry.name for entry in entries}) == 67
-        assert Counter(entry.norm for entry in entries) == {"l2": 52, "linf": 15}
+        assert len(entries) == len({entry.name for entry in entries}) == 68
+        assert Counter(entry.norm for entry in entries) == {"l2": 52, "linf": 16}
         assert Counter(entry.arch for entry in entries) == {
-            **dict.fromkeys(["resnet18", "resnet50", "wide_resnet50_2"], 15),
+            **dict.fromkeys(["resnet18", "wide_resnet50_2"], 15),
+            "resnet50": 16,
             "wide_resnet50_4": 10,
             **dict.fromkeys(
                 ["densenet", "mnasnet", "mobilenet", "resnext50_32x4d", "shufflenet", "vgg16_bn"], 2
             ),
         }
         assert Counter(entry.eps for entry in entries) == {
-            **dict.fromkeys([0, 3], 10),
+            0: 11,
+            3: 10,
             **dict.fromkeys([0.01, 0.03, 0.05, 0.1, 0.25, 5], 4),
             **dict.fromkeys([0.5, 1], 7),
             **dict.fromkeys([2, 4, 8], 3),
@@ -152,7 +163,15 @@ class TestTable:
         assert entry.name.startswith(f"{entry.arch}_{entry.norm}_eps")
         assert entry.arch in ARCHITECTURES
         assert entry.input_format == "RGB"
-        assert (entry.size is None) == (entry.sha256 is None)
+        assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
+        assert entry.size is None or entry.sha256 is not None
+        assert (entry.top1 is None) == (entry.name == "resnet50_linf_eps0")
+
+    def test_recorded_hashes(self):
+        recorded = [entry.sha256 for entry in zoo.list() if entry.sha256 is not None]
+        assert len(set(recorded)) == len(recorded) == 38
+        eps4 = zoo.find("resnet50_linf_eps4.0")
+        assert (eps4.size, eps4.sha256[:8]) == (204818947, "9e622169")
 
     @pytest.mark.parametrize(
         ("name", "top1"),
@@ -179,7 +198,7 @@ class TestTable:
 
     def test_accuracy_falls_as_eps_grows(self):
         for arch in ("resnet18", "resnet50", "wide_resnet50_2"):
-            top1 = [entry.top1 for entry in zoo.list(norm="linf", arch=arch)]
+            top1 = [entry.top1 for entry in zoo.list(norm="linf", arch=arch) if entry.eps]
             assert top1 == sorted(top1, reverse=True)
 
     def test_filters(self):
@@ -197,7 +216,7 @@ class TestTable:
 
     def test_url(self, monkeypatch):
         monkeypatch.delenv("HF_ENDPOINT", raising=False)
-        path = "madrylab/robust-imagenet-models/resolve/main/resnet50_linf_eps4.0.ckpt"
+        path = f"madrylab/robust-imagenet-models/resolve/{COMMIT}/resnet50_linf_eps4.0.ckpt"
         assert zoo.find("resnet50_linf_eps4.0").url == f"https://huggingface.co/{path}"
         monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example/")
         assert zoo.find("resnet50_linf_eps4.0").url == f"http://mirror.example/{path}"
@@ -226,20 +245,54 @@ class TestTable:
 class TestMirror:
     def test_a_pkl_is_taken_as_it_is(self, mirror, cache):
         for name in ("resnet50_l2_eps3", "resnet50_l2_eps3-bgr", "my own"):
-            (mirror / f"{name}.pkl").write_bytes(b"weights")
+            content = backbone_pkl(NAME if name == "my own" else name)
+            (mirror / f"{name}.pkl").write_bytes(content)
             assert PathManager.get_local_path(f"robust://{name}.pkl") == str(mirror / f"{name}.pkl")
         with PathManager.open("robust://my own.pkl", "rb") as file:
-            assert file.read() == b"weights"
+            assert file.read() == content
         assert not files(cache)
+
+    @pytest.mark.parametrize(
+        ("name", "changes", "match"),
+        [
+            (NAME, {"arch": "resnet18"}, "arch resnet18 instead of shufflenet"),
+            (NAME, {"eps": 3.0}, "eps 3.0 instead of 0.0"),
+            (NAME, {"norm": "linf"}, "norm linf instead of l2"),
+            (NAME, {"input_format": "BGR"}, "input_format BGR instead of RGB"),
+            (f"{NAME}-bgr", {"input_format": "RGB"}, "input_format RGB instead of BGR"),
+            ("mine-bgr", {"input_format": "RGB"}, "input_format RGB instead of BGR"),
+            ("mine", {"pixel_std": [0, 0, 0]}, "its metadata is damaged"),
+        ],
+    )
+    def test_a_pkl_that_is_not_what_its_name_says(self, mirror, name, changes, match):
+        (mirror / f"{name}.pkl").write_bytes(backbone_pkl(**changes))
+        for function in (zoo.backbone, zoo.weights):
+            one_line_error(function, name, match=match)
+
+    @pytest.mark.parametrize("name", [NAME, "mine"])
+    def test_a_pkl_that_runs_code(self, mirror, tmp_path, name):
+        """Detectron2's own checkpointer would unpickle it."""
+        content = {"model": {"weight": Payload(tmp_path / "ran")}, "__author__": "me"}
+        (mirror / f"{name}.pkl").write_bytes(pickle.dumps(content))
+        path = f"robust://{name}.pkl"
+        for function in (zoo.backbone, zoo.weights):
+            one_line_error(function, name, match="refused for .*open, which could run code")
+        for function in (PathManager.get_local_path, PathManager.open):
+            one_line_error(function, path, match="refused for .*open, which could run code")
+        assert not (tmp_path / "ran").exists()
+
+    def test_a_pkl_without_metadata(self, mirror):
+        (mirror / "mine.pkl").write_bytes(pickle.dumps({"model": {}, "__author__": "me"}))
+        one_line_error(zoo.backbone, "mine", match=r"convert it with tools/convert_checkpoint\.py")
 
     def test_a_pkl_goes_before_the_ckpt(self, mirror, content):
         (mirror / FILE).write_bytes(content)
-        (mirror / f"{NAME}.pkl").write_bytes(b"weights")
+        (mirror / f"{NAME}.pkl").write_bytes(backbone_pkl())
         assert zoo.backbone(NAME) == str(mirror / f"{NAME}.pkl")
 
     def test_weights_are_the_classifier_where_there_is_one(self, mirror, content):
         for name in (NAME, "mine"):
-            (mirror / f"{name}.pkl").write_bytes(b"a backbone")
+            (mirror / f"{name}.pkl").write_bytes(backbone_pkl())
             assert zoo.weights(name) == str(mirror / f"{name}.pkl")
         (mirror / FILE).write_bytes(content)
         assert zoo.weights(NAME) == str(mirror / FILE)
@@ -251,17 +304,34 @@ class TestMirror:
             path = PathManager.get_local_path(f"robust://{name}.pkl")
         assert [record.message for record in caplog.records] == [f"converting {mirror / FILE} to {path}"]
         assert_same(path, expected[name])
-        assert Path(path) == cache / "rt_detectron" / sha256(content) / f"{name}.pkl"
+        assert Path(path) == cache / "zoo" / f"{sha256(content)}-{zoo._converter()}" / f"{name}.pkl"
         os.utime(path, (1, 1))
         assert zoo.backbone(name) == path
         assert os.path.getmtime(path) == 1
         assert files(mirror) == {FILE}
+        assert PathManager.get_local_path(f"robust://{name}.pkl", force=True) == path
+        assert os.path.getmtime(path) > 1
+        assert_same(path, expected[name])
+
+    @pytest.mark.parametrize("damaged", [b"", b"?", pickle.dumps({"model": {}})])
+    def test_a_damaged_conversion_is_made_anew(self, mirror, content, expected, damaged):
+        (mirror / FILE).write_bytes(content)
+        path = Path(zoo.backbone(NAME))
+        path.write_bytes(damaged)
+        assert zoo.backbone(NAME) == str(path)
+        assert_same(str(path), expected[NAME])
+
+    def test_another_converter_converts_anew(self, mirror, content, monkeypatch):
+        (mirror / FILE).write_bytes(content)
+        first = zoo.backbone(NAME)
+        monkeypatch.setattr(zoo, "_converter", lambda: "another")
+        assert zoo.backbone(NAME) != first
 
     def test_the_threat_model_is_the_tables(self, mirror, content, random_classifier):
-        (mirror / "resnet18_linf_eps4.0.ckpt").write_bytes(saved(layout(random_classifier("resnet18"), "")))
-        path = zoo.backbone("resnet18_linf_eps4.0")
+        (mirror / "resnet18_linf_eps8.0.ckpt").write_bytes(saved(layout(random_classifier("resnet18"), "")))
+        path = zoo.backbone("resnet18_linf_eps8.0")
         metadata = pickle.loads(Path(path).read_bytes())["rt_detectron"]
-        assert (metadata["arch"], metadata["norm"], metadata["eps"]) == ("resnet18", "linf", 4.0)
+        assert (metadata["arch"], metadata["norm"], metadata["eps"]) == ("resnet18", "linf", 8.0)
 
     def test_another_mirrors_file_is_another_backbone(self, mirror, content, random_classifier):
         (mirror / FILE).write_bytes(content)
@@ -303,7 +373,7 @@ class TestMirror:
         one_line_error(zoo.checkpoint, NAME, match=sizes)
 
     def test_isfile_downloads_nothing(self, mirror, hub):
-        (mirror / "mine.pkl").write_bytes(b"weights")
+        (mirror / "mine.pkl").write_bytes(backbone_pkl())
         assert PathManager.isfile("robust://mine.pkl")
         assert PathManager.exists(f"robust://{NAME}-bgr.pkl")
         for name in ("yours.pkl", "mine", "../mirror/mine.pkl", f"{NAME}.ckpt"):
@@ -317,7 +387,7 @@ class TestMirror:
     @pytest.mark.parametrize("path", ["../../x.pkl", "/etc/x.pkl", "a/../x.pkl", "a/x.pkl", ".pkl"])
     def test_names_have_no_folders(self, mirror, path):
         (mirror / "a").mkdir()
-        (mirror / "a" / "x.pkl").write_bytes(b"weights")
+        (mirror / "a" / "x.pkl").write_bytes(backbone_pkl())
         one_line_error(PathManager.get_local_path, f"robust://{path}", match="has no folders")
 
     @pytest.mark.parametrize("ending", ["", ".ckpt", ".pth"])
@@ -334,14 +404,14 @@ class TestMirror:
         )
 
     def test_the_zoo_is_read_only(self, mirror):
-        (mirror / "mine.pkl").write_bytes(b"weights")
+        (mirror / "mine.pkl").write_bytes(backbone_pkl())
         one_line_error(PathManager.open, "robust://mine.pkl", "wb", match="read-only")
 
     def test_cache_that_cannot_be_written(self, mirror, cache, content):
         (mirror / FILE).write_bytes(content)
         cache.mkdir()
-        (cache / "rt_detectron").write_bytes(b"a file where the folder should be")
-        one_line_error(zoo.backbone, NAME, match=r"cannot write .*set FVCORE_CACHE")
+        (cache / "zoo").write_bytes(b"a file where the folder should be")
+        one_line_error(zoo.backbone, NAME, match=r"cannot make the cache .*set RT_DETECTRON_CACHE")
 
 
 class Payload:
@@ -486,16 +556,24 @@ class TestHub:
 
         return refused
 
-    def test_downloads_and_converts_once(self, hub, cache, expected, monkeypatch):
+    def test_downloads_and_converts_once(self, hub, cache, content, expected, monkeypatch):
         path = PathManager.get_local_path(f"robust://{NAME}.pkl")
         assert_same(path, expected[NAME])
-        assert Path(path) == cache / "rt_detectron" / "hub" / f"{NAME}.pkl"
+        assert Path(path) == cache / "zoo" / f"{sha256(content)}-{zoo._converter()}" / f"{NAME}.pkl"
         folded = zoo.backbone(f"{NAME}-bgr")
         assert_same(folded, expected[f"{NAME}-bgr"])
         offline(monkeypatch)
         assert zoo.backbone(NAME) == path
         assert zoo.backbone(f"{NAME}-bgr") == folded
         assert hub.downloads == [ON_HUB]
+
+    def test_force_downloads_and_converts_anew(self, hub, expected):
+        path = zoo.backbone(NAME)
+        os.utime(path, (1, 1))
+        assert PathManager.get_local_path(f"robust://{NAME}.pkl", force=True) == path
+        assert os.path.getmtime(path) > 1
+        assert_same(path, expected[NAME])
+        assert hub.downloads == [ON_HUB, ON_HUB]
 
     def test_checkpoint_is_huggingface_hubs_own_file(self, hub, content, tmp_path, monkeypatch):
         path = Path(zoo.checkpoint(NAME))
@@ -507,8 +585,8 @@ class TestHub:
 
     def test_the_mirror_goes_first_and_the_hub_has_the_rest(self, hub, mirror, content):
         other = saved(layout(torch.nn.Identity()))
-        (mirror / "shufflenet_l2_eps0.ckpt").write_bytes(other)
-        assert zoo.checkpoint("shufflenet_l2_eps0") == str(mirror / "shufflenet_l2_eps0.ckpt")
+        (mirror / "mobilenet_l2_eps3.ckpt").write_bytes(other)
+        assert zoo.checkpoint("mobilenet_l2_eps3") == str(mirror / "mobilenet_l2_eps3.ckpt")
         assert Path(zoo.checkpoint(NAME)).read_bytes() == content
 
     def test_recorded_hash(self, hub, cache, content, record, expected):
@@ -516,7 +594,7 @@ class TestHub:
         hub.announced[ON_HUB] = "of-a-server-that-announces-something-else"
         path = zoo.backbone(NAME)
         assert_same(path, expected[NAME])
-        assert Path(path).parent.name == sha256(content)
+        assert Path(path).parent.name.startswith(sha256(content))
 
     def test_recorded_hash_goes_before_the_announced(self, hub, refused, record, content):
         record(content[::-1])
@@ -550,13 +628,40 @@ class TestHub:
         assert not any(os.path.lexists(file) for file in (path, blob, store))
         assert Path(zoo.checkpoint(NAME)).read_bytes() == content
 
+    def test_nothing_outside_the_hubs_cache_is_removed(self, hub, content, tmp_path):
+        path = Path(zoo.checkpoint(NAME))
+        blob = path.parent / os.readlink(path)
+        mine = tmp_path / "mine"
+        mine.write_bytes(content[:-1])
+        blob.unlink()
+        blob.symlink_to(mine)
+        one_line_error(zoo.checkpoint, NAME, match="it was removed")
+        assert mine.read_bytes() == content[:-1]
+        assert Path(zoo.checkpoint(NAME)).read_bytes() == content
+
+    def test_a_snapshot_outside_the_hubs_cache_is_the_users_to_remove(self, hub, content, tmp_path):
+        path = Path(zoo.checkpoint(NAME))
+        path.parent.rename(tmp_path / "snapshot")
+        path.parent.symlink_to(tmp_path / "snapshot")
+        path.unlink()
+        path.write_bytes(content[:-1])
+        one_line_error(zoo.checkpoint, NAME, match="remove it and try again")
+        assert path.read_bytes() == content[:-1]
+
     def test_a_disk_without_links(self, hub, content, refused, expected, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_SYMLINKS", True)
         hub.damage = lambda content: content[:-1000] + bytes(1000)
         refused(sha256(content))
         hub.damage = None
         assert_same(zoo.backbone(NAME), expected[NAME])
-        assert not Path(zoo.checkpoint(NAME)).is_symlink()
+        source = zoo.checkpoint(NAME)
+        assert not Path(source).is_symlink()
+        offline(monkeypatch)
+        assert zoo.checkpoint(NAME) == source
+        os.remove(zoo.backbone(NAME))
+        assert_same(zoo.backbone(NAME), expected[NAME])
+        Path(source).write_bytes(content[:-1])
+        one_line_error(zoo.checkpoint, NAME, match=sha256(content))
 
     def test_nothing_to_verify_by(self, hub, refused):
         hub.announced[ON_HUB] = "0" * 40  # a git hash, as of small files
@@ -598,12 +703,12 @@ class TestHub:
     def test_status(self, hub, refused, status, match):
         hub.status = status
         message = refused(match)
-        assert f"{hub.url}/{HUB}/resolve/main/{FILE} to FOLDER/{FILE}" in message
+        assert f"{hub.url}/{HUB}/resolve/{COMMIT}/{FILE} to FOLDER/{FILE}" in message
 
     def test_offline(self, hub, refused, monkeypatch, mirror):
         offline(monkeypatch)
         message = refused(f"cannot download {FILE}: .*HF_HUB_OFFLINE")
-        assert message.endswith(f"download {hub.url}/{HUB}/resolve/main/{FILE} to {mirror / FILE}")
+        assert message.endswith(f"download {hub.url}/{HUB}/resolve/{COMMIT}/{FILE} to {mirror / FILE}")
         monkeypatch.delenv("RT_DETECTRON_ZOO")
         refused(f"to FOLDER/{FILE} and export RT_DETECTRON_ZOO=FOLDER .*is not set")
         assert not hub.downloads
@@ -655,4 +760,5 @@ print(zoo.backbone({NAME!r}))
     assert_same(processes[0].stdout.strip(), expected[NAME])
     assert sum("converting" in process.stderr for process in processes) == 1
     assert hub.downloads == [ON_HUB]
-    assert files(cache) == {f"rt_detectron/hub/{NAME}.pkl"}
+    note = f"zoo/{COMMIT}-{FILE}.sha256"
+    assert files(cache) == {f"zoo/{sha256(content)}-{zoo._converter()}/{NAME}.pkl", note}

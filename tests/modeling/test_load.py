@@ -1,11 +1,14 @@
 """The library call: whole networks by a zoo name or a file."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from detectron2.modeling import FPN
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from rt_detectron import load_backbone, load_classifier
+from rt_detectron.checkpoint import zoo
 from rt_detectron.checkpoint.architectures import get_architecture
 from rt_detectron.checkpoint.convert import convert_checkpoint, read_network
 from rt_detectron.checkpoint.formats import write_pickle
@@ -14,11 +17,13 @@ from rt_detectron.utils.errors import InputError
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """A folder for published files, which are converted into a cache beside it."""
+    """A folder for files under published names, whatever is in them, with a cache beside it."""
     folder = tmp_path / "zoo"
     folder.mkdir()
     monkeypatch.setenv("RT_DETECTRON_ZOO", str(folder))
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RT_DETECTRON_CACHE", str(tmp_path / "cache"))
+    entries = {name: replace(entry, size=None, sha256=None) for name, entry in zoo._entries().items()}
+    monkeypatch.setattr(zoo, "_entries", lambda: entries)
     return folder
 
 

@@ -65,19 +65,22 @@ def test_the_repository_is_up_to_date(tool):
 
 def test_the_document(tool):
     table = json.loads(tool.TABLE.read_text())
-    table["checkpoints"][5].update(size=1, sha256="0" * 64)
+    for entry in table["checkpoints"]:
+        entry.update(sha256="0" * 64 if entry["name"] == "resnet50_l2_eps0" else None)
     text = tool.document(table)
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert len(rows) == 67
-    base = "https://huggingface.co/madrylab/robust-imagenet-models/blob/main"
+    assert len(rows) == 68
+    base = f"https://huggingface.co/madrylab/robust-imagenet-models/blob/{table['revision']}"
     for row in (
-        f"| `resnet50_l2_eps0` | 0 | 75.80 | [resnet50_l2_eps0.ckpt]({base}/resnet50_l2_eps0.ckpt) |",
+        "| `resnet50_l2_eps0` | 0 | 75.80 | [resnet50_l2_eps0.ckpt]"
+        f"({base}/resnet50_l2_eps0.ckpt) | recorded |",
         "| `resnet50_linf_eps4.0` | 4/255 | 63.86 | [resnet50_linf_eps4.0.ckpt]"
-        f"({base}/resnet50_linf_eps4.0.ckpt) |",
+        f"({base}/resnet50_linf_eps4.0.ckpt) |  |",
+        f"| `resnet50_linf_eps0` | 0/255 |  | [resnet50_linf_eps0.ckpt]({base}/resnet50_linf_eps0.ckpt) |  |",
     ):
         assert row in rows
-    assert "The 67 ImageNet classifiers" in text
-    assert "1 of 67 checkpoints" in text
+    assert "(Salman et al. 2020), 68 files" in text
+    assert "1 of 68 checkpoints" in text
     families = [line for line in text.splitlines() if line.startswith("## ")]
     assert families[:3] == ["## resnet", "## wide_resnet", "## densenet"]
     assert len(set(families)) == len(families) == 8
@@ -90,7 +93,7 @@ def test_records_a_mirror(tool, written, mirror, capsys):
     content = (mirror / "l2" / f"{NAME}.ckpt").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     assert entries(written) == {**before, NAME: {**before[NAME], "size": len(content), "sha256": digest}}
-    assert "1 of 67 checkpoints" in (written / "MODEL_ZOO.md").read_text()
+    assert "1 of 68 checkpoints" in (written / "MODEL_ZOO.md").read_text()
     printed = capsys.readouterr().out
     assert f"unknown   {mirror / 'mine.ckpt'}\n" in printed
     assert f"{NAME}.ckpt: {len(content)} bytes, SHA-256 {digest}\n" in printed

@@ -1,4 +1,10 @@
-from rt_detectron.utils.files import find_config, shipped
+import os
+import stat
+
+import pytest
+
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import cache_folder, find_config, replaced_atomically, shipped
 
 
 def test_shipped_configs_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
@@ -12,3 +18,63 @@ def test_a_file_of_ones_own_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "robust_r50_eps3.yaml").write_text("MODEL: {}")
     assert find_config("robust_r50_eps3.yaml") == "robust_r50_eps3.yaml"
+
+
+def test_temporary_files_of_hosts_with_the_same_process_number_differ(tmp_path):
+    path = tmp_path / "file"
+    with replaced_atomically(path) as first, replaced_atomically(path) as second:
+        assert first != second
+        for temporary in (first, second):
+            with open(temporary, "w") as file:
+                file.write("whole")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+class TestCacheFolder:
+    @pytest.fixture(autouse=True)
+    def home(self, tmp_path, monkeypatch):
+        for name in ("RT_DETECTRON_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path))
+
+    def test_where_it_is(self, tmp_path, monkeypatch):
+        assert cache_folder("zoo") == str(tmp_path / ".cache" / "rt_detectron" / "zoo")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert cache_folder("zoo") == str(tmp_path / "xdg" / "rt_detectron" / "zoo")
+        monkeypatch.setenv("RT_DETECTRON_CACHE", "~/own")
+        assert cache_folder("zoo") == str(tmp_path / "own" / "zoo")
+
+    def test_it_is_its_owners_alone(self, tmp_path):
+        before = os.umask(0)
+        try:
+            folder = cache_folder("zoo")
+        finally:
+            os.umask(before)
+        for path in (folder, os.path.dirname(folder)):
+            assert stat.S_IMODE(os.stat(path).st_mode) == 0o700
+
+    @pytest.mark.parametrize("mode", [0o777, 0o775, 0o757, 0o1777])
+    def test_one_that_others_may_write_to_is_refused(self, tmp_path, monkeypatch, mode):
+        monkeypatch.setenv("RT_DETECTRON_CACHE", str(tmp_path / "shared"))
+        (tmp_path / "shared").mkdir()
+        (tmp_path / "shared").chmod(mode)
+        with pytest.raises(InputError, match=r"others may write to the cache .*: run `chmod go-w .*shared`"):
+            cache_folder("zoo")
+        (tmp_path / "shared").chmod(0o755)
+        assert cache_folder("zoo") == str(tmp_path / "shared" / "zoo")
+
+    def test_another_users_is_refused(self, tmp_path, monkeypatch):
+        (tmp_path / "theirs").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "theirs")
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        for name in ("theirs", "link"):
+            monkeypatch.setenv("RT_DETECTRON_CACHE", str(tmp_path / name))
+            with pytest.raises(InputError, match=r"theirs belongs to another user: set RT_DETECTRON_CACHE"):
+                cache_folder("zoo")
+
+    def test_there_is_no_fallback(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("RT_DETECTRON_CACHE", str(tmp_path / "file"))
+        with pytest.raises(InputError, match=r"cannot make the cache .*: set RT_DETECTRON_CACHE to a folder"):
+            cache_folder("zoo")
+        assert os.listdir(tmp_path) == ["file"]
