@@ -106,8 +106,11 @@ def table(cfg: CfgNode, args: argparse.Namespace) -> str:
     rows = []
     for width in args.sizes:
         given = annotated_photograph(width, model.device)
-        for loss in DETECTOR_ATTACKS:
-            attack = build_detector_attack(loss, PGD(ThreatModel("linf", 4.0), args.steps))
+        for loss, kind in DETECTOR_ATTACKS.items():
+            options = {}
+            if kind.needs_object_counts:
+                options["object_counts"] = (1,) * model.roi_heads.num_classes
+            attack = build_detector_attack(loss, PGD(ThreatModel("linf", 4.0), args.steps), **options)
             unit, attacked = measure(model, given, attack, args.rounds)
             rows.append(
                 [width, loss, 1000 * unit, 1000 * attacked / args.steps, attacked / args.steps / unit]

@@ -62,20 +62,47 @@ def _keys() -> CN:
 
     # tools/evaluate_robustness.py: AP under attack. PGD on the detector's input.
     cfg.TEST.ATTACK = CN()
+    # "ours": the keys below count. "oddefense" (Li et al., TIFS 2025) and "ares" (ARES 2.0) set them as
+    # published; see docs/evaluate-robustness.md.
+    cfg.TEST.ATTACK.PROTOCOL = "ours"
     # L2 eps, for images in [0, 1] after resizing, such as (0.5, 1.0). Empty: no L2 attack.
     cfg.TEST.ATTACK.L2_EPS = ()
     # Linf eps, in units of 1/255, such as (1, 2, 4). Empty: no Linf attack.
     cfg.TEST.ATTACK.LINF_EPS = ()
     cfg.TEST.ATTACK.STEPS = 10
+    # The size of a step, in the units of eps. 0: 2.5 * eps / STEPS.
+    cfg.TEST.ATTACK.STEP_SIZE = 0.0
+    # APGD, which finds its step sizes itself and keeps the best iterate, instead of PGD.
+    cfg.TEST.ATTACK.ADAPTIVE = False
+    # Where PGD begins: at the "image", or at a "random" point of the ball.
+    cfg.TEST.ATTACK.START = "image"
+    # Keep the iterate with the largest objective instead of the last one.
+    cfg.TEST.ATTACK.BEST = False
     # With more than one, each restart begins at a random point, and each image keeps the strongest.
     cfg.TEST.ATTACK.RESTARTS = 1
-    # The training losses that the attacks raise: "classification", "localization", "mask" or "all" of them;
-    # or "vanishing", which aims to leave no detection. Each one is evaluated separately.
+    # What the attacks raise. Training losses: "classification", "localization", "mask", "all" of them, or
+    # "no_regression". The box head's alone: "A_cls", "A_reg", "A_cwa" (both, rare classes count more), "MTD",
+    # "DAG". "vanishing" aims to leave no detection. Each one is evaluated; with several, "worst" takes for
+    # each image the one that does most harm.
     cfg.TEST.ATTACK.LOSSES = ("all",)
+    # Aim for a wrong class instead of away from the true one: "classification" and "A_cls".
+    cfg.TEST.ATTACK.TARGETED = False
+    # What the loss of a proposal counts at most, for the box head's objectives. 0: no limit.
+    cfg.TEST.ATTACK.CLIP = 0.0
+    # Whether the padding that the detector adds to an image may be changed, too.
+    cfg.TEST.ATTACK.PADDING = False
     # The number of images to attack, evenly spread over the test set. 0: all.
     cfg.TEST.ATTACK.MAX_IMAGES = 0
     # Also evaluate on random noise of the same size, for comparison.
     cfg.TEST.ATTACK.NOISE = True
+
+    # Checks against gradient masking: so many images are also attacked with a huge eps and by random search.
+    # 0: only the checks that cost nothing.
+    cfg.TEST.ATTACK.CHECK_IMAGES = 10
+    # The number of queries of the random search.
+    cfg.TEST.ATTACK.QUERIES = 100
+    # Weights of another detector of the same config, whose attacks are then tried on this one. "": none.
+    cfg.TEST.ATTACK.SURROGATE = ""
 
     # tools/evaluate_robustness.py: AP under common corruptions.
     cfg.TEST.CORRUPTION = CN()

@@ -48,7 +48,12 @@ def main(args: argparse.Namespace) -> None:
     setup_logger(own.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="rt_detectron")
     model = Trainer.build_model(cfg)
     RobustCheckpointer(model, trained=True, input_format=cfg.INPUT.FORMAT).load(cfg.MODEL.WEIGHTS)
-    content = evaluate_robustness(cfg, model)
+    surrogate = None
+    if cfg.TEST.ATTACK.SURROGATE:
+        surrogate = Trainer.build_model(cfg)
+        checkpointer = RobustCheckpointer(surrogate, trained=True, input_format=cfg.INPUT.FORMAT)
+        checkpointer.load(cfg.TEST.ATTACK.SURROGATE)
+    content = evaluate_robustness(cfg, model, surrogate)
     if comm.is_main_process():
         print(robustness_table(content))
         print(f"Wrote {cfg.OUTPUT_DIR}/robustness.json")

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 
+from rt_detectron.attacks.apgd import APGD
 from rt_detectron.attacks.autoattack import AutoAttack
 from rt_detectron.attacks.detection import (
     DetectorAttack,
@@ -16,6 +17,7 @@ from rt_detectron.attacks.registry import attack_named, register_attack
 from rt_detectron.attacks.threat_model import ThreatModel
 
 __all__ = [
+    "APGD",
     "PGD",
     "AutoAttack",
     "DetectorAttack",

@@ -13,9 +13,10 @@ import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from detectron2.modeling import GeneralizedRCNN
@@ -24,7 +25,8 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from rt_detectron.attacks.pgd import PGD
+from rt_detectron.attacks.apgd import APGD
+from rt_detectron.attacks.pgd import PGD, Objective
 from rt_detectron.attacks.threat_model import ThreatModel
 from rt_detectron.utils.errors import InputError, did_you_mean
 
@@ -37,17 +39,17 @@ def register_detector_attack(attack: type["DetectorAttack"]) -> type["DetectorAt
     return attack
 
 
-def build_detector_attack(name: str, pgd: PGD, seed: int = 0) -> "DetectorAttack":
-    """The registered attack of this name.
+def build_detector_attack(name: str, pgd: PGD, seed: int = 0, **options) -> "DetectorAttack":
+    """The registered attack of this name; ``options`` are further attributes of :class:`DetectorAttack`.
 
     Raises:
-        InputError: for an unknown name.
+        InputError: for an unknown name, or an option that it does not have.
     """
     if name not in DETECTOR_ATTACKS:
         hint = did_you_mean(name, DETECTOR_ATTACKS)
         known = ", ".join(DETECTOR_ATTACKS)
         raise InputError(f"attack: loss {name!r} is unknown; use one of {known}{hint}")
-    return DETECTOR_ATTACKS[name](pgd, seed)
+    return DETECTOR_ATTACKS[name](pgd, seed, **options)
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,41 @@ class DetectorAttack(ABC):
     Attributes:
         name: what TEST.ATTACK.LOSSES and results call it.
         needs_masks: whether it only works on detectors that predict masks.
-        pgd: threat model, steps and restarts.
+        needs_object_counts: whether it takes ``object_counts``.
+        targetable: whether it can be ``targeted``.
+        clippable: whether it has a loss for each proposal, which can be clipped.
+        pgd: threat model, steps, step size, start and restarts.
         seed: of all random numbers. The attack on an image that comes in a batch by itself depends on this
             and on its image_id alone.
+        targeted: lower the loss of a wrong class, drawn for each class by the seed, instead of raising that
+            of the true one.
+        clip: what a proposal's loss counts at most; 0 for no limit.
+        padding: whether the ball holds the padding, too, which makes the sides of an image multiples of 32.
+        object_counts: the number of objects of each class in the data set.
     """
 
     name: ClassVar[str]
     needs_masks: ClassVar[bool] = False
+    needs_object_counts: ClassVar[bool] = False
+    targetable: ClassVar[bool] = False
+    clippable: ClassVar[bool] = False
 
     pgd: PGD
     seed: int = 0
+    targeted: bool = False
+    clip: float = 0.0
+    padding: bool = False
+    object_counts: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.targeted and not self.targetable:
+            raise InputError(
+                f"attack: {self.name!r} has no target; the attacks on classification can have one"
+            )
+        if self.clip < 0 or (self.clip and not self.clippable):
+            raise InputError(
+                f"attack: CLIP is {self.clip:g}; it takes a positive limit, and A_cls, A_reg, A_cwa or MTD"
+            )
 
     @abstractmethod
     def __call__(self, model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
@@ -78,7 +105,9 @@ class DetectorAttack(ABC):
                 0..255, uint8 or float, in the model's channel order, and "instances" of the image's size.
 
         Returns:
-            The same dicts with other images: float32, in [0, 255], not rounded, on the model's device.
+            The same dicts with other images: float32, in [0, 255], not rounded, on the model's device. They
+            may also have "objective", a pair of what the attack raised, before and after it; and
+            "image_size", the (height, width) without the padding, for :func:`detect`.
 
         Raises:
             InputError: for a detector that the attack does not work on, images without "instances", or
@@ -86,17 +115,32 @@ class DetectorAttack(ABC):
         """
 
     @property
-    def settings(self) -> dict[str, str | float]:
-        """What results say of the attack."""
-        ball = self.pgd.threat_model
+    def settings(self) -> dict[str, Any]:
+        """What results say of the attack: all that defines it. Sizes are in the units of eps."""
+        ball, adaptive = self.pgd.threat_model, isinstance(self.pgd, APGD)
         return {
             "norm": ball.norm,
             "eps": ball.eps,
             "loss": self.name,
             "steps": self.pgd.steps,
+            "adaptive": adaptive,
+            "step_size": None
+            if adaptive
+            else round(self.pgd.relative_step_size * ball.eps / self.pgd.steps, 9),
+            "start": "random" if self.pgd.random_start else "image",
             "restarts": self.pgd.restarts,
+            "best": self.pgd.best,
+            "targeted": self.targeted,
+            "clip": self.clip,
+            "padding": self.padding,
             "seed": self.seed,
+            **({"object_counts": list(self.object_counts)} if self.object_counts else {}),
         }
+
+    @property
+    def passes(self) -> dict[str, int]:
+        """What the attack on an image costs, in "forward" and "backward" passes of the detector."""
+        return self.pgd.passes
 
 
 class LossAttack(DetectorAttack):
@@ -125,31 +169,72 @@ class LossAttack(DetectorAttack):
             raise InputError(f"attack: this detector has no {self.name} loss; it has {', '.join(losses)}")
         return sum(chosen)
 
+    def replaced_losses(self, model: nn.Module) -> dict[nn.Module, Callable]:
+        """By module of the detector, what is called with it and the arguments of its ``losses`` instead."""
+        return {}
+
     def __call__(self, model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
+        found = self.perturb(model, inputs)
+        return [
+            {**each, "objective": pair}
+            for each, *pair in zip(found, self.value(model, inputs), self.value(model, found), strict=True)
+        ]
+
+    @property
+    def passes(self) -> dict[str, int]:
+        passes = self.pgd.passes
+        return {**passes, "forward": passes["forward"] + 2}  # the objective before and after
+
+    def perturb(self, model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
+        """:meth:`__call__` without the objective before and after."""
+        if self.padding:
+            inputs = _padded(model, inputs)
+        with self._objective(model, inputs) as objective:
+            adversarial = self.pgd.maximize(objective, unit_images(model, inputs))
+        return with_images(inputs, adversarial)
+
+    def value(self, model: nn.Module, inputs: Sequence[dict]) -> list[float]:
+        """The objective of each image."""
+        with self._objective(model, inputs) as objective, torch.no_grad():
+            return [float(losses) for losses, _ in objective(unit_images(model, inputs))]
+
+    @contextmanager
+    def _objective(self, model: nn.Module, inputs: Sequence[dict]) -> Iterator[Objective]:
+        """The objective as a function of the images in [0, 1], within the block."""
         losses_of = _losses_function(model)
         if any("instances" not in each for each in inputs):
             raise InputError("attack: the test set has no annotations, which the detector's loss needs")
         targets = [self.ground_truth(each["instances"].to(model.device)) for each in inputs]
-        seeds = [_seed(self.seed, each) for each in inputs]
+        if self.targeted:
+            targets = [_of_other_classes(each, model, self.seed) for each in targets]
+        seeds = [image_seed(self.seed, each) for each in inputs]
+        sign = -1 if self.targeted else 1
 
         def objective(images: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-            found = losses_of(model, _with_images(inputs, images), targets, seeds)
+            found = losses_of(model, with_images(inputs, images), targets, seeds)
             # An image without objects has no mask loss, for example: its gradient is then zero.
             return [
-                (self.objective(losses).reshape(1) + 0 * image.sum(), image.new_zeros(1, dtype=torch.bool))
+                (
+                    sign * self.objective(losses).reshape(1) + 0 * image.sum(),
+                    image.new_zeros(1, dtype=torch.bool),
+                )
                 for losses, image in zip(found, images, strict=True)
             ]
 
-        with _random_state(seeds[0], model.device), _giving_losses(model, self.all_proposals):
-            adversarial = self.pgd.maximize(objective, _unit_images(model, inputs))
-        return _with_images(inputs, adversarial)
+        with ExitStack() as stack:
+            stack.enter_context(random_state(seeds[0], model.device))
+            stack.enter_context(_giving_losses(model, self.all_proposals))
+            stack.enter_context(_sizes_known(model))
+            for module, losses in self.replaced_losses(model).items():
+                stack.enter_context(_method_replaced(module, "losses", partial(losses, module)))
+            yield objective
 
 
 @register_detector_attack
 class Classification(LossAttack):
     """Raises the classification losses of all stages, the RPN included."""
 
-    name, terms = "classification", ("cls",)
+    name, terms, targetable = "classification", ("cls",), True
 
 
 @register_detector_attack
@@ -174,6 +259,20 @@ class AllLosses(LossAttack):
 
 
 @register_detector_attack
+class NoRegression(LossAttack):
+    """Raises all training losses but those of box regression, as ARES 2.0 does (thu-ml/ares).
+
+    Their filter by name leaves out the heads' regression losses and keeps the RPN's.
+    """
+
+    name = "no_regression"
+
+    def objective(self, losses: dict[str, Tensor]) -> Tensor:
+        kept = [value for name, value in losses.items() if "box_reg" not in name]
+        return sum(kept) / len(kept)
+
+
+@register_detector_attack
 class Vanishing(LossAttack):
     """Lowers the classification loss of an image without objects, so that no detection is left.
 
@@ -190,6 +289,12 @@ class Vanishing(LossAttack):
         return -sum(value for name, value in losses.items() if "cls" in name and "rpn" not in name)
 
 
+def detect(model: nn.Module, inputs: list[dict]) -> list[dict]:
+    """The detector's outputs, also for inputs whose "image_size" says that they bring their own padding."""
+    with _sizes_known(model):
+        return model(inputs)
+
+
 @dataclass(frozen=True)
 class RandomNoise:
     """Random noise as large as ``threat_model`` allows: an attack must lower AP by more than this.
@@ -203,11 +308,11 @@ class RandomNoise:
     def __call__(self, model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
         """As :meth:`DetectorAttack.__call__`; no "instances" are needed."""
         noisy = []
-        for each, image in zip(inputs, _unit_images(model, inputs), strict=True):
-            with _random_state(_seed(self.seed, each), model.device):
+        for each, image in zip(inputs, unit_images(model, inputs), strict=True):
+            with random_state(image_seed(self.seed, each), model.device):
                 noise = self.threat_model.step(torch.randn_like(image), self.threat_model.radius)
             noisy.append((image + noise).clamp_(0, 1))
-        return _with_images(inputs, noisy)
+        return with_images(inputs, noisy)
 
 
 def _losses_function(model: nn.Module) -> Callable[..., list[dict[str, Tensor]]]:
@@ -233,7 +338,7 @@ def _rcnn_losses(
     for i, (target, seed) in enumerate(zip(targets, seeds, strict=True)):
         image = _one_of(images, i)
         feature = {name: maps[i : i + 1] for name, maps in features.items()}
-        with _random_state(seed, model.device):
+        with random_state(seed, model.device):
             if model.proposal_generator is None:
                 proposals, losses = [inputs[i]["proposals"].to(model.device)], {}
             else:
@@ -255,7 +360,7 @@ def _dense_losses(
         feature = [maps[i : i + 1] for maps in features]
         prediction = [[maps[i : i + 1] for maps in levels] for levels in predictions]
         # Every call updates loss_normalizer, a running mean: restore it.
-        with _random_state(seed, model.device), _attribute_kept(model, "loss_normalizer"):
+        with random_state(seed, model.device), _attribute_kept(model, "loss_normalizer"):
             found.append(model.forward_training(_one_of(images, i), feature, prediction, [target]))
     return found
 
@@ -264,7 +369,65 @@ def _one_of(images: ImageList, i: int) -> ImageList:
     return ImageList(images.tensor[i : i + 1], images.image_sizes[i : i + 1])
 
 
-def _unit_images(model: nn.Module, inputs: Sequence[dict]) -> list[Tensor]:
+def _padded(model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
+    """The inputs with the padding that the detector adds, as pixels, and the "image_size" without it."""
+    padded = []
+    for each in inputs:
+        image = each["image"].to(model.device).float()
+        height, width = model.preprocess_image([each]).tensor.shape[-2:]
+        # The detector pads with 0 after it has subtracted the mean.
+        canvas = model.pixel_mean.view(-1, 1, 1).expand(-1, height, width).clone()
+        canvas[:, : image.shape[1], : image.shape[2]] = image
+        padded.append({**each, "image": canvas, "image_size": tuple(image.shape[1:])})
+    return padded
+
+
+@contextmanager
+def _sizes_known(model: nn.Module) -> Iterator[None]:
+    """Where an input has an "image_size", the detector takes its image for so large, and padded."""
+    original = model.preprocess_image
+
+    def preprocess(inputs: list[dict]) -> ImageList:
+        images = original(inputs)
+        sizes = [each.get("image_size", size) for each, size in zip(inputs, images.image_sizes, strict=True)]
+        return ImageList(images.tensor, sizes)
+
+    with _method_replaced(model, "preprocess_image", preprocess):
+        yield
+
+
+@contextmanager
+def _method_replaced(owner: nn.Module, name: str, function: Callable) -> Iterator[None]:
+    """Within the block ``owner.name`` is ``function``, whether or not it has been replaced before."""
+    before = vars(owner).get(name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        if before is not None:
+            setattr(owner, name, before)
+
+
+def _of_other_classes(instances: Instances, model: nn.Module, seed: int) -> Instances:
+    """The objects with the wrong classes that a targeted attack aims for."""
+    num_classes = getattr(model, "num_classes", None) or model.roi_heads.num_classes
+    if num_classes == 1:
+        raise InputError("attack: with a single class there is no other to aim for; set TARGETED to False")
+    found = Instances(instances.image_size, **instances.get_fields())
+    found.gt_classes = other_classes(num_classes, seed).to(instances.gt_classes.device)[instances.gt_classes]
+    return found
+
+
+def other_classes(num_classes: int, seed: int) -> Tensor:
+    """(num_classes,) a wrong class for each class, drawn by the seed; of a single class, the background."""
+    if num_classes == 1:
+        return torch.ones(1, dtype=torch.long)
+    shifts = torch.randint(1, num_classes, (num_classes,), generator=torch.Generator().manual_seed(seed))
+    return (torch.arange(num_classes) + shifts) % num_classes
+
+
+def unit_images(model: nn.Module, inputs: Sequence[dict]) -> list[Tensor]:
     """(1, C, H, W) each, in [0, 1], without padding: the network pads after normalisation.
 
     Raises:
@@ -281,16 +444,18 @@ def _unit_images(model: nn.Module, inputs: Sequence[dict]) -> list[Tensor]:
     return [each["image"].to(model.device).float()[None] / 255 for each in inputs]
 
 
-def _with_images(inputs: Sequence[dict], images: Sequence[Tensor]) -> list[dict]:
+def with_images(inputs: Sequence[dict], images: Sequence[Tensor]) -> list[dict]:
+    """The inputs with other images, from (1, C, H, W) each, in [0, 1]."""
     return [{**each, "image": 255 * image[0]} for each, image in zip(inputs, images, strict=True)]
 
 
-def _seed(seed: int, image: dict) -> int:
+def image_seed(seed: int, image: dict) -> int:
+    """The seed of an image's random numbers, whichever images come before it."""
     return zlib.crc32(f"{seed}/{image.get('image_id')}".encode())
 
 
 @contextmanager
-def _random_state(seed: int, device: torch.device) -> Iterator[None]:
+def random_state(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's random numbers in the block and restore their state afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -67,6 +67,12 @@ class PGD:
         """A step's length, for images in [0, 1]."""
         return self.relative_step_size * self.threat_model.radius / self.steps
 
+    @property
+    def passes(self) -> dict[str, int]:
+        """What it costs, in "forward" and "backward" passes of the network."""
+        compared = self.restarts > 1 or self.best
+        return {"forward": self.restarts * (self.steps + compared), "backward": self.restarts * self.steps}
+
     def __call__(
         self,
         model: nn.Module,

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -17,10 +18,12 @@ from pycocotools.cocoeval import COCOeval
 
 from rt_detectron.data.annotations import annotations_of, are_numbers, shape_problem
 from rt_detectron.evaluation.matching import (
+    Matches,
     Objects,
     Overlap,
     box_iou,
     column,
+    curves_of,
     keypoint_similarity,
     mask_iou,
     precision_and_recall,
@@ -29,6 +32,7 @@ from rt_detectron.evaluation.matching import (
 from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import replaced_atomically
 
+REC_THRS = np.linspace(0, 1, 101).tolist()  # the recall levels of COCO's AP
 SHAPES = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # the field of each task
 
 
@@ -176,6 +180,32 @@ def write_evaluations(evaluations: dict[str, COCOeval], path: str) -> None:
         iou_thrs=np.array(params.iouThrs),
         area_rng=np.array(params.areaRng),
     )
+
+
+def metrics_of(
+    matches: Matches, iou_thrs: np.ndarray, task: str, class_names: Sequence[str]
+) -> dict[str, float]:
+    """What :class:`COCOEvaluator` gives for detections that matched so, in percent; NaN where undefined.
+
+    Args:
+        iou_thrs: the thresholds that ``matches`` holds.
+        task: "bbox", "segm" or "keypoints".
+        class_names: in the order of the categories.
+    """
+    precision, _ = curves_of(matches, len(class_names), REC_THRS)
+
+    def mean(values: np.ndarray) -> float:
+        defined = values[values > -1]
+        return 100 * float(defined.mean()) if defined.size else math.nan
+
+    areas = ("m", "l") if task == "keypoints" else ("s", "m", "l")
+    metrics = {"AP": mean(precision[..., 0])}
+    for percent in (50, 75):
+        metrics[f"AP{percent}"] = mean(precision[np.isclose(iou_thrs, percent / 100), ..., 0])
+    metrics |= {f"AP{size}": mean(precision[..., number]) for number, size in enumerate(areas, start=1)}
+    if len(class_names) > 1:
+        metrics |= {f"AP-{name}": mean(precision[:, :, k, 0]) for k, name in enumerate(class_names)}
+    return metrics
 
 
 def restore_category_ids(results: list[dict], originals: dict[int, int]) -> None:

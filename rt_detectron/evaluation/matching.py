@@ -7,7 +7,8 @@ What was matched is kept as :class:`Matches`: from it AP can be computed again o
 intervals over test images need it.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from types import SimpleNamespace
@@ -77,6 +78,27 @@ class Matches:
             object_category=self.object_category[objects],
             object_ignored=self.object_ignored[:, objects],
         )
+
+    def image_by_image(self, images: int) -> Iterator["Matches"]:
+        """Those of each of ``images`` images, for objects of any size; :meth:`of_images` for all at once."""
+        found, objects = (np.argsort(which, kind="stable") for which in (self.image, self.object_image))
+        whole = replace(
+            self, hit=self.hit[:1], ignored=self.ignored[:1], object_ignored=self.object_ignored[:1]
+        )
+        ends = [
+            np.searchsorted(which[order], np.arange(images + 1))
+            for which, order in ((self.image, found), (self.object_image, objects))
+        ]
+        for image in range(images):
+            rows, shown = (
+                order[end[image] : end[image + 1]] for order, end in zip((found, objects), ends, strict=True)
+            )
+            yield replace(
+                whole._of_detections(rows),
+                object_image=self.object_image[shown],
+                object_category=self.object_category[shown],
+                object_ignored=whole.object_ignored[:, shown],
+            )
 
     def without_detections(self) -> "Matches":
         """The same objects, of which none is found."""
@@ -286,6 +308,28 @@ def curves_of(
                 reached = np.searchsorted(found[t], rec_thrs)
                 precision[t, :, k, a] = np.append(best[t], 0)[reached]
     return precision, recall
+
+
+def average_precision(matches: Matches, num_categories: int, rec_thrs: Sequence[float]) -> float:
+    """COCO's AP in percent, over all sizes of objects; NaN without any object."""
+    precision = curves_of(matches, num_categories, rec_thrs)[0][..., 0]
+    defined = precision[precision > -1]
+    return 100 * float(defined.mean()) if defined.size else math.nan
+
+
+def chosen_matches(parts: Sequence[Matches], choice: np.ndarray) -> Matches:
+    """Of several sets of detections of the same objects, in each image one.
+
+    Args:
+        choice: (I,) for each image an index into ``parts``.
+    """
+    kept = [part._of_detections(np.flatnonzero(choice[part.image] == i)) for i, part in enumerate(parts)]
+    joined = {
+        name: np.concatenate([getattr(part, name) for part in kept], axis=-1)
+        for name in ("image", "category", "score", "hit", "ignored")
+    }
+    order = np.lexsort((joined["image"], joined["category"]))  # stable
+    return replace(parts[0], **{name: values[..., order] for name, values in joined.items()})
 
 
 def _match(

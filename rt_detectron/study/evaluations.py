@@ -183,7 +183,7 @@ class Attack(Evaluation):
 
     def numbers(self, part: Any) -> Numbers:
         found: Numbers = {}
-        for attack in part:
+        for attack in (attack for attack in part if attack.get("requested", True)):
             condition = f"{attack['norm']}, {attack['loss']}"
             for kind, key in (
                 (self.UNATTACKED, "clean"), (self.ATTACKED, "metrics"), (self.NOISE, "noise"),
@@ -278,11 +278,12 @@ class Corruption(Evaluation):
         found = dict(_numbers(self.UNCORRUPTED, part["clean"]))
         for kind in (self.MPC, self.RPC):
             found.update(_numbers(kind, {task: {"AP": value} for task, value in part[kind].items()}))
-        for result in part["results"]:
+        requested = [result for result in part["results"] if result.get("requested", True)]
+        for result in requested:
             found.update(
                 _numbers(self.CORRUPTED, result["metrics"], result["corruption"], result["severity"])
             )
-        for name in dict.fromkeys(result["corruption"] for result in part["results"]):
+        for name in dict.fromkeys(result["corruption"] for result in requested):
             found |= _means(found, self.CORRUPTED, self.CORRUPTED, name)
         return found
 

@@ -1,13 +1,10 @@
 """Attacks on detectors, against a plain loop over Detectron2's own training losses."""
 
-import copy
 import zlib
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
-from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from rt_detectron.attacks import PGD, RandomNoise, ThreatModel, build_detector_attack
@@ -16,64 +13,6 @@ from rt_detectron.evaluation.robustness.test_set import annotated_test_mapper
 from rt_detectron.utils.errors import InputError
 
 BALLS = [ThreatModel("l2", 1.0), ThreatModel("linf", 4.0)]
-
-
-@pytest.fixture(scope="module")
-def built():
-    """Detectors that were built once, to be copied."""
-    return {}
-
-
-@pytest.fixture
-def make_detector(make_cfg, built):
-    """``make_detector(kind, **resnets)``: an untrained small detector in eval mode that samples proposals."""
-
-    def make(kind, **resnets):
-        key = (kind, *resnets.items())
-        if key not in built:
-            built[key] = build(kind, **resnets)
-        return copy.deepcopy(built[key])
-
-    def build(kind, **resnets):
-        cfg = make_cfg(detector={"cascade": "fpn"}.get(kind, kind), **resnets)
-        if kind != "c4":  # whose head is made of bottlenecks
-            cfg.MODEL.RESNETS.DEPTH = 18
-            cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-        if kind == "cascade":
-            cfg.MODEL.ROI_HEADS.NAME = "CascadeROIHeads"
-            cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
-        cfg.INPUT.MASK_FORMAT = "bitmask"
-        cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 30
-        cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 16
-        cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 8
-        torch.manual_seed(0)
-        model = build_model(cfg).eval()
-        for module in model.modules():  # logits that differ, so that there is something to attack
-            if isinstance(module, torch.nn.Linear):
-                module.weight.data.normal_(0, 0.1)
-        return model
-
-    return make
-
-
-def annotated(image, image_id, objects=2):
-    """A detector's input with ``objects`` rectangles as ground truth."""
-    height, width = image.shape[1:]
-    boxes = torch.tensor([[8.0, 8.0, 40.0, 56.0], [30.0, 16.0, 60.0, 48.0]])[:objects]
-    masks = torch.zeros(objects, height, width, dtype=torch.bool)
-    for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
-        mask[y0 + 4 : y1, x0 : x1 - 4] = True
-    instances = Instances((height, width))
-    instances.gt_boxes = Boxes(boxes.reshape(-1, 4))
-    instances.gt_classes = torch.arange(objects)
-    if objects:  # as Detectron2's mapper does
-        instances.gt_masks = BitMasks(masks)
-    return {"image": image, "instances": instances, "image_id": image_id, "height": height, "width": width}
-
-
-@pytest.fixture
-def picture(photograph):
-    return annotated(photograph[:, :64, :80], 7)
 
 
 def training_losses(model, image, given, seed=0):
@@ -160,7 +99,7 @@ def test_vanishing_is_training_towards_no_object_on_all_proposals(make_detector,
 
 
 @pytest.mark.parametrize("kind", ["fpn", "retinanet"])
-def test_a_batch_is_as_one_by_one(make_detector, photograph, kind):
+def test_a_batch_is_as_one_by_one(make_detector, photograph, annotated, kind):
     model = make_detector(kind)
     inputs = [annotated(photograph[:, :64, :96], 1), annotated(photograph[:, 32:, 32:], 2, objects=1)]
     attack = build_detector_attack("all", PGD(BALLS[0], steps=2))
@@ -172,14 +111,16 @@ def test_a_batch_is_as_one_by_one(make_detector, photograph, kind):
 
 @pytest.mark.parametrize("ball", BALLS, ids=lambda ball: ball.norm)
 @pytest.mark.parametrize("kind", ["fpn", "retinanet"])
-def test_each_image_has_its_own_ball_and_padding_stays_zero(make_detector, photograph, ball, kind):
+def test_each_image_has_its_own_ball_and_padding_stays_zero(make_detector, photograph, annotated, ball, kind):
     model = make_detector(kind)
     inputs = [annotated(photograph, 1), annotated(photograph[:, :60, :70].flip(2), 2)]
     seen = []
     model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
     attack = build_detector_attack("all", PGD(ball, steps=2, random_start=True, restarts=2))
     found = attack(model, inputs)
-    assert len(seen) == 2 * (2 + 1)  # no pass more than the steps, and one to compare the restarts
+    # No pass more than the steps, one to compare the restarts, and the objective before and after.
+    assert len(seen) == 2 * (2 + 1) + 2 == attack.passes["forward"]
+    assert attack.passes["backward"] == 4
     assert all(torch.equal(batch[1, :, 60:], torch.zeros_like(batch[1, :, 60:])) for batch in seen)
     assert all(torch.equal(batch[1, :, :, 70:], torch.zeros_like(batch[1, :, :, 70:])) for batch in seen)
     for given, result in zip(inputs, found, strict=True):
@@ -265,15 +206,17 @@ def test_works_where_gradients_are_switched_off_and_again(make_detector, picture
 
 @pytest.mark.parametrize("loss", DETECTOR_ATTACKS)
 @pytest.mark.parametrize("kind", ["fpn", "cascade", "retinanet"])
-def test_an_image_without_objects(make_detector, photograph, kind, loss):
-    if (kind, loss) == ("retinanet", "mask"):
-        pytest.skip("no masks")
+def test_an_image_without_objects(make_detector, photograph, annotated, kind, loss):
+    if kind == "retinanet" and loss in ("mask", "A_cwa", "DAG"):
+        pytest.skip("it has no masks and no box head")
     model = make_detector(kind)
     given = annotated(photograph[:, :64, :64], 1, objects=0)
-    (found,) = build_detector_attack(loss, PGD(BALLS[0], steps=1, relative_step_size=1.0))(model, [given])
+    options = {"object_counts": (1, 1, 1)} if DETECTOR_ATTACKS[loss].needs_object_counts else {}
+    attack = build_detector_attack(loss, PGD(BALLS[0], steps=1, relative_step_size=1.0), **options)
+    (found,) = attack(model, [given])
     moved = (found["image"] - given["image"]).norm()
     assert torch.isfinite(found["image"]).all()
-    if loss in ("mask", "localization"):  # which such an image does not have
+    if loss in ("mask", "localization", "A_reg", "DAG"):  # which such an image does not have
         assert moved < 1e-2
     else:
         assert moved > 100

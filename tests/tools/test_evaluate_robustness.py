@@ -25,7 +25,8 @@ def test_two_processes_measure_then_one_has_nothing_left_to_do(
     run, two_processes, tiny_opts, detector, tmp_path
 ):
     opts = [*tiny_opts, "MODEL.WEIGHTS", detector, "OUTPUT_DIR", "out"]
-    opts += ["TEST.ATTACK.L2_EPS", "[0.5]", "TEST.ATTACK.STEPS", 1]
+    opts += ["TEST.ATTACK.L2_EPS", "[0.5]", "TEST.ATTACK.STEPS", 1, "TEST.ATTACK.SURROGATE", detector]
+    opts += ["TEST.ATTACK.CHECK_IMAGES", 1, "TEST.ATTACK.QUERIES", 2]
     opts += ["TEST.ATTACK.MAX_IMAGES", 3, "TEST.CORRUPTION.NAMES", "['fog']", "TEST.PICTURES", 3]
     opts += ["TEST.CORRUPTION.SEVERITIES", "[3]"]
     first = run(*two_processes(), *opts)
@@ -35,6 +36,9 @@ def test_two_processes_measure_then_one_has_nothing_left_to_do(
     content = json.loads((tmp_path / "out" / "robustness.json").read_text())
     assert (content["clean"]["images"], content["attack"][0]["images"]) == (4, 3)
     assert content["corruption"]["results"][0]["corruption"] == "fog"
+    assert content["attack"][0]["objective"]["images"] == 3
+    checks = ["objective", "noise", "huge eps", "random search", "transfer"]
+    assert [check["check"] for check in content["attack"][0]["checks"]] == checks
     # Both processes' pictures, once each.
     files = {picture["file"] for picture in content["pictures"]}
     assert len(files) == len(content["pictures"]) == 6

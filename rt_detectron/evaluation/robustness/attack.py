@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from itertools import groupby
+from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
 
-from rt_detectron.attacks import PGD, DetectorAttack, RandomNoise, ThreatModel, build_detector_attack
+from rt_detectron.attacks import APGD, PGD, DetectorAttack, RandomNoise, ThreatModel, build_detector_attack
 from rt_detectron.attacks.detection import DETECTOR_ATTACKS
+from rt_detectron.evaluation.robustness import masking
 from rt_detectron.evaluation.robustness.evaluation import (
     Evaluation,
     Row,
@@ -17,11 +19,13 @@ from rt_detectron.evaluation.robustness.evaluation import (
     unique,
 )
 from rt_detectron.evaluation.robustness.measurement import Measured
+from rt_detectron.evaluation.robustness.protocols import PROTOCOLS, attack_keys
 from rt_detectron.evaluation.robustness.session import Session
 from rt_detectron.evaluation.robustness.test_set import DetectionTestSet, annotated_test_mapper
 from rt_detectron.utils.errors import InputError
 
 NORMS = {"l2": "L2", "linf": "Linf"}
+WORST = "worst"  # the "loss" of the worst case over several
 
 
 @register_evaluation
@@ -29,31 +33,56 @@ NORMS = {"l2": "L2", "linf": "Linf"}
 class AttackEvaluation(Evaluation):
     """AP under each attack, with the clean AP and the AP under random noise on the same images.
 
+    With several objectives there is one more entry for each eps, "worst": the AP that is left where each
+    image has the attack that does most harm to it. That is the number to report. Each entry holds all that
+    defines its number, what the attack costs in passes of the detector, and checks against gradient masking.
+
     Attributes:
-        attacks: in the order of the results.
+        attacks: in the order of the results; those of one threat model side by side.
+        protocol: their name in :data:`~.protocols.PROTOCOLS`.
         max_images: the number of images, evenly spread over the test set; 0 is all.
         noise: whether to measure AP under random noise of the same size.
+        check_images: the number of images that the costly checks are made on; 0 for none of these.
+        queries: of the random search for each of these images.
     """
 
     name = "attack"
     keys: ClassVar[dict[str, str]] = {
         'TEST.ATTACK.LINF_EPS "[1,2,4]"': "PGD on the detector's input, Linf, eps in units of 1/255",
         'TEST.ATTACK.L2_EPS "[0.5,1]"': "the same with L2, for images in [0, 1] after resizing",
+        "TEST.ATTACK.PROTOCOL oddefense": f"eps, steps and objectives as published: {', '.join(PROTOCOLS)}",
+        "TEST.ATTACK.LOSSES \"['A_cls','A_reg']\"": f"what PGD raises: {', '.join(DETECTOR_ATTACKS)}",
         "TEST.ATTACK.STEPS 10": "steps of PGD",
+        "TEST.ATTACK.STEP_SIZE 1": "in the units of eps; 0: 2.5 eps / STEPS",
+        "TEST.ATTACK.ADAPTIVE True": "APGD, which finds its step sizes itself, instead of PGD",
+        "TEST.ATTACK.START random": "begin at a random point of the ball, not at the image",
         "TEST.ATTACK.RESTARTS 1": "random restarts; each image keeps the strongest",
-        "TEST.ATTACK.LOSSES \"['all']\"": f"what PGD raises: {', '.join(DETECTOR_ATTACKS)}",
+        "TEST.ATTACK.BEST True": "keep the strongest iterate, not the last",
+        "TEST.ATTACK.TARGETED True": "aim for a wrong class: classification and A_cls",
+        "TEST.ATTACK.CLIP 6": "what a proposal's loss counts at most: A_cls, A_reg, A_cwa, MTD",
+        "TEST.ATTACK.PADDING True": "change the padding, too",
         "TEST.ATTACK.NOISE True": "also AP under random noise of the same size",
+        "TEST.ATTACK.CHECK_IMAGES 10": "check for gradient masking on so many images; 0: only what is free",
+        "TEST.ATTACK.QUERIES 100": "queries of the random search on these images",
+        "TEST.ATTACK.SURROGATE other.pth": "try attacks on these weights, too, on these images",
         "TEST.ATTACK.MAX_IMAGES 100": "attack this many images only, for a quick look",
     }
 
     attacks: tuple[DetectorAttack, ...]
+    protocol: str = "ours"
     max_images: int = 0
     noise: bool = True
+    check_images: int = 0
+    queries: int = 0
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "AttackEvaluation":
-        max_images = image_count(cfg, "TEST.ATTACK.MAX_IMAGES")
-        return cls(tuple(_attacks(cfg)), max_images, cfg.TEST.ATTACK.NOISE)
+        counts = {
+            name.lower(): image_count(cfg, f"TEST.ATTACK.{name}")
+            for name in ("MAX_IMAGES", "CHECK_IMAGES", "QUERIES")
+        }
+        keys = attack_keys(cfg)
+        return cls(tuple(_attacks(cfg, keys)), keys.PROTOCOL, noise=keys.NOISE, **counts)
 
     @property
     def is_requested(self) -> bool:
@@ -65,46 +94,78 @@ class AttackEvaluation(Evaluation):
         images = session.images(self.max_images)
         clean = session.clean(images)
         images = replace(images, mapper=annotated_test_mapper(session.cfg))
-        return [self._measure(session, images, clean, attack) for attack in self.attacks]
+        counts = session.object_counts()
+        results = []
+        for ball, group in groupby(self.attacks, key=lambda attack: attack.pgd.threat_model):
+            attacks = [
+                replace(attack, object_counts=counts) if attack.needs_object_counts else attack
+                for attack in group
+            ]
+            results += self._entries(session, images, clean, ball, attacks)
+        return results
 
-    def _measure(
-        self, session: Session, images: DetectionTestSet, clean: Measured, attack: DetectorAttack
-    ) -> dict:
-        ball = attack.pgd.threat_model
-        size = f"{ball.norm}-{ball.eps:g}"
-        noise = None
-        if self.noise:  # measured once for each threat model: the session keeps it
-            noise = session.measure(
-                f"noise-{size}",
-                images,
-                settings={"norm": ball.norm, "eps": ball.eps, "seed": attack.seed},
-                clean=clean,
-                perturb=RandomNoise(ball, attack.seed),
-            )
-        measured = session.measure(
-            f"attack-{size}-{attack.name}",
-            images,
-            settings=attack.settings,
-            clean=clean,
-            perturb=attack,
-            change=f"attacked, {_label(ball.norm, ball.eps)}",
-        )
-        return {
-            **attack.settings,
+    def _entries(
+        self,
+        session: Session,
+        images: DetectionTestSet,
+        clean: Measured,
+        ball: ThreatModel,
+        attacks: list[DetectorAttack],
+    ) -> list[dict]:
+        """Of each attack within one ball, and of the worst case."""
+        noise = self._noise(session, images, clean, ball) if self.noise else None
+        found = [measure_attack(session, images, clean, attack) for attack in attacks]
+        common = {
             "requested": True,
+            "protocol": self.protocol,
             "images": len(images.dicts),
-            "metrics": measured.metrics,
-            "matches": measured.matches,
             "clean": clean.metrics,
             "clean_matches": clean.matches,
             "noise": noise and noise.metrics,
             "noise_matches": noise and noise.matches,
         }
+        entries = [
+            {**attack.settings, **common, **_outcome(measured), "passes": attack.passes}
+            for attack, measured in zip(attacks, found, strict=True)
+        ]
+        for entry, measured in zip(entries, found, strict=True):
+            entry["checks"] = masking.of_one(measured, noise, alone=len(attacks) == 1)
+        if len(attacks) > 1:
+            worst = session.worst(f"worst-{_size(ball)}", images, found)
+            passes = {kind: sum(attack.passes[kind] for attack in attacks) for kind in attacks[0].passes}
+            of_all = {**attacks[0].settings, "loss": WORST, "losses": [attack.name for attack in attacks]}
+            entries.append({**of_all, **common, **_outcome(worst), "passes": passes})
+            entries[-1]["checks"] = masking.of_one(worst, noise, alone=True)
+        largest = max(
+            attack.pgd.threat_model.eps
+            for attack in self.attacks
+            if attack.pgd.threat_model.norm == ball.norm
+        )
+        if self.check_images and ball.eps == largest > 0:
+            strongest = min(
+                zip(attacks, found, strict=True), key=lambda pair: masking.first_ap(pair[1]) or 0
+            )[0]
+            some = replace(images.spread(self.check_images), mapper=images.mapper)
+            entries[-1]["checks"] += masking.of_some_images(session, some, strongest, self.queries)
+        return entries
+
+    def _noise(
+        self, session: Session, images: DetectionTestSet, clean: Measured, ball: ThreatModel
+    ) -> Measured:
+        seed = self.attacks[0].seed
+        return session.measure(
+            f"noise-{_size(ball)}",
+            images,
+            settings={"norm": ball.norm, "eps": ball.eps, "seed": seed},
+            clean=clean,
+            perturb=RandomNoise(ball, seed),
+        )
 
     @staticmethod
     def merged(earlier: list[dict], results: list[dict]) -> list[dict]:
         asked_for = [_what(entry) for entry in results]
-        return results + [{**entry, "requested": False} for entry in earlier if _what(entry) not in asked_for]
+        kept = [{**entry, "requested": False} for entry in earlier if _what(entry) not in asked_for]
+        return results + kept
 
     @staticmethod
     def rows(results: list[dict]) -> Iterator[Row]:
@@ -113,21 +174,76 @@ class AttackEvaluation(Evaluation):
             yield Row("clean", images, entry["clean"])
             if entry["noise"] is not None:
                 yield Row(f"{label}, random noise", images, entry["noise"])
-            yield Row(f"{label}, {entry['loss']}", images, entry["metrics"])
+            yield Row(f"{label}, {entry['loss']}", images, entry["metrics"], entry["passes"])
+
+    @staticmethod
+    def remarks(results: list[dict]) -> Iterator[str]:
+        for entry in (entry for entry in results if entry["requested"]):
+            for check in entry["checks"]:
+                label = f"{_label(entry['norm'], entry['eps'])}, {entry['loss']}"
+                yield f"{check['level']}: {label}: {check['text']}"
 
 
-def _attacks(cfg: CfgNode) -> Iterator[DetectorAttack]:
-    keys = cfg.TEST.ATTACK
+def measure_attack(
+    session: Session, images: DetectionTestSet, clean: Measured, attack: DetectorAttack
+) -> Measured:
+    """AP under an attack; ``images`` are read with the ground truth."""
+    ball = attack.pgd.threat_model
+    return session.measure(
+        f"attack-{_size(ball)}-{attack.name}",
+        images,
+        settings=attack.settings,
+        clean=clean,
+        perturb=attack,
+        change=f"attacked, {_label(ball.norm, ball.eps)}",
+    )
+
+
+def _outcome(measured: Measured) -> dict[str, Any]:
+    return {
+        "metrics": measured.metrics,
+        "matches": measured.matches,
+        "objective": measured.objective,
+    }
+
+
+def _what(entry: dict) -> dict:
+    """What was measured: an entry without its outcome."""
+    outcome = {"requested", "noise", "noise_matches", "metrics", "clean", "checks", "objective"}
+    return {key: value for key, value in entry.items() if key not in outcome}
+
+
+def _attacks(cfg: CfgNode, keys: CfgNode) -> Iterator[DetectorAttack]:
     if not keys.LOSSES:
         known = ", ".join(DETECTOR_ATTACKS)
         raise InputError(f"TEST.ATTACK.LOSSES is empty; it takes one or more of {known}")
+    if keys.START not in ("image", "random"):
+        raise InputError(f"TEST.ATTACK.START is {keys.START!r}; it takes 'image' or 'random'")
+    if keys.ADAPTIVE and keys.STEP_SIZE:
+        raise InputError("TEST.ATTACK: ADAPTIVE finds its step sizes itself: leave STEP_SIZE at 0")
+    if not keys.STEP_SIZE >= 0:
+        raise InputError(f"TEST.ATTACK.STEP_SIZE is {keys.STEP_SIZE}; it must be >= 0, in the units of eps")
     try:
         for norm, all_eps in (("l2", keys.L2_EPS), ("linf", keys.LINF_EPS)):
             for eps in unique(all_eps):
                 ball = ThreatModel(norm, eps)
-                pgd = PGD(ball, keys.STEPS, restarts=keys.RESTARTS, random_start=keys.RESTARTS > 1)
+                pgd = (APGD if keys.ADAPTIVE else PGD)(
+                    ball,
+                    keys.STEPS,
+                    keys.STEP_SIZE * keys.STEPS / ball.eps if keys.STEP_SIZE and ball.eps else 2.5,
+                    random_start=keys.START == "random" or keys.RESTARTS > 1,
+                    restarts=keys.RESTARTS,
+                    best=keys.BEST,
+                )
                 for name in unique(keys.LOSSES):
-                    attack = build_detector_attack(name, pgd, random_seed(cfg))
+                    attack = build_detector_attack(
+                        name,
+                        pgd,
+                        random_seed(cfg),
+                        targeted=keys.TARGETED,
+                        clip=keys.CLIP,
+                        padding=keys.PADDING,
+                    )
                     if attack.needs_masks and not cfg.MODEL.MASK_ON:
                         raise InputError(f"LOSSES has {name!r}, but MODEL.MASK_ON is False: drop it")
                     yield attack
@@ -135,10 +251,8 @@ def _attacks(cfg: CfgNode) -> Iterator[DetectorAttack]:
         raise InputError(f"TEST.ATTACK: {error}") from None
 
 
-def _what(entry: dict) -> dict:
-    """What was measured: an entry without its outcome."""
-    outcome = {"requested", "noise", "noise_matches", "metrics", "clean"}
-    return {key: value for key, value in entry.items() if key not in outcome}
+def _size(ball: ThreatModel) -> str:
+    return f"{ball.norm}-{ball.eps:g}"
 
 
 def _label(norm: str, eps: float) -> str:

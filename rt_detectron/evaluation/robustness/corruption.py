@@ -56,7 +56,8 @@ class CorruptionEvaluation(Evaluation):
         if not self.corruptions:
             return
         images = session.images(self.max_images).dicts
-        small = [each for each in images if min(each["width"], each["height"]) < SMALLEST_SIDE]
+        sized = [each for each in images if "width" in each and "height" in each]
+        small = [each for each in sized if min(each["width"], each["height"]) < SMALLEST_SIDE]
         if small:
             raise InputError(
                 f"{small[0]['file_name']}: {small[0]['width']} x {small[0]['height']} pixels are too few to "

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _TASKS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}
 
 
-def evaluate_robustness(cfg: CfgNode, model: nn.Module) -> dict:
+def evaluate_robustness(cfg: CfgNode, model: nn.Module, surrogate: nn.Module | None = None) -> dict:
     """Run the evaluations that ``cfg`` asks for and write ``OUTPUT_DIR/robustness.json``.
 
     Each number is measured once. What an earlier run in this folder has finished, of a detector with the same
@@ -38,6 +38,7 @@ def evaluate_robustness(cfg: CfgNode, model: nn.Module) -> dict:
     Args:
         cfg: read with :func:`rt_detectron.detection.load_detector_config`.
         model: the detector with its weights, on its device.
+        surrogate: another detector, to check whether attacks on it do more harm than those on ``model``.
 
     Returns:
         In the first process the content of the file, in the others {}.
@@ -48,7 +49,7 @@ def evaluate_robustness(cfg: CfgNode, model: nn.Module) -> dict:
     """
     evaluations = robustness_evaluations(cfg)
     with tempfile.TemporaryDirectory() as scratch:
-        session = Session(cfg, model, scratch)
+        session = Session(cfg, model, scratch, surrogate)
         for evaluation in evaluations:
             evaluation.check(session)
         results = {evaluation.name: evaluation.measure(session) for evaluation in evaluations}
@@ -86,7 +87,10 @@ def _earlier(path: str, session: Session) -> dict:
 
 
 def robustness_table(content: dict) -> str:
-    """The AP values in the content of robustness.json, as lines of text."""
+    """The AP values in the content of robustness.json, as lines of text, with the checks below them.
+
+    "passes" is what an attack on an image costs: forward and backward passes of the detector.
+    """
     rows = [
         row for name, evaluation in EVALUATIONS.items() if name in content
         for row in evaluation.rows(content[name])
@@ -94,7 +98,13 @@ def robustness_table(content: dict) -> str:
     tasks = unique(task for row in rows for task in row.metrics)
     # Attacks with several losses share their clean AP and their noise: show these once.
     lines = unique(_line(row, tasks) for row in rows)
-    return tabulate(lines, ["", "images", *(_TASKS.get(task, task) for task in tasks)], disable_numparse=True)
+    headers = ["", "images", *(_TASKS.get(task, task) for task in tasks), "passes"]
+    table = tabulate(lines, headers, disable_numparse=True)
+    remarks = [
+        line for name, evaluation in EVALUATIONS.items() if name in content
+        for line in evaluation.remarks(content[name])
+    ]  # fmt: skip
+    return "\n".join([table, *remarks])
 
 
 def keys_help() -> str:
@@ -105,4 +115,6 @@ def keys_help() -> str:
 
 def _line(row: Row, tasks: tuple[str, ...]) -> tuple:
     values = [row.metrics.get(task, {}).get("AP") for task in tasks]
-    return (row.label, row.images, *(f"{value:.2f}" if is_number(value) else "-" for value in values))
+    passes = f"{row.passes['forward']} + {row.passes['backward']}" if row.passes else ""
+    shown = (f"{value:.2f}" if is_number(value) else "-" for value in values)
+    return (row.label, row.images, *shown, passes)

@@ -14,11 +14,15 @@ EVALUATIONS: dict[str, type["Evaluation"]] = {}  # by name, in the order of robu
 
 
 class Row(NamedTuple):
-    """A row of the printed table: its label, the number of images, and metrics, of which AP is shown."""
+    """A row of the printed table: its label, the number of images, and metrics, of which AP is shown.
+
+    An attack's has its cost for an image, too: "forward" and "backward" passes of the detector.
+    """
 
     label: str
     images: int
     metrics: Metrics
+    passes: dict[str, int] | None = None
 
 
 class Evaluation(ABC):
@@ -72,6 +76,11 @@ class Evaluation(ABC):
             results: what :meth:`measure` returned.
         """
         return results
+
+    @staticmethod
+    def remarks(results: Any) -> Iterator[str]:
+        """Lines below the table, such as checks of the results; "error: ..." for one that says: no use."""
+        return iter(())
 
     @staticmethod
     @abstractmethod

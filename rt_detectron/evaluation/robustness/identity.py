@@ -42,14 +42,15 @@ def detector_identity(cfg: CfgNode, model: nn.Module, dicts: Sequence[dict]) -> 
     evaluating them.
     """
     return {
-        "weights_sha256": _weights_sha256(model),
+        "weights_sha256": weights_sha256(model),
         "data_sha256": _data_sha256(cfg.DATASETS.TEST[0], dicts),
         "config_sha256": _config_sha256(cfg),
         "rt_detectron": VERSION,
     }
 
 
-def _weights_sha256(model: nn.Module) -> str:
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of all tensors of a network, with their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

@@ -27,6 +27,7 @@ from detectron2.utils import comm
 from torch import distributed
 
 from rt_detectron.utils.files import text_sha256, write_json
+from rt_detectron.utils.numbers import finite
 
 _PATIENCE = timedelta(days=7)  # how long a process waits for another one
 # {"bbox": {"AP": 38.6, ...}, "segm": {...}}, in percent; NaN or None where undefined
@@ -40,12 +41,27 @@ class Measured:
     Attributes:
         metrics: task -> metric -> percent, None where undefined.
         matches: the path of its ``matches.npz``, relative to OUTPUT_DIR; None without one.
+        objective: of an attack what it raised, see :func:`summary`; None without one.
         seconds: how long it took, over all runs.
     """
 
     metrics: Metrics
     matches: str | None
     seconds: float
+    objective: dict[str, Any] | None = None
+
+
+def summary(pairs: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
+    """Means of an attack's objective before and after it, and of how many images it did not rise.
+
+    Images whose objective is 0 before and after have nothing to attack, and are left out.
+    """
+    counted = [pair for pair in pairs if any(pair)]
+    if not counted:
+        return None
+    before, after = (sum(values) / len(counted) for values in zip(*counted, strict=True))
+    not_risen = sum(not last > first for first, last in counted)
+    return finite({"before": before, "after": after, "images": len(counted), "not_risen": not_risen})
 
 
 def digest(value: Any) -> str:
@@ -99,16 +115,31 @@ class ImageByImage(DatasetEvaluator):
         self.folder = folder
         self.keeps = isinstance(evaluator, COCOEvaluator | LVISEvaluator)
         self._found: list[dict] = []
+        self._objectives: dict[Any, tuple[float, float]] = {}
         seconds = [0.0]
         if self.keeps and comm.is_main_process():
             os.makedirs(folder, exist_ok=True)
             files = [_read_lines(path) for path in _image_files(folder)]
             by_image = {line["image_id"]: line["prediction"] for lines in files for line in lines}
             self._found = list(by_image.values())
+            noted = (line for lines in files for line in lines if line.get("objective"))
+            self._objectives = {line["image_id"]: line["objective"] for line in noted}
             seconds += [sum(line["seconds"] for line in lines) for lines in files]
         found_ids = {prediction["image_id"] for prediction in self._found}
         self.done, self.seconds = from_main((found_ids, max(seconds)))
         self._last = time.perf_counter()
+
+    def note(self, inputs: Sequence[dict]) -> None:
+        """Keep the "objective" of an attack, before and after it, of the images that have one."""
+        attacked = [each for each in inputs if "objective" in each]
+        self._objectives.update(
+            {each.get("image_id", each["file_name"]): each["objective"] for each in attacked}
+        )
+
+    def objectives(self) -> list[tuple[float, float]]:
+        """In the first process those of all images, else []."""
+        wait_for_all()
+        return [pair for part in comm.gather(self._objectives) for pair in part.values()]
 
     def reset(self) -> None:
         self.evaluator.reset()
@@ -121,7 +152,12 @@ class ImageByImage(DatasetEvaluator):
         if not self.keeps or any("proposals" in output for output in outputs):  # which JSON does not know
             return
         lines = [
-            {"image_id": prediction["image_id"], "seconds": seconds / len(inputs), "prediction": prediction}
+            {
+                "image_id": prediction["image_id"],
+                "seconds": seconds / len(inputs),
+                "objective": self._objectives.get(prediction["image_id"]),
+                "prediction": prediction,
+            }
             for prediction in self.evaluator._predictions[-len(inputs) :]
         ]
         with open(os.path.join(self.folder, f"images-{comm.get_rank()}.jsonl"), "a") as file:

@@ -60,6 +60,8 @@ class BeforeAfter:
 
     def _save(self, given: dict, found: Instances) -> None:
         original = self.mapper(self.originals[given["image_id"]])
+        height, width = original["image"].shape[1:]
+        given = {**given, "image": given["image"][:, :height, :width]}  # without an attack's padding
         with torch.no_grad():
             found_before = self.model([original])[0]["instances"]
         views, captions = [], []

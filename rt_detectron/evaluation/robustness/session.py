@@ -13,21 +13,26 @@ from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.utils import comm
 from torch import nn
 
+from rt_detectron.attacks.detection import detect
 from rt_detectron.data import load_test_set
 from rt_detectron.evaluation.build import build_evaluator, inference_folder
+from rt_detectron.evaluation.coco import metrics_of
 from rt_detectron.evaluation.matching import read_matches, write_matches
-from rt_detectron.evaluation.robustness.identity import detector_identity
+from rt_detectron.evaluation.robustness.identity import detector_identity, weights_sha256
 from rt_detectron.evaluation.robustness.measurement import (
     ImageByImage,
     Measured,
+    Metrics,
     digest,
     from_main,
     read_result,
+    summary,
     wait_for_all,
     write_result,
 )
 from rt_detectron.evaluation.robustness.pictures import BeforeAfter
 from rt_detectron.evaluation.robustness.test_set import DetectionTestSet, Perturb, spread
+from rt_detectron.evaluation.robustness.worst import worst_case
 from rt_detectron.utils.files import write_json
 from rt_detectron.utils.modes import eval_mode
 from rt_detectron.utils.numbers import finite
@@ -55,6 +60,7 @@ class Session:
         model: the detector with its weights, on its device.
         scratch: a folder for the predictions on changed images. There are as many as there are settings, so
             only what was matched is kept of them.
+        surrogate: another detector, whose attacks are tried on this one.
 
     Attributes:
         test_set: the whole test set. Its predictions are kept in OUTPUT_DIR/robustness.
@@ -63,9 +69,10 @@ class Session:
         seconds: how long the measurements took, those of earlier runs included.
     """
 
-    def __init__(self, cfg: CfgNode, model: nn.Module, scratch: str):
+    def __init__(self, cfg: CfgNode, model: nn.Module, scratch: str, surrogate: nn.Module | None = None):
         self.cfg = cfg
         self.model = model
+        self.surrogate = surrogate
         own = robustness_config(cfg)
         self.folder = own.OUTPUT_DIR
         os.makedirs(self.folder, exist_ok=True)
@@ -83,6 +90,7 @@ class Session:
             self.test_set, evaluator=build_evaluator(cfg, self.dataset, scratch), folder=scratch
         )
         self.identity = from_main(detector_identity(cfg, model, dicts) if comm.is_main_process() else None)
+        self.surrogate_sha256 = surrogate and weights_sha256(surrogate)
         self.pictures: list[dict[str, str]] = []
         self._measured: dict[str, Measured] = {}
 
@@ -97,6 +105,14 @@ class Session:
             InputError: if the test set's evaluator cannot score a part of it.
         """
         return self._changed.spread(max_images)
+
+    def object_counts(self) -> tuple[int, ...]:
+        """The number of objects of each class in the test set, crowd regions left out."""
+        counts = [0] * len(MetadataCatalog.get(self.dataset).thing_classes)
+        for each in self.test_set.dicts:
+            for annotation in each.get("annotations", ()):
+                counts[annotation["category_id"]] += not annotation.get("iscrowd", 0)
+        return tuple(counts)
 
     def clean(self, images: DetectionTestSet) -> Measured:
         """AP on these images as they are."""
@@ -127,7 +143,7 @@ class Session:
         identity = {
             **self.identity,
             "name": name,
-            "images": digest([each["image_id"] for each in images.dicts]),
+            "images": digest([each.get("image_id", each["file_name"]) for each in images.dicts]),
             "settings": settings or {},
         }
         key = digest(identity)
@@ -138,10 +154,46 @@ class Session:
             )
             matches = os.path.join(folder, "matches.npz") if result["has_matches"] else None
             relative = matches and os.path.relpath(matches, self.cfg.OUTPUT_DIR)
-            self._measured[key] = Measured(result["metrics"], relative, result["seconds"])
+            self._measured[key] = Measured(
+                result["metrics"], relative, result["seconds"], result["objective"]
+            )
             if change:
                 self.pictures += self._pictures(folder, images, change, perturb, mapper or images.mapper)
         return self._measured[key]
+
+    def worst(self, name: str, images: DetectionTestSet, parts: list[Measured]) -> Measured:
+        """The worst case over measurements of the same images, see :func:`worst_case`.
+
+        Of evaluators that match nothing, it is the measurement with the least AP.
+        """
+        files = [part.matches for part in parts]
+        if None in files:
+            return min(parts, key=lambda part: [values.get("AP") or 0 for values in part.metrics.values()])
+        key = digest({**self.identity, "name": name, "parts": files})
+        folder = os.path.join(self.folder, "measured", f"{name}-{key}")
+        result = read_result(folder)
+        if result is None:
+            if comm.is_main_process():
+                os.makedirs(folder, exist_ok=True)
+                result = {"identity": {**self.identity, "parts": files}}
+                result["metrics"] = self._combine([str(file) for file in files], folder)
+                write_result(folder, result)
+            result = from_main(result)
+        matches = os.path.relpath(os.path.join(folder, "matches.npz"), self.cfg.OUTPUT_DIR)
+        return Measured(result["metrics"], matches, 0.0)
+
+    def _combine(self, files: list[str], folder: str) -> Metrics:
+        """Write the matches of the worst case, and give its metrics."""
+        read = [read_matches(os.path.join(self.cfg.OUTPUT_DIR, file)) for file in files]
+        common = read[0][1]
+        worst = worst_case(
+            [matches for matches, _ in read], len(common["image_ids"]), len(common["category_ids"])
+        )
+        write_matches(os.path.join(folder, "matches.npz"), worst, **common)
+        classes = MetadataCatalog.get(self.dataset).thing_classes
+        return finite(
+            {task: metrics_of(found, common["iou_thrs"], task, classes) for task, found in worst.items()}
+        )
 
     def _evaluate(
         self,
@@ -160,6 +212,7 @@ class Session:
             self.model, name, clean=clean.metrics if clean else None, kept=kept, **changes
         )
         metrics = finite(found)
+        objectives = kept.objectives()
         result = None
         if comm.is_main_process():
             for task, values in metrics.items():
@@ -168,6 +221,7 @@ class Session:
             result = {
                 "identity": identity,
                 "metrics": metrics,
+                "objective": summary(objectives),
                 "has_matches": self._keep_matches(images, folder, clean),
                 "seconds": round(kept.seconds, 3),
             }
@@ -219,7 +273,7 @@ class Session:
                 for each in shown[comm.get_rank() :: comm.get_world_size()]:
                     inputs = [mapper(each)]
                     inputs = inputs if perturb is None else perturb(self.model, inputs)
-                    pictures(inputs, self.model(inputs))
+                    pictures(inputs, detect(self.model, inputs))
             found = {"count": count, "pictures": self._saved(pictures)}
             if comm.is_main_process():
                 write_json(path, found)

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
 
+from rt_detectron.attacks.detection import detect as detect_on
 from rt_detectron.data import CheckedMapper
 from rt_detectron.evaluation.robustness.measurement import ImageByImage, Metrics
 from rt_detectron.utils.errors import InputError
@@ -96,11 +97,17 @@ class DetectionTestSet:
         """
         evaluator = kept or self.evaluator
         done = kept.done if kept else ()
-        loader = self._loader([each for each in self.dicts if each["image_id"] not in done], mapper)
+        loader = self._loader(
+            [each for each in self.dicts if not done or each["image_id"] not in done], mapper
+        )
         bar = tqdm(loader, label, unit="image", leave=False, disable=None if comm.is_main_process() else True)
 
         def detect(inputs: list[dict]) -> list[dict]:
-            return model(inputs if perturb is None else perturb(model, inputs))
+            if perturb is not None:
+                inputs = perturb(model, inputs)
+            if kept is not None:
+                kept.note(inputs)
+            return detect_on(model, inputs)
 
         if not self.whole:
             evaluator = _OfImages(evaluator, [image["image_id"] for image in self.dicts])

@@ -1,0 +1,116 @@
+"""Checks against gradient masking: signs that an attack is weaker than it claims.
+
+A gradient that leads nowhere makes a detector look robust (Athalye et al. 2018, "Obfuscated Gradients Give a
+False Sense of Security", https://arxiv.org/abs/1802.00420, section 3.1; Carlini et al. 2019, "On Evaluating
+Adversarial Robustness", https://arxiv.org/abs/1902.06705). Each check is one line of text with a level: "ok",
+"warning" or "error". An error says that AP under this attack says nothing about the detector's robustness.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from rt_detectron.attacks import DetectorAttack, LossAttack
+from rt_detectron.attacks.random_search import RandomSearch
+from rt_detectron.evaluation.robustness.measurement import Measured
+from rt_detectron.evaluation.robustness.session import Session
+from rt_detectron.evaluation.robustness.test_set import DetectionTestSet
+from rt_detectron.utils.numbers import is_number
+
+Check = dict[str, Any]  # "check": its name; "level"; "text"
+
+_STUCK = 0.1  # more images than this share whose objective did not rise are an error
+_TOLERANCE = 0.1  # AP that another attack may leave less than the one that is checked, on all images
+_TOLERANCE_ON_SOME = 2.0  # the same on the few images of the costly checks
+_NEAR_0 = 0.1  # of the clean AP: what a huge eps may leave
+_HUGE = {"linf": 64.0, "l2": 32.0}  # an eps that any detector breaks at
+
+
+def of_one(measured: Measured, noise: Measured | None, alone: bool) -> list[Check]:
+    """The checks that cost nothing.
+
+    Args:
+        measured: AP under the attack.
+        noise: under random noise of the same size.
+        alone: whether this is the number to report. One of several attacks may be weak, such as that on the
+            regression: that is a warning.
+    """
+    checks = []
+    if measured.objective:
+        before, after, images, stuck = (
+            measured.objective[key] for key in ("before", "after", "images", "not_risen")
+        )
+        level = "ok" if stuck <= _STUCK * images else "error" if alone else "warning"
+        text = f"objective {_text(before)} -> {_text(after)}; it did not rise in {stuck} of {images} images"
+        checks.append({"check": "objective", "level": level, "text": text})
+    if noise is not None:
+        checks.append(_weaker("noise", "random noise of the same size", measured, noise, _TOLERANCE, alone))
+    return checks
+
+
+def of_some_images(
+    session: Session, images: DetectionTestSet, attack: DetectorAttack, queries: int
+) -> list[Check]:
+    """The checks that cost passes, on a few images: a huge eps, random search, and a transferred attack."""
+    ball, count = attack.pgd.threat_model, len(images.dicts)
+    clean = session.clean(replace(images, mapper=session.test_set.mapper))
+    name, settings = f"{ball.norm}-{ball.eps:g}-{attack.name}", attack.settings
+    huge = replace(ball, eps=max(_HUGE[ball.norm], 8 * ball.eps))
+    pgd = replace(attack.pgd, threat_model=huge, relative_step_size=2.5)
+    left = session.measure(
+        f"huge-{name}",
+        images,
+        settings={**settings, "huge_eps": huge.eps},
+        clean=clean,
+        perturb=replace(attack, pgd=pgd),
+    )
+    ap, clean_ap = first_ap(left), first_ap(clean)
+    broken = ap is not None and clean_ap is not None and ap <= max(1.0, _NEAR_0 * clean_ap)
+    text = f"AP {_text(ap)} at a huge eps of {huge.eps:g} ({_text(clean_ap)} clean, {count} images)"
+    checks = [{"check": "huge eps", "level": "ok" if broken else "error", "text": text}]
+    if not (queries and isinstance(attack, LossAttack)) and session.surrogate is None:
+        return checks
+    measured = session.measure(f"attack-{name}", images, settings=settings, clean=clean, perturb=attack)
+    if queries and isinstance(attack, LossAttack):
+        found = session.measure(
+            f"search-{name}",
+            images,
+            settings={**settings, "queries": queries},
+            clean=clean,
+            perturb=RandomSearch(attack, queries),
+        )
+        what = f"a random search of {queries} queries ({count} images)"
+        checks.append(_weaker("random search", what, measured, found, _TOLERANCE_ON_SOME, True))
+    if session.surrogate is not None:
+        surrogate = session.surrogate
+        found = session.measure(
+            f"transfer-{name}",
+            images,
+            settings={**settings, "surrogate_sha256": session.surrogate_sha256},
+            clean=clean,
+            perturb=lambda _, inputs: attack(surrogate, inputs),
+        )
+        what = f"the same attack on the surrogate ({count} images)"
+        checks.append(_weaker("transfer", what, measured, found, _TOLERANCE_ON_SOME, True))
+    return checks
+
+
+def first_ap(measured: Measured) -> float | None:
+    """AP of the first task: boxes, if there are any; None if undefined."""
+    for task in sorted(measured.metrics):
+        value = measured.metrics[task].get("AP")
+        return value if is_number(value) else None
+    return None
+
+
+def _weaker(
+    check: str, what: str, attacked: Measured, other: Measured, tolerance: float, alone: bool
+) -> Check:
+    """That the attack leaves no more AP than something which does not know the gradient."""
+    ap, others = first_ap(attacked), first_ap(other)
+    ok = ap is None or others is None or ap <= others + tolerance
+    text = f"AP {_text(ap)} under attack, {_text(others)} under {what}"
+    return {"check": check, "level": "ok" if ok else "error" if alone else "warning", "text": text}
+
+
+def _text(value: float | None) -> str:
+    return f"{value:.4g}" if is_number(value) else "undefined"

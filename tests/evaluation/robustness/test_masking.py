@@ -1,0 +1,70 @@
+"""Checks against gradient masking catch a detector that hides its gradient, and pass one that does not."""
+
+import pytest
+import torch
+
+from rt_detectron.evaluation.robustness import evaluate_robustness, robustness_table
+from rt_detectron.evaluation.robustness.masking import of_one
+from rt_detectron.evaluation.robustness.measurement import Measured
+
+
+@pytest.fixture
+def cfg(learned, tmp_path):
+    cfg = learned[0].clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    cfg.TEST.ATTACK.LINF_EPS = (24,)
+    cfg.TEST.ATTACK.LOSSES = ("A_cls",)
+    cfg.TEST.ATTACK.STEPS = 5
+    cfg.TEST.ATTACK.MAX_IMAGES = cfg.TEST.ATTACK.CHECK_IMAGES = 3
+    cfg.TEST.ATTACK.QUERIES = 15
+    return cfg
+
+
+def checks(content):
+    (entry,) = content["attack"]
+    return {check["check"]: check["level"] for check in entry["checks"]}
+
+
+def test_a_plain_detector_passes_with_a_surrogate(learned, cfg):
+    content = evaluate_robustness(cfg, learned[1], surrogate=learned[1])
+    names = ["objective", "noise", "huge eps", "random search", "transfer"]
+    assert checks(content) == dict.fromkeys(names, "ok")
+    lines = robustness_table(content).splitlines()[-5:]
+    assert lines[0].startswith("ok: Linf eps 24, A_cls: objective ")
+    assert lines[2].startswith("ok: Linf eps 24, A_cls: AP 0 at a huge eps of 192 (")
+
+
+def test_an_input_quantiser_is_caught(learned, cfg, monkeypatch):
+    """Its gradient is zero: the attack does not move the image, and AP under attack is clean AP."""
+    _, model = learned
+    plain = model.preprocess_image
+
+    def quantised(inputs):
+        return plain([{**each, "image": (each["image"].float() / 16).round() * 16} for each in inputs])
+
+    monkeypatch.setattr(model, "preprocess_image", quantised, raising=False)
+    content = evaluate_robustness(cfg, model, surrogate=None)
+    (entry,) = content["attack"]
+    assert entry["metrics"] == entry["clean"]
+    found = checks(content)
+    assert found["objective"] == found["huge eps"] == found["noise"] == "error"
+    assert "it did not rise in 3 of 3 images" in robustness_table(content)
+    assert "preprocess_image" in vars(model)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("ap", "noise", "alone", "level"),
+    [
+        (9.0, 20.0, True, "ok"),
+        (20.05, 20.0, True, "ok"),
+        (21.0, 20.0, True, "error"),
+        (21.0, 20.0, False, "warning"),
+    ],
+)
+def test_an_attack_weaker_than_noise(ap, noise, alone, level):
+    attacked, noisy = (Measured({"bbox": {"AP": value}}, None, 0.0) for value in (ap, noise))
+    (check,) = of_one(attacked, noisy, alone)
+    assert check["level"] == level
+    assert f"AP {ap:.4g} under attack, 20 under random noise of the same size" in check["text"]

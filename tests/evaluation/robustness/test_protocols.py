@@ -1,0 +1,80 @@
+import pytest
+from detectron2.config import get_cfg
+
+from rt_detectron.attacks import APGD, ThreatModel
+from rt_detectron.config import add_robust_config
+from rt_detectron.evaluation.robustness import robustness_evaluations
+from rt_detectron.utils.errors import InputError
+
+
+def attacks(*opts):
+    cfg = get_cfg()
+    add_robust_config(cfg)
+    cfg.DATASETS.TEST = ("coco_2017_val",)
+    cfg.merge_from_list([*opts])
+    return {each.name: each for each in robustness_evaluations(cfg)}["attack"].attacks
+
+
+def test_oddefense_as_published():
+    """Li et al., TIFS 2025: PGD-10, Linf 4/255, steps of 1/255, from the image, padding included."""
+    found = attacks("TEST.ATTACK.PROTOCOL", "oddefense")
+    assert [attack.name for attack in found] == ["A_cls", "A_reg", "A_cwa"]
+    for attack in found:
+        assert attack.pgd.threat_model == ThreatModel("linf", 4)
+        assert attack.pgd.step_size == pytest.approx(1 / 255)
+        assert (attack.pgd.steps, attack.pgd.random_start, attack.pgd.restarts) == (10, False, 1)
+        assert (attack.clip, attack.padding, attack.targeted) == (6, True, False)
+
+
+def test_ares_as_published():
+    """ARES 2.0: PGD-20, Linf 2/255, steps of 1/255, from a random point, all losses but the regression."""
+    (attack,) = attacks("TEST.ATTACK.PROTOCOL", "ares")
+    assert attack.pgd.threat_model == ThreatModel("linf", 2)
+    assert attack.pgd.step_size == pytest.approx(1 / 255)
+    assert (attack.pgd.steps, attack.pgd.random_start) == (20, True)
+    losses = {"loss_cls": 1.0, "loss_box_reg": 10.0, "loss_rpn_cls": 2.0, "loss_rpn_loc": 6.0}
+    assert attack.objective(losses) == 3
+
+
+def test_our_own_keys():
+    keys = {"STEPS": 8, "STEP_SIZE": 0.5, "START": "random", "BEST": True, "TARGETED": True, "CLIP": 3.0}
+    opts = [str(part) for key, value in keys.items() for part in (f"TEST.ATTACK.{key}", value)]
+    (attack,) = attacks("TEST.ATTACK.L2_EPS", "(2,)", "TEST.ATTACK.LOSSES", "('A_cls',)", *opts)
+    assert attack.pgd.step_size == pytest.approx(0.5)
+    assert attack.settings == {
+        "norm": "l2", "eps": 2, "loss": "A_cls", "steps": 8, "adaptive": False, "step_size": 0.5,
+        "start": "random",
+        "restarts": 1, "best": True, "targeted": True, "clip": 3.0, "padding": False, "seed": 0,
+    }  # fmt: skip
+    (adaptive,) = attacks("TEST.ATTACK.LINF_EPS", "(4,)", "TEST.ATTACK.ADAPTIVE", True)
+    assert isinstance(adaptive.pgd, APGD)
+    assert (adaptive.settings["adaptive"], adaptive.settings["step_size"]) == (True, None)
+    (default,) = attacks("TEST.ATTACK.LINF_EPS", "(4,)")
+    assert default.settings["step_size"] == 1  # 2.5 eps / steps
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (["PROTOCOL", "odefense"], "PROTOCOL is 'odefense'; it takes one of ours, .* did you mean oddefense"),
+        (["PROTOCOL", "ares", "STEPS", 50], "STEPS is 50, and PROTOCOL ares sets it to 20: leave it out"),
+        (
+            ["PROTOCOL", "oddefense", "LINF_EPS", "(8,)"],
+            r"LINF_EPS is \(8,\), and PROTOCOL oddefense sets it",
+        ),
+        (["LINF_EPS", "(4,)", "START", "noise"], "START is 'noise'; it takes 'image' or 'random'"),
+        (["LINF_EPS", "(4,)", "STEP_SIZE", -1.0], "STEP_SIZE is -1"),
+        (["LINF_EPS", "(4,)", "STEP_SIZE", 1.0, "ADAPTIVE", True], "leave STEP_SIZE at 0"),
+        (["LINF_EPS", "(4,)", "TARGETED", True], "'all' has no target"),
+        (["LINF_EPS", "(4,)", "CHECK_IMAGES", -1], "TEST.ATTACK.CHECK_IMAGES is -1"),
+    ],
+)
+def test_mistakes_are_one_line(opts, words):
+    with pytest.raises(InputError, match=words) as error:
+        attacks(*(f"TEST.ATTACK.{each}" if i % 2 == 0 else each for i, each in enumerate(opts)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_protocols_own_values_may_be_given():
+    given = ["TEST.ATTACK.LINF_EPS", "[2]", "TEST.ATTACK.STEPS", 20]
+    assert attacks("TEST.ATTACK.PROTOCOL", "ares", *given) == attacks("TEST.ATTACK.PROTOCOL", "ares")
