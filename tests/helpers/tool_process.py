@@ -98,13 +98,20 @@ def launch_two(function: Callable, arguments: tuple, dist_url: str) -> None:
 
 
 def _called(environment: dict[str, str], function: Callable, arguments: tuple) -> None:
+    _as_started_alone()
     os.environ.update(environment)
     function(*arguments)
+
+
+def _as_started_alone() -> None:
+    """Loaders start their workers by default, as from a shell; a server of their own would outlive a kill."""
+    multiprocessing.set_start_method(None, force=True)
 
 
 def _run(command: list[str], cwd: str, environment: dict[str, str], prepare: Callable | None) -> None:
     import torch
 
+    _as_started_alone()
     os.chdir(cwd)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
