@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
 from rt_detectron.data.unreadable import UnreadableImages
 from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import printable
 from rt_detectron.utils.pictures import to_rgb
 
 
@@ -70,7 +71,7 @@ class FolderDataset(Dataset):
                 f"{root}: has {len(folder.classes)} class folders, but num_classes is {num_classes}"
             )
         self.root = root
-        self.classes = folder.classes
+        self.classes = [printable(name) for name in folder.classes]
         self.images = folder.samples
         self.transform = transform or unchanged
         self.unreadable = UnreadableImages(on_corrupt)
@@ -90,7 +91,7 @@ class FolderDataset(Dataset):
             except (OSError, SyntaxError) as error:
                 self.unreadable.report(path, error)
                 continue
-            return self.transform(image), label, os.path.relpath(path, self.root)
+            return self.transform(image), label, printable(os.path.relpath(path, self.root))
         raise InputError(f"none of the {len(self)} images can be read")
 
 

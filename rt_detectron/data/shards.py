@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 import torch
 from detectron2.utils import comm
 from torch.utils.data import IterableDataset, get_worker_info
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from rt_detectron.data.images import decode, unchanged
 from rt_detectron.data.unreadable import UnreadableImages
 from rt_detectron.utils.errors import InputError, optional_import
+from rt_detectron.utils.files import printable
 
 
 class ShardDataset(IterableDataset):
-    """WebDataset shards: tar files with ``KEY.jpg`` (or .jpeg, .png) and ``KEY.cls``, the class index.
+    """WebDataset shards: tar files with ``KEY.jpg`` (or .png, .webp ...) and ``KEY.cls``, the class index.
 
     Iterating over it gives every sample once, in order. Each process reads all shards, dealt to its loader
     workers, and decodes its share of the samples. For training, :class:`TrainLoader` shuffles.
@@ -89,8 +91,11 @@ class ShardDataset(IterableDataset):
                         yield sample
                 if not count:
                     raise EOFError("no samples, KEY.jpg with KEY.cls, inside")
-            except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError) as error:
+            except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
                 self.unreadable.report(url, error)
+            except ValueError as error:  # WebDataset's, whose message is the first of several parts
+                parts = error.args[0] if error.args and isinstance(error.args[0], tuple) else error.args
+                self.unreadable.report(url, ValueError(*parts[:1]))
 
     def decode(self, sample: dict) -> tuple[torch.Tensor, int, str] | None:
         """Image, class and key ("SHARD: KEY") of a sample; None if it cannot be decoded and is skipped."""
@@ -108,10 +113,14 @@ class ShardDataset(IterableDataset):
         Raises:
             InputError: if one of them is missing or the class is out of range.
         """
-        name = f"{sample['__url__']}: {sample['__key__']}"
-        encoded = next((sample[ending] for ending in ("jpg", "jpeg", "png") if ending in sample), None)
+        name = printable(f"{sample['__url__']}: {sample['__key__']}")
+        encoded = next((sample[ending[1:]] for ending in IMG_EXTENSIONS if ending[1:] in sample), None)
         if encoded is None or "cls" not in sample:
-            raise InputError(f"{name} lacks an image (.jpg, .jpeg, .png) or its .cls")
+            found = printable(", ".join(f".{ending}" for ending in sample if not ending.startswith("__")))
+            raise InputError(
+                f"{name} lacks an image or its .cls, and has {found}: KEY.jpg (or .png, .webp ...) and "
+                "KEY.cls must lie side by side, with no dot in KEY"
+            )
         label = _class(sample)
         if self.classes is not None and isinstance(label, int):
             label = self.classes.index(label)

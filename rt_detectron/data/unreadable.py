@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 
 from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.files import printable
 from rt_detectron.utils.pictures import DepthError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class UnreadableImages:
 
     def report(self, name: str, error: Exception) -> None:
         """Count an image as skipped, or raise an InputError. Images of another depth are never skipped."""
+        name = printable(name)
         if isinstance(error, DepthError):  # nothing is wrong with it, and others will be like it
             raise InputError(f"{name}: {error}") from None
         if self.policy == "stop":

@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import resize
 from rt_detectron.data.images import decode
 from rt_detectron.transfer.sets import TRANSFER_SETS, Listing
 from rt_detectron.utils.errors import InputError, did_you_mean, one_line
-from rt_detectron.utils.files import locked
+from rt_detectron.utils.files import locked, printable
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +88,8 @@ class ClassificationDataset(Dataset):
                 digest.update(image if isinstance(image, bytes) else image.tobytes())
             else:
                 found = os.stat(image)
-                digest.update(f"{os.path.abspath(image)} {found.st_size} {found.st_mtime_ns}".encode())
-            digest.update(f"{label} {key}".encode(errors="surrogateescape"))
+                digest.update(os.fsencode(f"{os.path.abspath(image)} {found.st_size} {found.st_mtime_ns}"))
+            digest.update(f"{label} {key}".encode())
         return digest.hexdigest()
 
     def _decode(self, index: int) -> torch.Tensor:
@@ -197,11 +197,11 @@ def _read(name: str, split: str, root: str, download: bool) -> tuple[list[_Sampl
             "%s in %s has %d images for %s, where the literature has %d: the accuracies are not comparable",
             name, root, len(samples), split, published,
         )  # fmt: skip
-    return samples, list(listings[0].classes)
+    return samples, [printable(name) for name in listings[0].classes]
 
 
 def _samples(listing: Listing, root: str) -> list[_Sample]:
-    keys = listing.keys or [os.path.relpath(str(path), root) for path in listing.images]
+    keys = listing.keys or [printable(os.path.relpath(str(path), root)) for path in listing.images]
     labels = map(int, listing.labels)
     return [_Sample(*sample) for sample in zip(listing.images, labels, keys, strict=True)]
 

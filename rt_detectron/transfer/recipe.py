@@ -4,7 +4,7 @@ from rt_detectron.engine.lazy_config import read_lazy_config
 from rt_detectron.pretrain.recipe import check_train, check_values
 from rt_detectron.utils.errors import InputError
 
-METHODS = ("fixed_feature", "full_network")
+METHODS = ("fixed_feature", "last_layer", "full_network")
 SOLVERS = ("sgd", "logistic_regression")
 KEYS = ("transfer", "dataset", "dataloader", "optimizer", "lr_multiplier", "train")
 SHORT = ("weights", "arch")  # on the command line without "transfer."
@@ -42,7 +42,13 @@ def load_transfer_config(path: str, overrides: list[str]):
         "held_out": flag,
     }
     check_values(cfg.dataset, "dataset", dataset_rules)
-    if cfg.transfer.method == "fixed_feature":
+    is_cached = cfg.transfer.method == "fixed_feature"
+    if ("features" in cfg) != is_cached:
+        config = "fixed_feature" if is_cached else "full_network"
+        raise InputError(
+            f"transfer.method={cfg.transfer.method} needs --config-file configs/transfer/{config}.py"
+        )
+    if is_cached:
         feature_rules = {"batch_size": count, "flip": flag, "amp": _one_of("fp16", None)}
         check_values(cfg.features, "features", feature_rules)
         inverse = (lambda x: x and all(map(_is_positive, x)), "a list of numbers > 0")

@@ -89,8 +89,8 @@ def do_transfer(cfg, resume: bool = False) -> None:
         path = _write_results(cfg, classifier.metadata, test, results, iterations, start, more)
         logger.info("Wrote %s", path)
 
-    transfer = {"fixed_feature": fixed_feature, "full_network": full_network}[cfg.transfer.method]
-    transfer(cfg, classifier, train, test, finish, resume)
+    methods = {"fixed_feature": fixed_feature, "last_layer": last_layer, "full_network": full_network}
+    methods[cfg.transfer.method](cfg, classifier, train, test, finish, resume)
 
 
 def build_datasets(cfg) -> tuple[ClassificationDataset, ClassificationDataset]:
@@ -133,6 +133,17 @@ def full_network(cfg, classifier: Classifier, train, test, finish: Finish, resum
         ),
         resume=resume,
     )
+
+
+def last_layer(cfg, classifier: Classifier, train, test, finish: Finish, resume: bool = False) -> None:
+    """Train only the last layer of ``classifier``, as the code of Salman et al. 2020 does it.
+
+    Each epoch passes over the augmented images, with batch norm in train mode: features depend on the batch,
+    and the running statistics become those of this data set.
+    """
+    classifier.network.requires_grad_(False)
+    classifier.network.get_submodule(classifier.last_linear).requires_grad_(True)
+    full_network(cfg, classifier, train, test, finish, resume)
 
 
 def fixed_feature(cfg, classifier: Classifier, train, test, finish: Finish, resume: bool = False) -> None:

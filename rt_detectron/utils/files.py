@@ -102,6 +102,11 @@ def find_config(path: str) -> str:
     return str(own)
 
 
+def printable(name: str) -> str:
+    """A file's name as text that can be written anywhere: bytes that are no UTF-8 become \\xNN."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def file_sha256(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes, in hexadecimal; the file is read in pieces."""
     digest = hashlib.sha256()

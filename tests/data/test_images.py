@@ -105,6 +105,17 @@ class TestFolderDataset:
         with pytest.raises(InputError, match="none of the 6 images can be read"):
             FolderDataset(str(folder), 2, as_is, on_corrupt="skip")[0]
 
+    def test_names_that_are_no_utf8_can_be_written_anywhere(self, tmp_path):
+        path = tmp_path / "caf\udce9" / "\udcff.jpg"
+        path.parent.mkdir()
+        path.write_bytes(jpeg(50))
+        dataset = FolderDataset(str(tmp_path), 1, as_is)
+        assert dataset.classes == ["caf\\xe9"]
+        assert dataset[0][1:] == (0, "caf\\xe9/\\xff.jpg")
+        path.write_bytes(b"no image")
+        with pytest.raises(InputError, match=r"caf\\xe9/\\xff.jpg: cannot be read"):
+            dataset[0]
+
     def test_train_and_test_folders_must_agree(self, folder, tmp_path_factory):
         other = tmp_path_factory.mktemp("other")
         for name in ("cat", "dig"):

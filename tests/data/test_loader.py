@@ -8,7 +8,8 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from small_images import as_is, jpeg
+from PIL import Image
+from small_images import as_is, encoded, jpeg
 from torch.utils.data import Subset
 from torchvision.transforms import v2 as T
 
@@ -140,8 +141,14 @@ class TestShardDataset:
         [
             ([("a", jpeg(1), "10")], r"a has the class '10'; num_classes=10 allows 0..9"),
             ([("a", jpeg(1), "cat")], r"class 'cat'"),
-            ([("a", jpeg(1), None)], r"lacks an image .* or its .cls"),
-            ([("a", None, "1")], r"lacks an image"),
+            ([("a", jpeg(1), None)], r"a lacks an image or its .cls, and has .jpg: KEY.jpg"),
+            ([("a", None, "1")], r"a lacks an image or its .cls, and has .cls"),
+            ([("photo.v1", jpeg(1), "1")], r"photo lacks .* has .v1.jpg, .v1.cls: .* with no dot in KEY"),
+            ([("a", jpeg(1), None), ("b", jpeg(1), "1"), ("a", None, "1")], "a lacks .* side by side"),
+            (
+                [("a", jpeg(1), None), ("a", jpeg(1), "1")],
+                r"x.tar: cannot be read \([^(]*duplicate file",
+            ),
             ([], "no samples, KEY.jpg with KEY.cls"),
         ],
     )
@@ -150,6 +157,24 @@ class TestShardDataset:
         with pytest.raises(InputError, match=words) as error:
             list(shard_dataset(tmp_path / "x.tar"))
         assert "\n" not in str(error.value)
+
+    def test_odd_members_are_passed_over_and_odd_names_read(self, tmp_path):
+        """Hidden files of macOS, endings in capitals, other formats, names that are no UTF-8."""
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            webp = encoded(Image.new("RGB", (8, 8), (70, 70, 70)), "WEBP", lossless=True)
+            for name, content in {
+                "._a.jpg": b"junk",
+                "a.JPG": jpeg(50),
+                "a.CLS": b"1\n",
+                "a.json": b"{}",
+                "caf\udce9.webp": webp,
+                "caf\udce9.cls": b"2",
+            }.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        found = [(*greys([image]), label, key) for image, label, key in shard_dataset(tmp_path / "x.tar")]
+        assert found == [(50, 1, f"{tmp_path}/x.tar: a"), (70, 2, f"{tmp_path}/x.tar: caf\\xe9")]
 
     def test_missing_shards(self, tmp_path):
         with pytest.raises(InputError, match="no such shard"):

@@ -45,6 +45,12 @@ def test_sizes_follow_from_two_keys():
         ("full_network", "dataset.nam=pets", "unknown configuration key 'dataset.nam'"),
         ("full_network", "head.solver=sgd", "unknown configuration key 'head.solver'"),
         ("full_network", "transfer.method=half", "transfer.method is 'half'; it must be fixed_feature or"),
+        (
+            "full_network",
+            "transfer.method=fixed_feature",
+            "needs --config-file configs/transfer/fixed",
+        ),
+        ("fixed_feature", "transfer.method=last_layer", "needs --config-file configs/transfer/full_network"),
         ("fixed_feature", "head.solver=svm", "head.solver is 'svm'; it must be sgd or logistic_regression"),
         ("fixed_feature", "head.C=[1,0]", "it must be a list of numbers > 0"),
         ("fixed_feature", "features.amp=bf16", "features.amp is 'bf16'; it must be fp16 or null"),

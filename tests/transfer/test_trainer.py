@@ -73,6 +73,33 @@ def test_a_fixed_network_stays_as_it_is_and_a_full_one_does_not(make_cfg, classi
         shutil.rmtree(cfg.train.output_dir)
 
 
+def test_the_last_layer_alone_trains_with_batch_norm_in_train_mode(make_cfg, classifier_file):
+    before = torch.load(classifier_file, weights_only=True)
+    cfg = make_cfg("full_network", "transfer.method=last_layer", "optimizer.lr=0.1", "train.export=true")
+    do_transfer(cfg)
+    after = torch.load(f"{cfg.train.output_dir}/classifier.pth", weights_only=True)["model"]
+    moved = {name for name in after if after[name].shape != before[name].shape}
+    moved |= {name for name in after if name not in moved and not torch.equal(after[name], before[name])}
+    statistics = {name for name in after if "running_" in name or name.endswith("num_batches_tracked")}
+    assert moved == {"fc.weight", "fc.bias"} | statistics
+    with open(f"{cfg.train.output_dir}/metrics.json") as file:
+        losses = [line["total_loss"] for line in map(json.loads, file) if "total_loss" in line]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    assert predict(cfg) == results(cfg, "predictions.json")["predicted"]
+
+
+def test_names_that_are_no_utf8_do_no_harm(make_cfg, digit_folders, tmp_path):
+    root = tmp_path / "caf\udce9"
+    shutil.copytree(digit_folders, root)
+    for split in ("train", "val"):
+        (root / split / "0").rename(root / split / "\udcff")
+    cfg = make_cfg("fixed_feature", "train.epochs=1")
+    cfg.dataset.root = str(root)
+    do_transfer(cfg)
+    assert results(cfg)["metrics"]["accuracy"]["accuracy-\\xff"] is not None
+    assert "val/\\xff/" in results(cfg, "predictions.json")["keys"][-1]
+
+
 def test_a_grid_costs_one_pass(make_cfg, no_forward_pass):
     do_transfer(make_cfg("fixed_feature", "train.epochs=1"))
     no_forward_pass()

@@ -11,7 +11,7 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torchvision.transforms import v2 as T
 
 transfer = dict(
-    method="full_network",  # or "fixed_feature": only the last linear layer trains
+    method="full_network",  # "last_layer": only that trains; "fixed_feature": so it does, on cached features
     weights="",  # a name of the zoo, a classifier's file, or a backbone.pkl; on the command line weights=
     arch=None,  # the network, where its file cannot tell: timm/NAME; on the command line arch=
 )
