@@ -1,11 +1,13 @@
 """The tool as a user runs it."""
 
 import json
+import random
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from tool_process import run_tool
+from tool_process import ToolProcess, run_tool
 
 REPOSITORY = Path(__file__).parents[2]
 TOOL = str(REPOSITORY / "tools" / "evaluate_classifier.py")
@@ -33,6 +35,42 @@ def test_two_processes_evaluate_what_one_does(
     assert found[0] == found[1]
     assert found[0]["accuracy"]["pgd2"]["images"] == 10
     assert found[0]["classes"]["3"] == "3"
+
+
+def killed_at_random_moments(folder, start, kills: int, seed: int) -> None:
+    """``start(output folder)`` evaluates; killed so often, it finds what it finds when it is not."""
+    start(folder / "whole").wait(300)
+    generator = random.Random(seed)
+    found = folder / "out" / "measurements-0.jsonl"
+    for _ in range(kills):
+        seen = found.stat().st_size if found.exists() else 0
+        process = start(folder / "out")
+        while not found.exists() or found.stat().st_size == seen:
+            assert process.poll() is None, process.stderr
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 0.05))
+        assert process.poll() is None, "it ended before it could be killed"
+        process.kill()
+        process.wait()
+    assert start(folder / "out").wait(300) == 0
+    for name in ("evaluation.json", "evaluation.md"):
+        assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("kills", "batch_size"), [(1, 20), pytest.param(20, 1, marks=pytest.mark.slow)])
+def test_a_killed_evaluation_goes_on_bit_by_bit(
+    digit_folders, random_classifier, tmp_path, tool_server, kills, batch_size
+):
+    torch.save(random_classifier("resnet18", 2).state_dict(), tmp_path / "weights.pth")
+    arguments = ["--config-file", CONFIG, "--weights", tmp_path / "weights.pth", "--attacks", "pgd2x2,pgd5"]
+    overrides = ["model.classifier.num_classes=2", f"dataloader.test.dataset.root={digit_folders}/val"]
+    overrides += ["dataloader.test.dataset.transform.transforms.0.size=16", "dataloader.test.num_workers=0"]
+    overrides.append(f"dataloader.test.batch_size={batch_size}")
+
+    def start(output: Path) -> ToolProcess:
+        return ToolProcess([TOOL, *arguments, "--output", output, *overrides], tmp_path)
+
+    killed_at_random_moments(tmp_path, start, kills, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -308,8 +308,8 @@ def test_a_killed_training_goes_on_bit_by_bit(trained, start, tmp_path):
 
 
 @pytest.mark.slow
-def test_ten_times_killed(trained, start, tmp_path):
-    killed_at_random_moments(trained, start, tmp_path, epochs=60, kills=10, seed=1)
+def test_twenty_times_killed(trained, start, tmp_path):
+    killed_at_random_moments(trained, start, tmp_path, epochs=120, kills=20, seed=1)
 
 
 def test_help_shows_examples(run_here):
