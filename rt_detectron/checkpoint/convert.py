@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rt_detectron.checkpoint.architectures import Architecture, get_architecture
+from rt_detectron.checkpoint.architectures import TIMM_FAMILY, Architecture, get_architecture
 from rt_detectron.checkpoint.formats import (
     WRITERS,
     WeightsFile,
@@ -24,6 +24,7 @@ from rt_detectron.checkpoint.statements import (
     Pixels,
     check_lookalikes,
     guessed_network,
+    lookalike,
     stored_pixels,
 )
 from rt_detectron.utils.errors import InputError, one_line
@@ -167,6 +168,8 @@ def read_network(
     if arch is None:
         check_lookalikes(file, architecture)
         guesses += guessed_network(file, architecture)
+    elif file.metadata is None and architecture.family is not TIMM_FAMILY and (doubt := lookalike(file)):
+        guesses.append(f"the network is taken for {architecture.name} as you say, but {doubt}")
     said = pixels or _pixels(file, network)
     pixels = said or (architecture.pixel_mean, architecture.pixel_std)
     if said is None:

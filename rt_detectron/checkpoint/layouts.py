@@ -95,7 +95,10 @@ def find_network(
     different = [network for network in chosen[1:] if not _same(network, chosen[0])]
     if different:
         places = "; ".join(network.place for network in (chosen[0], *different))
-        raise InputError(f"{file.path} holds several networks ({places}): choose by --key or --prefix")
+        raise InputError(
+            f"{file.path} holds several networks ({places}): choose by --key or --prefix of "
+            "tools/convert_checkpoint.py"
+        )
     return chosen[0], [network for network in fitting if network not in chosen]
 
 

@@ -11,7 +11,10 @@ from rt_detectron.checkpoint.layouts import Network
 from rt_detectron.utils.errors import InputError
 
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, RGB, 0..255
-SAY_PIXELS = "say them by --pixel-mean and --pixel-std (none: the network takes images in [0, 1])"
+SAY_PIXELS = (
+    "say them by --pixel-mean and --pixel-std of tools/convert_checkpoint.py (none: the network takes images "
+    "in [0, 1])"
+)
 
 # The last part of a name, as normalisations call their numbers: mean, mu, new_mean; std, sigma, pixel_std.
 ROLES = {"mean": re.compile(r"mean|(^|_)mu$"), "std": re.compile(r"std|sigma|(^|_)sd$")}
@@ -33,15 +36,21 @@ LOOKALIKES = {
 
 def check_lookalikes(file: WeightsFile, architecture: Architecture) -> None:
     """Raise :class:`InputError` if the file's name or a setting in it speaks against ``architecture``."""
+    if doubt := lookalike(file):
+        name = architecture.name
+        raise InputError(
+            f"{file.path}: its tensors fit {name}, but {doubt}; give --arch {name} if it is one all the "
+            "same, or timm's own name for it (such as timm/resnetblur50 or timm/resnet50:act_layer=gelu)"
+        )
+
+
+def lookalike(file: WeightsFile) -> str | None:
+    """What in the file's name and settings says that it is no network of the table, in words."""
     for where, text in _texts(file):
         for reason, words in LOOKALIKES.items():
             if found := words.search(text.lower()):
-                name = architecture.name
-                raise InputError(
-                    f"{file.path}: its tensors fit {name}, but {where} says {found[0]!r}: perhaps {reason}; "
-                    f"give --arch {name} if it is one all the same, or timm's own name for it (such as "
-                    f"timm/resnetblur50 or timm/resnet50:act_layer=gelu)"
-                )
+                return f"{where} says {found[0]!r}: perhaps {reason}"
+    return None
 
 
 def _texts(file: WeightsFile) -> Iterator[tuple[str, str]]:

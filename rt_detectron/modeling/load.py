@@ -113,8 +113,8 @@ def load_classifier(
     path, published = _weights_file(file_name(name))
     weights = read_network(path, arch or published)
     architecture, state_dict, metadata = weights.architecture, weights.state_dict, weights.metadata
-    for guess in weights.guesses:
-        logger.warning("%s: %s", path, guess)
+    for line in (*weights.remarks, *weights.guesses):
+        logger.warning("%s: %s", path, line)
     logits = [tensor for name, tensor in state_dict.items() if name.startswith(architecture.head)]
     if not logits and num_classes is None:
         raise InputError(
@@ -146,6 +146,8 @@ def load_weights(classifier: Classifier, name: str, fresh_head: bool = False) ->
     """
     path, _ = _weights_file(file_name(name))
     weights = read_network(path, classifier.architecture)
+    for remark in weights.remarks:
+        logger.warning("%s: %s", path, remark)
     state_dict = weights.state_dict
     for key in ("pixel_mean", "pixel_std") if weights.pixels_are_known else ():
         expected, found = getattr(weights.metadata, key), getattr(classifier, key)

@@ -11,6 +11,7 @@ from rt_detectron.checkpoint.architectures import (
     build_classifier,
     get_architecture,
 )
+from rt_detectron.utils.errors import InputError
 
 
 def shapes(arch):
@@ -47,3 +48,31 @@ def test_other_torchvision_networks_keep_theirs():
     names = get_architecture("densenet").backbone_names
     assert names["features.conv0.weight"] == "trunk.features.conv0.weight"
     assert not any(name.startswith("classifier") for name in names)
+
+
+def test_timm_networks_of_other_layers():
+    plain, other = get_architecture("timm/resnet18"), get_architecture("timm/resnet18:act_layer=gelu")
+    assert other.name == "timm/resnet18:act_layer=gelu"
+    assert other.shapes == plain.shapes
+    assert type(other.skeleton.act1).__name__ == "GELU"
+    assert type(plain.skeleton.act1).__name__ == "ReLU"
+    assert other.backbone_names == plain.backbone_names
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm/resnet18:checkpoint_path=evil.pth", "'checkpoint_path=evil.pth' is none of act_layer=NAME, "),
+        ("timm/resnet18:act_layer=os.system", "'act_layer=os.system' is none of"),
+        ("timm/resnet18:gelu", "'gelu' is none of"),
+        ("timm/resnet18:act_layer=nothing", "timm cannot build timm/resnet18:act_layer=nothing"),
+        ("timm/convnext_atto:aa_layer=blur", "timm cannot build timm/convnext_atto:aa_layer=blur"),
+        ("timm/nothing:act_layer=gelu", "timm has no model 'nothing'"),
+        ("timm/hf-hub:someone/resnet18", "'someone/resnet18' is none of"),
+    ],
+)
+def test_layers_that_timm_does_not_take(name, message):
+    with pytest.raises(InputError) as error:
+        get_architecture(name)
+    assert message in str(error.value)
+    assert str(error.value).isprintable()

@@ -168,7 +168,7 @@ def test_prefixes_choose(tiny):
     with pytest.raises(
         InputError,
         match=r"^c\.pth holds several networks \(state dict 'state_dict', behind 'encoder_k\.'; "
-        r".*'encoder_q\.'\): choose by --key or --prefix$",
+        r".*'encoder_q\.'\): choose by --key or --prefix ",
     ):
         find_network(file, None, ANY)
     for prefix in ("encoder_q", "encoder_q."):
