@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 
-from rt_detectron.data.annotations import annotations_of, check_objects
+from rt_detectron.data.annotations import annotations_of, check_objects, warn_of_boxes_outside
 from rt_detectron.data.derived import register_derived
 from rt_detectron.data.image_files import check_images
 from rt_detectron.data.own import FORMS, is_own, register_own, split_modifiers
@@ -79,6 +79,7 @@ def load_training_set(cfg: CfgNode) -> list[dict]:
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
     _check_objects(cfg, records)
+    warn_of_boxes_outside(records, ", ".join(cfg.DATASETS.TRAIN))
     for name in cfg.DATASETS.TRAIN:
         _check_classes(cfg, name)
     return check_images(records, cfg.INPUT.ON_CORRUPT)

@@ -73,15 +73,17 @@ def check_test_sets(cfg: CfgNode) -> None:
             annotations that the evaluators could not score.
     """
     for name in cfg.DATASETS.TEST:
-        _warn_of_many_objects(cfg, name, load_test_set(cfg, name))
+        _warn_of_counts(cfg, name, load_test_set(cfg, name))
         evaluator = build_evaluator(cfg, name)
         for each in getattr(evaluator, "_evaluators", [evaluator]):
             if isinstance(each, COCOEvaluator | LVISEvaluator):
                 each.check_shapes(masks=cfg.MODEL.MASK_ON, keypoints=cfg.MODEL.KEYPOINT_ON)
 
 
-def _warn_of_many_objects(cfg: CfgNode, name: str, records: list[dict]) -> None:
+def _warn_of_counts(cfg: CfgNode, name: str, records: list[dict]) -> None:
     most = max(len(record.get("annotations", ())) for record in records)
+    if not most:
+        logger.warning("%s has no annotated object: its AP is undefined", name)
     if most > cfg.TEST.DETECTIONS_PER_IMAGE:
         logger.warning(
             "%s has an image with %d objects, but TEST.DETECTIONS_PER_IMAGE is %d: no more are found",

@@ -357,6 +357,10 @@ def _renumber_zero(coco: COCO) -> None:
         coco.anns[annotation["id"]] = annotation
 
 
+def _is_int64(value: Any) -> bool:
+    return isinstance(value, int) and -(2**63) <= value < 2**63
+
+
 def check_annotations(dataset: dict[str, Any], path: str) -> None:
     """Check that every annotation can be evaluated, and set "iscrowd" to 0 where it is missing.
 
@@ -365,15 +369,24 @@ def check_annotations(dataset: dict[str, Any], path: str) -> None:
         path: the file's name in messages.
 
     Raises:
-        InputError: for missing images or categories, or an annotation without a box or an area.
+        InputError: for missing images or categories, an id that is neither a whole number nor text, or an
+            annotation without a box or an area, or with another "iscrowd" than 0 or 1.
     """
     for key in ("images", "categories"):
         if not dataset.get(key):
             raise InputError(f"{path}: '{key}' is missing or empty; datasets/README.md names the format")
+    for image in dataset["images"]:
+        if not (isinstance(image["id"], str) or _is_int64(image["id"])):
+            raise InputError(f"{path}: {image['id']!r} is no id of an image: use whole numbers or text")
     for annotation in dataset["annotations"]:
-        if not (are_numbers(annotation.get("bbox"), 4) and are_numbers([annotation.get("area")])):
+        if annotation.setdefault("iscrowd", 0) not in (0, 1):
+            raise InputError(f"{path}: annotation {annotation['id']}: 'iscrowd' is 0 or 1")
+        if not (
+            are_numbers(annotation.get("bbox"), 4)
+            and are_numbers([annotation.get("area")])
+            and min(*annotation["bbox"][2:], annotation["area"]) >= 0
+        ):
             raise InputError(
                 f"{path}: annotation {annotation['id']} needs a 'bbox' (x, y, width, height) and an 'area' "
-                "in pixels; AP is undefined without them"
+                "in pixels, none of them negative; AP is undefined without them"
             )
-        annotation.setdefault("iscrowd", 0)

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from detectron2.structures import BoxMode
 from pycocotools import mask as rle_masks
 
-from rt_detectron.data.annotations import check_objects, shape_problem
+from rt_detectron.data.annotations import check_objects, shape_problem, warn_of_boxes_outside
 from rt_detectron.utils.errors import InputError
 
 POLYGON = [[1.0, 1.0, 9.0, 1.0, 9.0, 9.0]]
@@ -12,7 +13,12 @@ RLE = rle_masks.encode(np.ones((20, 30), np.uint8, order="F"))
 
 
 def record(**annotation):
-    sound = {"bbox": [1, 1, 8, 8], "segmentation": POLYGON, "keypoints": [1, 1, 2] * 3}
+    sound = {
+        "bbox": [1, 1, 8, 8],
+        "bbox_mode": BoxMode.XYWH_ABS,
+        "segmentation": POLYGON,
+        "keypoints": [1, 1, 2] * 3,
+    }
     given = {key: value for key, value in {**sound, **annotation}.items() if value is not None}
     return {"file_name": "a/7.jpg", "height": 20, "width": 30, "annotations": [dict(sound), given]}
 
@@ -62,3 +68,29 @@ def test_rle():
 def test_keypoints():
     for keypoints in (None, [], [1, 1, 2] * 2):
         assert "has no 3 keypoints" in message(keypoints=keypoints, keypoint_count=3)
+
+
+def test_boxes_inside_out():
+    assert "has a box of negative width or height" in message(bbox=[5, 5, -3, 3])
+    assert "has a box of negative width or height" in message(bbox=[5, 5, 3, 9], bbox_mode=BoxMode.XYXY_ABS)
+
+
+@pytest.mark.parametrize("iscrowd", ["text", 2, float("nan"), [], None])
+def test_what_is_neither_a_crowd_nor_not(iscrowd):
+    """Detectron2's mapper would take it for a crowd, its evaluator not."""
+    annotated = record()
+    annotated["annotations"][1]["iscrowd"] = iscrowd
+    with pytest.raises(InputError, match="annotation 1 has 'iscrowd'"):
+        check_objects([annotated])
+
+
+@pytest.mark.parametrize(
+    ("bbox", "is_odd"),
+    [
+        *(([1, 1, 8, 8], False), ([-0.5, 0, 31, 20.5], False)),
+        *(([20, 10, 28, 15], True), ([-5, 0, 9, 9], True), ([1, 1, 0, 5], True)),
+    ],
+)
+def test_boxes_outside_of_the_image_are_counted(bbox, is_odd, caplog):
+    warn_of_boxes_outside([record(bbox=bbox)], "mine")
+    assert ("mine: 1 of 2 boxes have no area or reach out" in caplog.text) == is_odd
