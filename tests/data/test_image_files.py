@@ -1,14 +1,18 @@
 """Every fault of an image file is told before a training starts, or when the image is read, by its name."""
 
+import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
 from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.utils import comm
 from PIL import Image
 
+from rt_detectron.data import image_files
 from rt_detectron.data.corruptions import CorruptionMapper
 from rt_detectron.data.image_files import CheckedMapper, check_image, check_images
 from rt_detectron.utils.errors import InputError
@@ -174,3 +178,27 @@ class TestCheckedMapper:
 
         with pytest.raises(RuntimeError, match="a bug"):
             CheckedMapper(broken, "skip")(records[0])
+
+
+def check_in_one_of_two(records: list[dict], folder: str) -> None:
+    """Writes what this process looked at, what it was told, and what it keeps."""
+    looked_at = []
+    original = image_files.check_image
+    image_files.check_image = lambda record: looked_at.append(record["image_id"]) or original(record)
+    try:
+        check_images(records)
+    except InputError as error:
+        told = str(error)
+    kept = [record["image_id"] for record in check_images(records, "skip")]
+    content = {"looked_at": sorted(looked_at), "told": told, "kept": kept}
+    Path(folder, f"{comm.get_rank()}.json").write_text(json.dumps(content))
+
+
+def test_processes_share_the_images_and_all_are_told_of_a_fault(records, spoil, launch, tmp_path):
+    spoil("truncated")
+    launch(check_in_one_of_two, records, str(tmp_path))
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [each["looked_at"] for each in found] == [[0, 0, 2, 2, 4, 4], [1, 1, 3, 3]]  # twice each
+    for each in found:
+        assert "2.jpg: cannot be read" in each["told"]
+        assert each["kept"] == [0, 1, 3, 4]
