@@ -139,15 +139,15 @@ class TinyNet(nn.Module):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """``tiny(seed)``: a :class:`TinyNet` with BN statistics of its own; the table knows it as "tiny"."""
+    """``tiny(seed, num_classes)``: a :class:`TinyNet` with BN statistics; the table knows it as "tiny"."""
     stages = ("stem", "res2", "res3", "res4", "res5")
     taps = {stage: f"features.{number}" for number, stage in enumerate(stages)}
     architecture = Architecture("tiny", TORCHVISION, TinyNet, "features.0.0", "fc.", taps=taps)
     monkeypatch.setitem(ARCHITECTURES, "tiny", architecture)
 
-    def build(seed: int = 0) -> TinyNet:
+    def build(seed: int = 0, num_classes: int = 5) -> TinyNet:
         generator = torch.Generator().manual_seed(seed)
-        network = TinyNet().eval()
+        network = TinyNet(num_classes).eval()
         for name, tensor in network.state_dict().items():
             if tensor.is_floating_point():
                 scale = (2 / tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else 0.1

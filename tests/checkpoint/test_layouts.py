@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from rt_detectron import load_backbone
+from rt_detectron import load_backbone, load_classifier
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, build_classifier, get_architecture
 from rt_detectron.checkpoint.convert import convert_checkpoint, read_network
 from rt_detectron.checkpoint.formats import WeightsFile
@@ -125,6 +125,17 @@ def test_buffers_of_the_network_itself_are_its_normalisation(tiny, tmp_path, ima
     normalize = Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     backbone, _ = converted({**network.state_dict(), **normalize.state_dict()}, tmp_path)
     assert_same_features(backbone, network, normalize, images)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 3])
+def test_classifiers_of_few_classes(tiny, tmp_path, images, num_classes):
+    """Three classes have three numbers in their bias, which are no mean."""
+    network = tiny(num_classes=num_classes)
+    backbone, _ = converted(prefixed(network.state_dict(), "module."), tmp_path)
+    assert_same_features(backbone, network, Normalize(), images)
+    classifier = load_classifier(tmp_path / "c.pth")
+    with torch.no_grad():
+        torch.testing.assert_close(classifier(images), network(Normalize()(images)), rtol=1e-4, atol=1e-5)
 
 
 def file_of(content):
