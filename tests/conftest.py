@@ -9,11 +9,10 @@ from detectron2 import model_zoo
 from detectron2.config import LazyConfig, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.utils.env import seed_all_rng
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
+from small_detectors import ThreeConvolutions  # noqa: F401  (registers it)
 from tool_process import launch_two, start_server
 
 import rt_detectron  # noqa: F401  (registers the backbones)
@@ -190,25 +189,6 @@ def tiny_opts(backbone_file) -> list[str]:
         "SEED": 1,
     }
     return [str(part) for pair in keys.items() for part in pair]
-
-
-@BACKBONE_REGISTRY.register()
-class ThreeConvolutions(Backbone):
-    """The smallest backbone that learns the tiny pictures."""
-
-    def __init__(self, cfg, input_shape):
-        super().__init__()
-        layers = []
-        for channels, out_channels, stride in ((3, 16, 2), (16, 32, 2), (32, 32, 1)):
-            convolution = torch.nn.Conv2d(channels, out_channels, 3, stride, 1, bias=False)
-            layers += [convolution, torch.nn.BatchNorm2d(out_channels), torch.nn.ReLU()]
-        self.layers = torch.nn.Sequential(*layers)
-
-    def forward(self, x):
-        return {"p2": self.layers(x)}
-
-    def output_shape(self):
-        return {"p2": ShapeSpec(channels=32, stride=4)}
 
 
 @pytest.fixture(scope="session")

@@ -15,29 +15,41 @@ import argparse
 import time
 
 import _environment  # noqa: F401  (first, since it checks this Python)
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.detection import build_lazy_model, do_test, do_train, load_lazy_config, write_lazy_results
 from rt_detectron.engine.launch import launch
+from rt_detectron.engine.lazy_config import save_lazy_config
+from rt_detectron.engine.loop import refuse_other_training, sole_training
+from rt_detectron.engine.setup import set_up
 from rt_detectron.utils.errors import one_line_errors
 
 
 def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     cfg = load_lazy_config(args.config_file, args.opts)
-    default_setup(cfg, args)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")
-    if args.eval_only:
-        model = build_lazy_model(cfg)
-        RobustCheckpointer(model, trained=True).load(cfg.train.init_checkpoint)
-        results, iterations = do_test(cfg, model), 0
-    else:
-        results, iterations = do_train(cfg, args.resume), cfg.train.max_iter
+    results, iterations = evaluate(cfg, args) if args.eval_only else train(cfg, args)
     if comm.is_main_process():
         print("Wrote", write_lazy_results(cfg, results, time.perf_counter() - start, iterations))
+
+
+def train(cfg, args: argparse.Namespace) -> tuple[dict, int]:
+    folder = cfg.train.output_dir
+    with sole_training(folder):
+        refuse_other_training(folder, args.resume)
+        set_up(args, folder, cfg.train.get("seed", -1), cfg.train.get("cudnn_benchmark", False))
+        return do_train(cfg, args.resume), cfg.train.max_iter
+
+
+def evaluate(cfg, args: argparse.Namespace) -> tuple[dict, int]:
+    set_up(args, cfg.train.output_dir, cfg.train.get("seed", -1))
+    model = build_lazy_model(cfg)
+    RobustCheckpointer(model, trained=True).load(cfg.train.init_checkpoint)
+    results = do_test(cfg, model)
+    save_lazy_config(cfg, cfg.train.output_dir)
+    return results, 0
 
 
 if __name__ == "__main__":

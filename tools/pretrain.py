@@ -17,12 +17,11 @@ examples:
 import argparse
 
 import _environment  # noqa: F401  (first, since it checks this Python)
-from detectron2.engine import default_argument_parser, default_setup
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from detectron2.engine import default_argument_parser
 
 from rt_detectron.engine.launch import launch
 from rt_detectron.engine.loop import sole_training
+from rt_detectron.engine.setup import set_up
 from rt_detectron.modeling.load import load_weights
 from rt_detectron.pretrain.recipe import load_pretrain_config
 from rt_detectron.pretrain.trainer import build_model, do_eval, do_train
@@ -32,8 +31,7 @@ from rt_detectron.utils.errors import InputError, one_line_errors
 def main(args: argparse.Namespace) -> None:
     cfg = load_pretrain_config(args.config_file, args.opts)
     with sole_training(cfg.train.output_dir):
-        default_setup(cfg, args)
-        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")
+        set_up(args, cfg.train.output_dir, cfg.train.seed)
         if not args.eval_only:
             do_train(cfg, resume=args.resume)
             return

@@ -15,15 +15,17 @@ import argparse
 import time
 
 import _environment  # noqa: F401  (first, since it checks this Python)
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
 from rt_detectron.detection import Trainer, load_detector_config
 from rt_detectron.engine.launch import launch
+from rt_detectron.engine.loop import refuse_other_training, sole_training
+from rt_detectron.engine.setup import save_config, set_up
 from rt_detectron.evaluation.build import check_test_sets
 from rt_detectron.evaluation.results import write_results
 from rt_detectron.utils.errors import one_line_errors
@@ -33,23 +35,33 @@ def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     cfg = load_detector_config(args.config_file, args.opts)
     check_datasets([*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="rt_detectron")
-    if args.eval_only:
-        check_test_sets(cfg)
-        model = Trainer.build_model(cfg)
-        checkpointer = RobustCheckpointer(model, cfg.OUTPUT_DIR, trained=True, input_format=cfg.INPUT.FORMAT)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results, iterations = Trainer.test(cfg, model), 0
-        if cfg.TEST.AUG.ENABLED:
-            results.update(Trainer.test_with_tta(cfg, model))
-    else:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
-        results, iterations = trainer._last_eval_results, cfg.SOLVER.MAX_ITER
+    results, iterations = evaluate(cfg, args) if args.eval_only else train(cfg, args)
     if comm.is_main_process():
         print("Wrote", write_results(cfg, results, time.perf_counter() - start, iterations))
+
+
+def train(cfg: CfgNode, args: argparse.Namespace) -> tuple[dict, int]:
+    with sole_training(cfg.OUTPUT_DIR, "OUTPUT_DIR"):
+        refuse_other_training(cfg.OUTPUT_DIR, args.resume, "OUTPUT_DIR")
+        set_up(args, cfg.OUTPUT_DIR, cfg.SEED, cfg.CUDNN_BENCHMARK)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        save_config(cfg.dump(), cfg.OUTPUT_DIR)
+        trainer.train()
+        return trainer._last_eval_results, cfg.SOLVER.MAX_ITER
+
+
+def evaluate(cfg: CfgNode, args: argparse.Namespace) -> tuple[dict, int]:
+    set_up(args, cfg.OUTPUT_DIR, cfg.SEED)
+    check_test_sets(cfg)
+    model = Trainer.build_model(cfg)
+    checkpointer = RobustCheckpointer(model, cfg.OUTPUT_DIR, trained=True, input_format=cfg.INPUT.FORMAT)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_tta(cfg, model))
+    save_config(cfg.dump(), cfg.OUTPUT_DIR)
+    return results, 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import glob
 import logging
 import os
 import re
+import socket
+import zipfile
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from rt_detectron.checkpoint.formats import (
 from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.checkpoint.preprocessing import check_preprocessing
 from rt_detectron.utils.errors import InputError, one_line
-from rt_detectron.utils.files import replaced_atomically
+from rt_detectron.utils.files import replaced_atomically, text_sha256
 
 logger = logging.getLogger(__name__)
 TO_KEEP = 2  # one to fall back on, should the last one turn out damaged
@@ -44,6 +46,50 @@ class AtomicCheckpointer(DetectionCheckpointer):
     Raises:
         InputError: from ``save``, when the file cannot be written.
     """
+
+    def last_whole(self) -> str:
+        """The newest checkpoint of the folder that is not damaged; "" if the folder has none.
+
+        The first process chooses for all, since folders may differ: there may be one on each machine's disk,
+        or a file server may show an old one. Call it in all processes.
+
+        Raises:
+            InputError: in all processes, if no checkpoint can be read, or if one lacks the chosen file.
+        """
+        chosen, problem = "", ""
+        if comm.is_main_process():
+            remove_leftovers(self.save_dir)
+            try:
+                chosen = self._newest_whole() if self.has_checkpoint() else ""
+            except InputError as error:
+                problem = str(error)
+        chosen, problem = comm.all_gather((chosen, problem))[0]
+        if chosen:
+            found = comm.all_gather((socket.gethostname(), _fingerprint(chosen)))
+            lacking = [f"{rank} on {host}" for rank, (host, mark) in enumerate(found) if mark != found[0][1]]
+            if lacking:
+                problem = (
+                    f"cannot resume from {chosen}: process {lacking[0]} lacks this file or has another one; "
+                    "use an output folder that all machines share"
+                )
+        if problem:
+            raise InputError(problem)
+        return chosen
+
+    def _newest_whole(self) -> str:
+        last = self.get_checkpoint_file()
+        files = periodic_checkpoints(self.save_dir)
+        older = files[: files.index(last)] if last in files else files
+        damages = []
+        for path in (last, *reversed(older)):
+            try:
+                _check_whole(path)
+            except InputError as error:
+                damages.append(str(error))
+                logger.warning("%s; trying the checkpoint before it", error)
+                continue
+            return path
+        raise InputError(f"{self.save_dir} has no checkpoint that can be read: {damages[0]}")
 
     def save(self, name: str, **kwargs) -> None:
         if not self.save_dir or not self.save_to_disk:
@@ -75,7 +121,33 @@ class AtomicCheckpointer(DetectionCheckpointer):
 def periodic_checkpoints(folder: str) -> list[str]:
     """The files ``model_NUMBER.pth`` of the folder, oldest first."""
     names = [name for name in os.listdir(folder) if re.fullmatch(r"model_\d+\.pth", name)]
-    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: int(name[6:-4]))]
+    return [os.path.join(folder, name) for name in sorted(names, key=checkpoint_number)]
+
+
+def checkpoint_number(path: str) -> int:
+    """NUMBER of a file ``model_NUMBER.pth``: its last iteration."""
+    return int(os.path.basename(path)[len("model_") : -len(".pth")])
+
+
+def _check_whole(path: str) -> None:
+    if not os.path.isfile(path):
+        raise InputError(f"{path} is missing")
+    if not zipfile.is_zipfile(path):  # torch's older format, too, but no training here writes that
+        raise InputError(f"{path} is damaged: it is no whole checkpoint")
+    check_archive(path)
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damaged files fail in every way there is
+        raise InputError(unreadable(path, error)) from None
+
+
+def _fingerprint(path: str) -> str:
+    """Tells whole checkpoints apart by the checksums that they hold; "" if there is no such file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return text_sha256(str([(record.filename, record.CRC) for record in archive.infolist()]))
+    except (OSError, zipfile.BadZipFile):
+        return ""
 
 
 class TrainingCheckpointer(AtomicCheckpointer):
@@ -90,32 +162,14 @@ class TrainingCheckpointer(AtomicCheckpointer):
     """
 
     def resume(self) -> bool:
-        """Load the last checkpoint, or the newest that is not damaged; False if the folder has none."""
-        remove_leftovers(self.save_dir)
-        if not self.has_checkpoint():
-            return False
-        last = self.get_checkpoint_file()
-        older = [path for path in reversed(periodic_checkpoints(self.save_dir)) if path != last]
-        damages = []
-        for path in (last, *older):
-            try:
-                content = self._read(path)
-            except InputError as error:
-                damages.append(str(error))
-                logger.warning("%s; trying the checkpoint before it", error)
-                continue
-            self._fill(content, path)
-            return True
-        raise InputError(f"{self.save_dir} has no checkpoint that can be read: {damages[0]}")
+        """Load the last checkpoint, or the newest that is not damaged; False if the folder has none.
 
-    def _read(self, path: str) -> dict:
-        if not os.path.isfile(path):
-            raise InputError(f"{path} is missing")
-        check_archive(path)
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged files fail in every way there is
-            raise InputError(unreadable(path, error)) from None
+        Call it in all processes; the first one's folder counts.
+        """
+        path = self.last_whole()
+        if path:
+            self._fill(torch.load(path, map_location="cpu", weights_only=True), path)
+        return bool(path)
 
     def _fill(self, content: dict, path: str) -> None:
         try:
@@ -124,23 +178,26 @@ class TrainingCheckpointer(AtomicCheckpointer):
                 part.load_state_dict(content[key])
             self.processes = content.get("processes", [])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"{path} is of another configuration ({type(error).__name__}: {one_line(error)[:200]}): "
-                "resume with the one in config.yaml beside it, or choose another train.output_dir"
-            ) from None
+            raise InputError(_other_configuration(path, error, "train.output_dir")) from None
         logger.info("Resuming from %s", path)
 
 
+def _other_configuration(path: str, error: Exception, key: str) -> str:
+    return (
+        f"{path} is of another configuration ({type(error).__name__}: {one_line(error)[:200]}): "
+        f"resume with the one in config.yaml beside it, or choose another {key}"
+    )
+
+
 def has_checkpoint(folder: str) -> bool:
-    """Whether ``folder`` holds a training to resume."""
-    return os.path.isfile(os.path.join(folder, "last_checkpoint"))
+    """Whether the first process's ``folder`` holds a training to resume. Call it in all processes."""
+    return comm.all_gather(os.path.isfile(os.path.join(folder, "last_checkpoint")))[0]
 
 
 def remove_leftovers(folder: str) -> None:
     """Delete the temporary files of a process that was killed while it wrote; nobody else may be writing."""
-    if comm.is_main_process():
-        for path in glob.glob(os.path.join(glob.escape(folder), "*.[0-9]*.tmp")):
-            os.remove(path)
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.[0-9]*.tmp")):
+        os.remove(path)
 
 
 class RobustCheckpointer(AtomicCheckpointer):
@@ -179,6 +236,23 @@ class RobustCheckpointer(AtomicCheckpointer):
         self.trained = trained
         self.input_format = input_format
         self.metadata: Metadata | None = None
+        self.resumed = False
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
+        """As Detectron2's, but all processes resume from the file that :meth:`last_whole` gives.
+
+        ``resumed`` says whether there was one.
+        """
+        last = self.last_whole() if resume else ""
+        self.resumed = bool(last)
+        if not last:
+            return self.load(path, checkpointables=[])
+        try:
+            return self.load(last)
+        except InputError:
+            raise
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(_other_configuration(last, error, "OUTPUT_DIR")) from None
 
     def save(self, name: str, **kwargs) -> None:
         if self.metadata is not None:

@@ -87,18 +87,18 @@ class TrainLoader:
                 **source,
                 num_workers=self.num_workers,
                 pin_memory=torch.cuda.is_available(),
-                worker_init_fn=functools.partial(_leave_signals_to_the_trainer, closing),
+                worker_init_fn=functools.partial(leave_signals_to_the_trainer, closing),
                 generator=torch.Generator(),  # or else it uses the global one
             )
         finally:
             closing.set()
 
 
-def _leave_signals_to_the_trainer(closing: Event, worker_id: int) -> None:
+def leave_signals_to_the_trainer(closing: Event, worker_id: int) -> None:
     """Ignore signals to the process group, so that the trainer can finish its step and save.
 
-    Multiprocessing also ends workers by SIGTERM. So it works at once while the loader is ``closing``, and
-    otherwise after GRACE_SECONDS.
+    For a DataLoader's ``worker_init_fn``. Multiprocessing also ends workers by SIGTERM. So it works at once
+    while the loader is ``closing``, and otherwise after GRACE_SECONDS.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else signal.alarm(GRACE_SECONDS))

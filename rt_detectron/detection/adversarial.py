@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rt_detectron.attacks import ThreatModel, free
+from rt_detectron.detection.loader import batches_from
 from rt_detectron.utils.errors import InputError
 
 
@@ -41,19 +42,48 @@ class FreeReplays:
         self.threat_model = threat_model
         self.replays = replays
         self.device = device
+        self._current: list[Tensor] = []  # the perturbations of the batch in use
+        self._left = 0  # how often that batch still comes
+        self._restored: list[Tensor] | None = None
 
     def __iter__(self) -> Iterator[list[dict]]:
-        for batch in self.loader:
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator[list[dict]]:
+        """Batches from iteration ``start`` on, if ``loader`` has ``batches``, too."""
+        number, skipped = divmod(start, self.replays)
+        if not hasattr(self.loader, "batches"):
+            skipped, self._restored = 0, None
+        for batch in batches_from(self.loader, number):
             images = [inputs["image"].to(self.device, torch.float32) for inputs in batch]
             moved = [torch.zeros_like(image) for image in images]
-            for _ in range(self.replays):
+            if self._restored is not None:
+                moved, self._restored = [image.to(self.device) for image in self._restored], None
+            for left in reversed(range(self.replays - skipped)):
                 for perturbation in moved:
                     perturbation.requires_grad_(True)
+                self._current, self._left = moved, left
                 yield [
                     {**inputs, "image": free.perturbed(image, 255 * perturbation, white=255)}
                     for inputs, image, perturbation in zip(batch, images, moved, strict=True)
                 ]
                 moved = [self._moved(perturbation) for perturbation in moved]
+            skipped = 0
+
+    def moved_images(self) -> list[Tensor]:
+        """The perturbations that this batch comes with next, after a step on it; [] if it is done with."""
+        return [self._moved(perturbation).detach().cpu() for perturbation in self._current if self._left]
+
+    def go_on_with(self, moved_images: list[Tensor]) -> None:
+        """Begin in the middle of a batch, with these perturbations of its images."""
+        self._restored = moved_images or None
+
+    def state_dict(self) -> dict:
+        return self.loader.state_dict() if hasattr(self.loader, "state_dict") else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if hasattr(self.loader, "load_state_dict") and state:
+            self.loader.load_state_dict(state)
 
     def _moved(self, perturbation: Tensor) -> Tensor:
         grad = perturbation.grad  # None if the model had nothing to learn from this image

@@ -10,7 +10,8 @@ from torch import nn
 
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.engine.checkpointing import SafeCheckpointing
-from rt_detectron.engine.train_hooks import ExponentialMovingAverage
+from rt_detectron.engine.processes import SameStart, share_buffers
+from rt_detectron.engine.train_hooks import ExponentialMovingAverage, LRScheduler, StepSeed
 from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,20 @@ class BestCheckpointer(hooks.BestCheckpointer):
         super()._best_checking()
 
 
+class PreciseBN(hooks.PreciseBN):
+    """Detectron2's; each time on the same images, so that a resumed training gets the same statistics."""
+
+    def update_stats(self):
+        self._data_iter = None
+        super().update_stats()
+
+    def state_dict(self) -> dict:
+        return getattr(self._data_loader, "state_dict", dict)()
+
+    def load_state_dict(self, state: dict) -> None:
+        self._data_loader.load_state_dict(state)
+
+
 class _Untagged(RobustCheckpointer):
     """Does not become the checkpoint to resume from."""
 
@@ -101,13 +116,14 @@ class _Untagged(RobustCheckpointer):
 def training_hooks(
     *,
     checkpointing: SafeCheckpointing,
+    model: nn.Module,
     evaluated: nn.Module,
     evaluate,
     eval_period: int,
     best_metric: str = "",
     scheduler=None,
     average: AveragedWeights | None = None,
-    precise_bn: hooks.PreciseBN | None = None,
+    precise_bn: PreciseBN | None = None,
     build_writers,
     log_period: int = 20,
 ) -> list[HookBase | None]:
@@ -115,7 +131,8 @@ def training_hooks(
 
     Args:
         checkpointing: saves; its checkpointer also keeps the best.
-        evaluated: the model that ``evaluate`` evaluates.
+        model: the model that is trained, without DistributedDataParallel.
+        evaluated: the model that ``evaluate`` evaluates: ``model`` or its average.
         evaluate: returns the nested dict of metrics.
         eval_period: iterations between two evaluations; 0 evaluates only at the end.
         best_metric: see :class:`BestCheckpointer`; "" keeps none.
@@ -123,13 +140,20 @@ def training_hooks(
         build_writers: gives the event writers of the first process.
     """
     is_main = comm.is_main_process()
+
+    def evaluate_what_is_saved() -> dict:
+        share_buffers(evaluated)
+        return evaluate()
+
     return [
         hooks.IterationTimer(),
+        StepSeed(),
         average,
-        hooks.LRScheduler(scheduler=scheduler),
+        SameStart(model, evaluated),
+        LRScheduler(scheduler=scheduler),
         precise_bn,
         checkpointing,
-        hooks.EvalHook(eval_period, lambda: checkpointing.evaluate(evaluate)),
+        hooks.EvalHook(eval_period, lambda: checkpointing.evaluate(evaluate_what_is_saved)),
         BestCheckpointer(eval_period, evaluated, checkpointing.checkpoints.checkpointer, best_metric)
         if is_main and eval_period and best_metric
         else None,

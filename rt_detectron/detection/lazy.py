@@ -22,9 +22,10 @@ from rt_detectron.detection.lazy_data import (
     dataset_names,
     set_num_classes,
 )
+from rt_detectron.detection.loader import resumable
 from rt_detectron.detection.steps import DIVERGED, build_trainer, fast
 from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
-from rt_detectron.engine.lazy_config import lazy_config_sha256, read_lazy_config
+from rt_detectron.engine.lazy_config import lazy_config_sha256, read_lazy_config, save_lazy_config
 from rt_detectron.engine.loop import build_optimizer
 from rt_detectron.engine.signals import StopSignals
 from rt_detectron.evaluation.results import describe_dataset
@@ -107,7 +108,7 @@ def do_train(cfg, resume: bool = False) -> dict:
     Raises:
         InputError: for weights that do not fit, and if the training diverges.
     """
-    loader = build_lazy_loader(cfg, "train")  # first, since here lie most mistakes
+    loader = resumable(build_lazy_loader(cfg, "train"))  # first, since here lie most mistakes
     check_lazy_test_set(cfg)
     model = build_lazy_model(cfg)
     optimizer = build_optimizer(cfg, model)
@@ -121,8 +122,14 @@ def do_train(cfg, resume: bool = False) -> dict:
         evaluated, train.output_dir, input_format=image_format(cfg), trainer=trainer
     )
     checkpointer.metadata = _backbone_metadata(model)
-    signals = StopSignals()
-    checkpoints = Checkpoints(checkpointer, [train.checkpointer.period], train.checkpointer.max_to_keep)
+    checkpoints = Checkpoints(
+        checkpointer,
+        [train.checkpointer.period],
+        train.checkpointer.max_to_keep,
+        train.eval_period,
+        trainer.state_of_process,
+    )
+    checkpointing = SafeCheckpointing(checkpoints, StopSignals(), DIVERGED, ADVICE)
     results = {}
 
     def evaluate() -> dict:
@@ -131,7 +138,8 @@ def do_train(cfg, resume: bool = False) -> dict:
 
     trainer.register_hooks(
         training_hooks(
-            checkpointing=SafeCheckpointing(checkpoints, signals, DIVERGED, ADVICE),
+            checkpointing=checkpointing,
+            model=trainer.detector,
             evaluated=evaluated,
             evaluate=evaluate,
             eval_period=train.eval_period,
@@ -142,10 +150,12 @@ def do_train(cfg, resume: bool = False) -> dict:
             log_period=train.log_period,
         )
     )
-    checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
-    start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    with signals.handled():
-        trainer.train(start_iter, train.max_iter)
+    rest = checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
+    if checkpointer.resumed:
+        trainer.load_state_of_process(rest.get("processes", []))
+    save_lazy_config(cfg, train.output_dir)
+    with checkpointing.running():
+        trainer.train(trainer.iter + 1 if checkpointer.resumed else 0, train.max_iter)
     return results
 
 

@@ -2,17 +2,22 @@
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model
+from detectron2.engine import AMPTrainer, create_ddp_model
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rt_detectron.checkpoint.checkpointer import TRUNK
+from rt_detectron.detection.loader import batches_from
+from rt_detectron.engine.base_trainer import BaseTrainer
 from rt_detectron.layers.frozen_norm import fold_frozen_norms
 from rt_detectron.utils.errors import InputError, one_line
 
@@ -23,27 +28,48 @@ WINDOW = 20  # iterations whose median loss is checked
 EXPLOSION = 100.0  # a median loss this many times that of the first iterations has diverged
 
 
-class DetectorTrainer(SimpleTrainer):
-    """Detectron2's SimpleTrainer; notes a loss that is not finite or explodes, instead of raising."""
+class DetectorTrainer(BaseTrainer):
+    """Detectron2's SimpleTrainer for detectors; resumed, it goes on as if it had not been interrupted.
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    It notes a loss that is not finite or explodes, instead of raising. Only where several processes run, and
+    the forward pass of one of them finds no finite numbers, the FloatingPointError is raised: the others
+    already wait for the gradients of this one.
+    """
+
+    def __init__(self, model: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer, **kwargs):
+        super().__init__(model, data_loader, optimizer, **kwargs)
         self._diverged = False
+        self._losses: deque[float] = deque(maxlen=WINDOW)  # in the process that gathers them
         self._at_first: float | None = None  # the median loss of the first WINDOW iterations
-        self._steps = 0
+
+    _data_loader_iter_obj: Iterator | None
+
+    @property
+    def _data_loader_iter(self) -> Iterator:
+        if self._data_loader_iter_obj is None:
+            self._data_loader_iter_obj = batches_from(self.data_loader, self.iter)
+        return self._data_loader_iter_obj
 
     def run_step(self):
+        self._is_local = True
         try:
             super().run_step()
-        except FloatingPointError as error:  # in the process that gathers the losses
+        except FloatingPointError as error:
             self._note_divergence(one_line(error))
-            return
-        self._steps += 1
-        if comm.is_main_process() and self._steps >= WINDOW:
+            if self._is_local and comm.get_world_size() > 1:
+                raise
+
+    def _write_metrics(self, *args, **kwargs) -> None:
+        self._is_local = False  # what the first process finds now, all will be asked about
+        super()._write_metrics(*args, **kwargs)
+        if comm.is_main_process():
+            self._losses.append(get_event_storage().history("total_loss").latest())
             self._check_explosion()
 
     def _check_explosion(self) -> None:
-        median = get_event_storage().history("total_loss").median(WINDOW)
+        if len(self._losses) < WINDOW:
+            return
+        median = statistics.median(self._losses)
         if self._at_first is None:
             self._at_first = median
         elif median > EXPLOSION * self._at_first:
@@ -70,9 +96,55 @@ class DetectorTrainer(SimpleTrainer):
                     break
         return self._diverged
 
+    def state_dict(self) -> dict:
+        state = {**super().state_dict(), "losses": list(self._losses), "at_first": self._at_first}
+        if hasattr(self.data_loader, "state_dict"):
+            state["loader"] = self.data_loader.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self._losses.extend(state.get("losses", ()))
+        self._at_first = state.get("at_first")
+        if "loader" in state and hasattr(self.data_loader, "load_state_dict"):
+            self.data_loader.load_state_dict(state["loader"])
+
+    def state_of_process(self) -> dict:
+        """What this process alone needs to go on, to be saved after a step.
+
+        The moved images of a batch that is to be used again, and the running mean that dense detectors
+        (RetinaNet, FCOS) divide their losses by, which is in no state dict.
+        """
+        state = {}
+        if hasattr(self.data_loader, "moved_images"):
+            state["moved_images"] = self.data_loader.moved_images()
+        if hasattr(self.detector, "loss_normalizer"):
+            state["loss_normalizer"] = float(self.detector.loss_normalizer)
+        return state
+
+    def load_state_of_process(self, states: list[dict]) -> None:
+        """Take over what :meth:`state_of_process` gave in each process, however many there were."""
+        mine = states[comm.get_rank() % len(states)] if states else {}
+        if "loss_normalizer" in mine:
+            self.detector.loss_normalizer = mine["loss_normalizer"]
+        if "moved_images" in mine and hasattr(self.data_loader, "moved_images"):
+            # Process r of w has the images [r::w] of a batch.
+            images = [state["moved_images"] for state in states]
+            whole = [image for row in zip(*images, strict=True) for image in row]
+            self.data_loader.go_on_with(whole[comm.get_rank() :: comm.get_world_size()])
+
+    @property
+    def detector(self) -> nn.Module:
+        """The model without DistributedDataParallel."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
 
 class DetectorAMPTrainer(DetectorTrainer, AMPTrainer):
     """The same in mixed precision; needs a GPU."""
+
+    def load_state_dict(self, state: dict) -> None:
+        # A training that went on without mixed precision has left no scale.
+        super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict(), **state})
 
 
 def fast(model: nn.Module) -> nn.Module:
@@ -95,7 +167,7 @@ def _in_channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Te
 
 def build_trainer(
     model: nn.Module, loader, optimizer: torch.optim.Optimizer, amp: bool = False, **ddp
-) -> SimpleTrainer:
+) -> DetectorTrainer:
     """The trainer of ``model``, wrapped in DistributedDataParallel if there are several processes.
 
     Args:

@@ -14,7 +14,7 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.evaluation import (
     DatasetEvaluator,
 )
@@ -27,7 +27,8 @@ from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.config import add_robust_config
 from rt_detectron.data import CheckedMapper, check_datasets, load_training_set, set_num_classes
 from rt_detectron.detection.adversarial import replayed
-from rt_detectron.detection.hooks import build_average, training_hooks
+from rt_detectron.detection.hooks import PreciseBN, build_average, training_hooks
+from rt_detectron.detection.loader import resumable
 from rt_detectron.detection.steps import DIVERGED, build_optimizer, build_trainer, fast
 from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
 from rt_detectron.engine.signals import StopSignals
@@ -117,7 +118,11 @@ class Trainer(DefaultTrainer):
         )
         self.signals = StopSignals()
         checkpoints = Checkpoints(
-            self.checkpointer, [cfg.SOLVER.CHECKPOINT_PERIOD], cfg.SOLVER.MAX_TO_KEEP or None
+            self.checkpointer,
+            [cfg.SOLVER.CHECKPOINT_PERIOD],
+            cfg.SOLVER.MAX_TO_KEEP or None,
+            eval_period=cfg.TEST.EVAL_PERIOD,
+            state_of_process=self._trainer.state_of_process,
         )
         self.checkpointing = SafeCheckpointing(checkpoints, self.signals, DIVERGED, ADVICE)
         self.start_iter = 0
@@ -129,13 +134,12 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         cfg = self.cfg
         precise_bn = None
-        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.evaluated):
             loader = self.build_train_loader(cfg)
-            precise_bn = hooks.PreciseBN(
-                cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER
-            )
+            precise_bn = PreciseBN(cfg.TEST.EVAL_PERIOD, self.evaluated, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
         return training_hooks(
             checkpointing=self.checkpointing,
+            model=self._trainer.detector,
             evaluated=self.evaluated,
             evaluate=self._evaluate,
             eval_period=cfg.TEST.EVAL_PERIOD,
@@ -151,8 +155,15 @@ class Trainer(DefaultTrainer):
             self._last_eval_results.update(self.test_with_tta(self.cfg, self.evaluated))
         return self._last_eval_results
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; all processes go on from the checkpoint that the first one chooses."""
+        rest = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if self.checkpointer.resumed:
+            self.start_iter = self.iter + 1
+            self._trainer.load_state_of_process(rest.get("processes", []))
+
     def train(self):
-        with self.signals.handled():
+        with self.checkpointing.running():
             return super().train()
 
     def has_diverged(self, wait: bool = False) -> bool:
@@ -170,6 +181,7 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode):
         mapper = CheckedMapper(DatasetMapper(cfg, is_train=True), cfg.INPUT.ON_CORRUPT)
         loader = build_detection_train_loader(cfg, mapper=mapper, dataset=load_training_set(cfg))
+        loader = resumable(loader)
         adversarial = cfg.SOLVER.ADVERSARIAL
         return replayed(loader, cfg.MODEL.DEVICE, adversarial.REPLAYS, adversarial.NORM, adversarial.EPS)
 

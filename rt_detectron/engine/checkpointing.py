@@ -2,13 +2,19 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from rt_detectron.checkpoint.checkpointer import AtomicCheckpointer, periodic_checkpoints
+from rt_detectron.checkpoint.checkpointer import (
+    TO_KEEP,
+    AtomicCheckpointer,
+    checkpoint_number,
+    periodic_checkpoints,
+)
+from rt_detectron.engine.processes import Agreement
 from rt_detectron.engine.signals import StopSignals
 from rt_detectron.utils.errors import InputError
 
@@ -20,8 +26,10 @@ class Checkpoints:
 
     Args:
         checkpointer: of the training.
-        periods: save after every so many iterations, for each of these numbers, and at the end.
+        periods: save after every so many iterations, for each of these numbers > 0, and at the end.
         max_to_keep: number of periodic checkpoints to keep; older ones are deleted. None keeps all.
+        eval_period: save ahead of evaluations, too. Such a checkpoint, and that of a signal, is deleted when
+            two newer ones are there.
         state_of_process: gives what else a process needs to go on, as torch saves it. All of them are saved,
             as a list "processes".
     """
@@ -31,22 +39,36 @@ class Checkpoints:
         checkpointer: AtomicCheckpointer,
         periods: list[int],
         max_to_keep: int | None = None,
+        eval_period: int = 0,
         state_of_process: Callable[[], dict] = dict,
     ):
         self.checkpointer = checkpointer
-        self.periods = periods
+        self.periods = [period for period in periods if period > 0]
         self.max_to_keep = max_to_keep
+        self.eval_period = eval_period
         self.state_of_process = state_of_process
         self.saved: int | None = None  # iterations behind the newest checkpoint of this training
 
     def start(self, start_iter: int, max_iter: int) -> None:
         self.max_iter = max_iter
         self.saved = start_iter or None
-        self.recent = periodic_checkpoints(self.checkpointer.save_dir) if comm.is_main_process() else []
+        self.recent: list[str] = []
+        self.passing: set[str] = set()  # those of `recent` outside the periods
+        if comm.is_main_process():
+            # Later ones are damaged or given up: the training has gone back behind them.
+            files = periodic_checkpoints(self.checkpointer.save_dir)
+            self.recent = [path for path in files if checkpoint_number(path) < start_iter]
 
     def is_due(self, iteration: int) -> bool:
         """Whether to save after so many iterations."""
-        return iteration == self.max_iter or any(iteration % period == 0 for period in self.periods)
+        return (
+            iteration == self.max_iter
+            or self._stays(iteration)
+            or (self.eval_period > 0 and iteration % self.eval_period == 0)
+        )
+
+    def _stays(self, iteration: int) -> bool:
+        return any(iteration % period == 0 for period in self.periods)
 
     def save(self, iteration: int) -> None:
         """Save what there is after ``iteration`` iterations, unless that is saved already.
@@ -63,30 +85,23 @@ class Checkpoints:
         name = "model_final" if is_last else f"model_{iteration - 1:07d}"
         self.checkpointer.save(name, iteration=iteration - 1, processes=processes)
         if not is_last:
-            self.recent.append(self.checkpointer.get_checkpoint_file())
-        while self.max_to_keep is not None and len(self.recent) > self.max_to_keep:
-            oldest = self.recent.pop(0)
-            if os.path.exists(oldest):
-                os.remove(oldest)
+            path = self.checkpointer.get_checkpoint_file()
+            self.recent.append(path)
+            if not self._stays(iteration):
+                self.passing.add(path)
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        surplus = len(self.recent) - self.max_to_keep if self.max_to_keep is not None else 0
+        old = [path for path in self.recent[:-TO_KEEP] if path in self.passing]
+        for path in {*self.recent[: max(surplus, 0)], *old}:
+            self.recent.remove(path)
+            if os.path.exists(path):
+                os.remove(path)
 
     def last_file(self) -> str:
         """The newest checkpoint of this training; "" before the first."""
         return self.checkpointer.get_checkpoint_file() if self.saved else ""
-
-
-class Agreement:
-    """Lets all processes take the same decision. Make it in all of them."""
-
-    def __init__(self):
-        self._group = torch.distributed.new_group(backend="gloo") if comm.get_world_size() > 1 else None
-
-    def any(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it is set in any process."""
-        if self._group is None:
-            return list(flags)
-        agreed = torch.tensor(flags, dtype=torch.uint8)
-        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=self._group)
-        return agreed.bool().tolist()
 
 
 class SafeCheckpointing(HookBase):
@@ -95,8 +110,10 @@ class SafeCheckpointing(HookBase):
     - Before anything is saved, all processes are asked whether the training has diverged. If it has, it ends
       with an :class:`InputError`, and the earlier checkpoints stay.
     - After a signal to stop, the current step finishes and is saved; then the process ends.
+    - What is evaluated is saved first, so that an evaluation can break off at any time.
 
-    Register it in all processes, with a trainer that has ``has_diverged(wait: bool) -> bool``.
+    Register it in all processes, with a trainer that has ``has_diverged(wait: bool) -> bool``, and train
+    within :meth:`running`.
 
     Args:
         checkpoints: what is saved.
@@ -110,11 +127,21 @@ class SafeCheckpointing(HookBase):
         self.signals = signals
         self.diverged = diverged
         self.advice = advice
-        self.ended = False
+        self._done = 0  # iterations
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within this, signals are noted, and a forward pass without finite numbers is one line."""
+        with self.signals.handled():
+            try:
+                yield
+            except FloatingPointError:
+                raise InputError(self._message()) from None
 
     def before_train(self):
         self.agreement = Agreement()
         self.checkpoints.start(self.trainer.start_iter, self.trainer.max_iter)
+        self._done = self.trainer.start_iter
 
     def after_step(self):
         iteration = self.trainer.iter + 1
@@ -123,27 +150,29 @@ class SafeCheckpointing(HookBase):
         if save and not diverged:  # now wait for the losses that are still being computed
             (diverged,) = self.agreement.any(self.trainer.has_diverged(wait=True))
         if diverged:
-            self.ended = True
             raise InputError(self._message())
         if save:
             self.checkpoints.save(iteration)
         if stop:
-            logger.info(
-                "Stopped after iteration %d of %d; --resume goes on", iteration, self.trainer.max_iter
-            )
-            self.ended = True
-            self.signals.stop()
+            self._stop(iteration)
+        self._done = iteration
+
+    def _stop(self, iteration: int) -> None:
+        logger.info("Stopped after iteration %d of %d; --resume goes on", iteration, self.trainer.max_iter)
+        self.signals.stop()
 
     def evaluate(self, function: Callable[[], dict]) -> dict:
-        """Call ``function``, unless the training was ended; a signal to stop saves and interrupts it."""
-        if self.ended or self.signals.received is not None:
+        """Call ``function``, unless the training has broken off; a signal to stop interrupts it."""
+        if self._done < min(self.trainer.iter + 1, self.trainer.max_iter):
             return {}
+        (stop,) = self.agreement.any(self.signals.received is not None)  # between the last step and now
         try:
+            if stop:
+                self._stop(self._done)
             with self.signals.stopping_at_once():
                 return function()
-        except (SystemExit, KeyboardInterrupt):
-            self.ended = True
-            self.checkpoints.save(min(self.trainer.iter + 1, self.trainer.max_iter))
+        except BaseException:
+            self._done = -1
             raise
 
     def _message(self) -> str:

@@ -85,6 +85,20 @@ def as_yaml(cfg) -> str:
             return file.read()
 
 
+def save_lazy_config(cfg, folder: str) -> None:
+    """Write ``config.yaml`` as Detectron2 does, in the first process.
+
+    Call it once nothing can be refused any more: until then the folder may hold another run's config.
+    """
+    if not comm.is_main_process():
+        return
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".config") as temporary:
+        LazyConfig.save(cfg, os.path.join(temporary, "config.yaml"))
+        for name in os.listdir(temporary):  # what YAML cannot hold comes as a .pkl
+            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+
+
 def lazy_config_sha256(cfg) -> str:
     """SHA-256 of a configuration, whatever its output folder."""
     cfg = copy.deepcopy(cfg)

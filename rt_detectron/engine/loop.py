@@ -17,19 +17,34 @@ from torch import nn
 
 from rt_detectron.checkpoint.checkpointer import TO_KEEP, TrainingCheckpointer, periodic_checkpoints
 from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
+from rt_detectron.engine.lazy_config import save_lazy_config
 from rt_detectron.engine.signals import StopSignals
-from rt_detectron.engine.train_hooks import ProgressBar
+from rt_detectron.engine.train_hooks import LRScheduler, ProgressBar
 from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 
-def refuse_other_training(folder: str, resume: bool) -> None:
-    """Raise :class:`InputError` if ``folder`` holds a training and ``resume`` is False."""
-    if not resume and os.path.isdir(folder) and periodic_checkpoints(folder):
-        raise InputError(
-            f"{folder} holds a training: add --resume to go on with it, or choose another train.output_dir"
-        )
+def refuse_other_training(folder: str, resume: bool, key: str = "train.output_dir") -> None:
+    """Raise :class:`InputError` if ``folder`` holds a training, finished or not, and ``resume`` is False.
+
+    Call it in all processes; the first one's folder counts.
+
+    Args:
+        folder: for the output.
+        resume: whether to go on with what is there.
+        key: the folder's key in the configuration.
+    """
+    if resume:
+        return
+    found = os.path.isdir(folder) and (periodic_checkpoints(folder) or has_model(folder))
+    if comm.all_gather(bool(found))[0]:
+        raise InputError(f"{folder} holds a training: add --resume to go on with it, or choose another {key}")
+
+
+def has_model(folder: str) -> bool:
+    """Whether ``folder`` holds the outcome of a finished training."""
+    return os.path.isfile(os.path.join(folder, "model_final.pth"))
 
 
 def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
@@ -88,7 +103,7 @@ def run(
         [
             hooks.IterationTimer(),
             *first_hooks,
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             checkpointing,
             hooks.EvalHook(eval_period, evaluate_safely),
             hooks.PeriodicWriter(default_writers(train.output_dir, max_iter), train.log_period)
@@ -101,7 +116,8 @@ def run(
     if resume and checkpointer.resume():
         start_iter = trainer.iter + 1
         trainer.load_state_of_process(checkpointer.processes)
-    with signals.handled():
+    save_lazy_config(cfg, train.output_dir)
+    with checkpointing.running():
         trainer.train(start_iter, max_iter)
         if is_main:
             finish(results)
@@ -109,7 +125,7 @@ def run(
 
 
 @contextmanager
-def sole_training(folder: str) -> Iterator[None]:
+def sole_training(folder: str, key: str = "train.output_dir") -> Iterator[None]:
     """Keep other trainings out of ``folder``. The lock ends with the process, even if that is killed.
 
     Raises:
@@ -125,7 +141,7 @@ def sole_training(folder: str) -> Iterator[None]:
             is_taken = True
     try:
         if any(comm.all_gather(is_taken)):
-            raise InputError(f"another process is training into {folder}: choose another train.output_dir")
+            raise InputError(f"another process is training into {folder}: choose another {key}")
         yield
     finally:
         lock.release()

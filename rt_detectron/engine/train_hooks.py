@@ -1,9 +1,52 @@
 """Hooks of Detectron2's trainers, for classifiers and detectors."""
 
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
+
+from rt_detectron.utils.seeds import seed_all
+
+
+class LRScheduler(hooks.LRScheduler):
+    """Detectron2's hook; a resumed training has the learning rate of its config, not of its checkpoint."""
+
+    def before_train(self):
+        super().before_train()
+        scheduler = self.scheduler
+        if isinstance(scheduler, LRMultiplier):
+            scheduler.last_epoch = self.trainer.start_iter
+            for group, rate in zip(self._optimizer.param_groups, scheduler.get_lr(), strict=True):
+                group["lr"] = rate
+
+    def state_dict(self) -> dict:
+        return {} if isinstance(self.scheduler, LRMultiplier) else super().state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        if not isinstance(self.scheduler, LRMultiplier):
+            super().load_state_dict(state)
+
+
+class StepSeed(HookBase):
+    """Has the random numbers of a step follow from a seed, the iteration and the process.
+
+    So a resumed training draws the same ones as an uninterrupted one. The seed itself follows from Numpy's
+    random numbers of the first process, and is kept with the training.
+    """
+
+    def __init__(self):
+        self.seed = comm.shared_random_seed()
+
+    def before_step(self):
+        seed_all(self.seed, self.trainer.iter, comm.get_rank())
+
+    def state_dict(self) -> dict:
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seed = state["seed"]
 
 
 class ExponentialMovingAverage(HookBase):

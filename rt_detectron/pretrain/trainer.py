@@ -5,12 +5,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model
+from detectron2.engine import HookBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from rt_detectron.checkpoint.checkpointer import TrainingCheckpointer, has_checkpoint
 from rt_detectron.data.images import check_same_classes
 from rt_detectron.data.loader import TrainLoader
+from rt_detectron.engine.base_trainer import BaseTrainer
 from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
 from rt_detectron.engine.train_hooks import ExponentialMovingAverage
 from rt_detectron.layers.small_maps import use_small_maps
@@ -176,7 +177,7 @@ def _share_buffers(model: Pretraining) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
-class ClassifierTrainer(SimpleTrainer):
+class ClassifierTrainer(BaseTrainer):
     """Detectron2's trainer with gradient accumulation, mixed precision and asynchronous checks of the loss.
 
     With several processes, each step starts from the BN statistics of the first process, so only those are
@@ -261,8 +262,10 @@ class ClassifierTrainer(SimpleTrainer):
                 losses[name] = losses.get(name, 0) + loss.detach()
         self.after_backward()
         self._note(sum(losses.values()), keys)
-        if (self.iter + 1) % self.gather_metric_period == 0 and not self.has_diverged(wait=True):
-            self._write_metrics(losses, data_time)
+        if (self.iter + 1) % self.gather_metric_period == 0:
+            self.has_diverged(wait=True)  # names the images, in the process that has them
+            with suppress(FloatingPointError):  # in the process that gathers the losses of all
+                self._write_metrics(losses, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
@@ -306,7 +309,8 @@ class ClassifierTrainer(SimpleTrainer):
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.grad_scaler.load_state_dict(state["grad_scaler"])
+        if state["grad_scaler"]:  # empty without fp16
+            self.grad_scaler.load_state_dict(state["grad_scaler"])
 
 
 class StepState(HookBase):

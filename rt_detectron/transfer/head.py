@@ -4,9 +4,9 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from detectron2.engine import SimpleTrainer
 from torch import Tensor, nn
 
+from rt_detectron.engine.base_trainer import BaseTrainer
 from rt_detectron.transfer.features import Features
 from rt_detectron.utils.errors import InputError, one_line, optional_import
 from rt_detectron.utils.seeds import seeded, seeded_generator
@@ -21,7 +21,7 @@ def fresh_linear(layer: nn.Linear, seed: int) -> nn.Linear:
     return layer
 
 
-class HeadTrainer(SimpleTrainer):
+class HeadTrainer(BaseTrainer):
     """Trains a linear layer by SGD on features in memory.
 
     An iteration is a whole epoch, since a single step is less work than the engine's overhead around it. So
@@ -76,12 +76,6 @@ class HeadTrainer(SimpleTrainer):
         self.loss = torch.stack(losses).mean()
         if not self.has_diverged():
             self._write_metrics({"loss": self.loss}, data_time=0.0)
-
-    def state_of_process(self) -> dict:
-        return {}  # all processes have the same layer
-
-    def load_state_of_process(self, states: list[dict]) -> None:
-        pass
 
     def has_diverged(self, wait: bool = False) -> bool:
         """Whether the last epoch's loss was not finite."""

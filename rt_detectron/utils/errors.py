@@ -53,16 +53,24 @@ def one_line_errors():
     So does one from a data loader's worker or a launched process, which arrives as the text of its
     traceback. Everything else keeps its traceback, since it is ours to fix.
     """
-    trainer = logging.getLogger("detectron2.engine.train_loop")
-    trainer.addFilter(_is_no_input_error)
     try:
-        yield
+        with no_traceback_of_input_errors():
+            yield
     except Exception as error:
         message = _message(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def no_traceback_of_input_errors():
+    """Within this, Detectron2's trainer logs no traceback of what is shown as one line."""
+    trainer = logging.getLogger("detectron2.engine.train_loop")
+    trainer.addFilter(_is_no_input_error)
+    try:
+        yield
     finally:
         trainer.removeFilter(_is_no_input_error)
 
@@ -77,5 +85,5 @@ def _message(error: Exception) -> str | None:
 
 
 def _is_no_input_error(record: logging.LogRecord) -> bool:
-    """Keeps Detectron2's trainer from logging the traceback of what is shown as one line."""
-    return not (record.exc_info and isinstance(record.exc_info[1], InputError))
+    # Detectron2 raises a FloatingPointError where a training diverges.
+    return not (record.exc_info and isinstance(record.exc_info[1], InputError | FloatingPointError))

@@ -1,5 +1,6 @@
-"""Random numbers that follow from a seed and leave torch's global ones alone."""
+"""Random numbers that follow from a seed and leave the global ones alone."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,3 +29,24 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def seed_all(*seed: int, gpus: bool = True) -> None:
+    """Have torch's, numpy's and Python's global random numbers follow from these numbers."""
+    first, second, third = (int(n) for n in np.random.SeedSequence(seed).generate_state(3))
+    (torch if gpus else torch.default_generator).manual_seed(first)
+    np.random.seed(second)
+    random.seed(third)
+
+
+@contextmanager
+def all_seeded(*seed: int) -> Iterator[None]:
+    """As :func:`seeded`, but for torch's, numpy's and Python's random numbers on the CPU."""
+    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
+    seed_all(*seed, gpus=False)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

@@ -1,0 +1,54 @@
+"""What the processes of one training agree on: decisions, and the weights that they start from."""
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import nn
+
+
+class Agreement:
+    """Lets all processes take the same decision. Make it in all of them."""
+
+    def __init__(self):
+        self._group = torch.distributed.new_group(backend="gloo") if comm.get_world_size() > 1 else None
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is set in any process."""
+        if self._group is None:
+            return list(flags)
+        agreed = torch.tensor(flags, dtype=torch.uint8)
+        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=self._group)
+        return agreed.bool().tolist()
+
+
+@torch.no_grad()
+def share_state(model: nn.Module) -> None:
+    """Give every process the first one's parameters and buffers. Call it in all processes."""
+    for parameter in model.parameters() if comm.get_world_size() > 1 else ():
+        torch.distributed.broadcast(parameter, 0)
+    share_buffers(model)
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers, such as batch norm's statistics, which it saves.
+
+    Each process has seen other images, and so has statistics of its own. Call it in all processes.
+    """
+    for buffer in model.buffers() if comm.get_world_size() > 1 else ():
+        torch.distributed.broadcast(buffer, 0)
+
+
+class SameStart(HookBase):
+    """All processes start from the first one's weights.
+
+    Elsewhere weights may differ: layers without pretrained ones are initialised at random, and a file's copy
+    on another machine may be old.
+    """
+
+    def __init__(self, *models: nn.Module):
+        self.models = models
+
+    def before_train(self):
+        for model in self.models:
+            share_state(model)

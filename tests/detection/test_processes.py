@@ -1,0 +1,72 @@
+"""Two processes train the same weights, and those of one process on the same images."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_detectors import RETINANET, SMALL, differences
+from tool_process import run_tool
+
+PROGRAM = str(Path(__file__).parents[1] / "helpers" / "detection_variants.py")
+FEW = {
+    "average": {**SMALL, "SOLVER.EMA": 0.5, "SOLVER.CHECKPOINT_PERIOD": 2},
+    "adversarial": {**SMALL, "SOLVER.ADVERSARIAL.REPLAYS": 3, "SOLVER.CHECKPOINT_PERIOD": 2},
+    "rates": {"SOLVER.BACKBONE_MULTIPLIER": 0.1, "MODEL.BACKBONE.FREEZE_AT": 2},
+}
+ALL = {
+    "no clipping": {**SMALL, "SOLVER.CLIP_GRADIENTS.ENABLED": False},
+    "frozen": {"MODEL.BACKBONE.FREEZE_AT": 5},
+    "batch norm": {"MODEL.RESNETS.NORM": "BN", "MODEL.FPN.NORM": "BN", "SOLVER.EMA": 0.5},
+    "precise batch norm": {**SMALL, "TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 2},
+    "synchronised batch norm": {"MODEL.RESNETS.NORM": "naiveSyncBN"},
+    "retinanet": {**RETINANET, "SOLVER.CHECKPOINT_PERIOD": 2},
+    "everything": {
+        "MODEL.RESNETS.NORM": "BN",
+        "SOLVER.EMA": 0.5,
+        "SOLVER.ADVERSARIAL.REPLAYS": 3,
+        "SOLVER.BACKBONE_MULTIPLIER": 0.1,
+        "SOLVER.CHECKPOINT_PERIOD": 2,
+        "DATALOADER.NUM_WORKERS": 1,
+        "DATALOADER.ASPECT_RATIO_GROUPING": True,
+        "SOLVER.IMS_PER_BATCH": 4,
+    },
+}
+
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def farthest(one: dict, other: dict, names) -> float:
+    return max((one[name].float() - other[name].float()).abs().max().item() for name in names)
+
+
+@pytest.mark.parametrize(
+    "variants", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=["few options", "all options"]
+)
+def test_two_processes_train_as_one(tool_server, tiny_opts, tmp_path, variants):
+    tiny = dict(zip(tiny_opts[::2], tiny_opts[1::2], strict=True))
+    options = json.dumps({name: {**tiny, **chosen} for name, chosen in variants.items()})
+    for how in ("together", "alone"):
+        (tmp_path / how).mkdir()
+        ended = run_tool([PROGRAM, how, tmp_path / how, options], tmp_path)
+        assert ended.returncode == 0, ended.stderr
+    for name, chosen in variants.items():
+        folder = tmp_path / "together" / name
+        first, second = (torch.load(folder / f"{rank}.pth", weights_only=True) for rank in (0, 1))
+        learned = [key for key in first["weights"] if not key.endswith(STATISTICS)]
+        for key in learned:
+            assert torch.equal(first["weights"][key], second["weights"][key]), (name, key)
+        # Both evaluated what was saved.
+        saved_name = "uninterrupted.pth" if "SOLVER.CHECKPOINT_PERIOD" in chosen else "model_final.pth"
+        saved = torch.load(folder / saved_name, weights_only=True)
+        assert not differences(dict(saved["model"]), dict(first["evaluated"])), name
+        assert not differences(dict(saved["model"]), dict(second["evaluated"])), name
+        if "SOLVER.CHECKPOINT_PERIOD" in chosen:
+            resumed = torch.load(folder / "model_final.pth", weights_only=True)
+            assert not differences(saved, resumed), name
+        if "naiveSyncBN" in chosen.values():
+            continue  # one process has no other to synchronise with
+        alone = torch.load(tmp_path / "alone" / name / "0.pth", weights_only=True)
+        moved = farthest(first["start"], first["weights"], learned)
+        assert farthest(first["weights"], alone["weights"], learned) < 1e-3 * moved, name
