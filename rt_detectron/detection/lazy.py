@@ -23,7 +23,7 @@ from rt_detectron.detection.lazy_data import (
     set_num_classes,
 )
 from rt_detectron.detection.loader import resumable
-from rt_detectron.detection.steps import DIVERGED, build_trainer, fast
+from rt_detectron.detection.steps import DIVERGED, build_trainer, check_batch_size, fast
 from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
 from rt_detectron.engine.lazy_config import lazy_config_sha256, read_lazy_config, save_lazy_config
 from rt_detectron.engine.loop import build_optimizer
@@ -54,8 +54,6 @@ def load_lazy_config(path: str, overrides: list[str]):
     cfg = read_lazy_config(path, overrides, KEYS, "configs/lazy/")
     if "max_iter" not in cfg.train:
         raise InputError(f"--config-file {path}: train has no max_iter; tools/pretrain.py takes recipes")
-    if cfg.train.device == "cpu":
-        cfg.train.amp.enabled = False  # Detectron2's AMP is for GPUs only
     check_datasets([*dataset_names(cfg, "train"), *dataset_names(cfg, "test")])
     set_num_classes(cfg)
     loaded = image_format(cfg)
@@ -108,6 +106,9 @@ def do_train(cfg, resume: bool = False) -> dict:
     Raises:
         InputError: for weights that do not fit, and if the training diverges.
     """
+    key = "dataloader.train.total_batch_size"
+    if (images := OmegaConf.select(cfg, key)) is not None:
+        check_batch_size(images, key, comm.get_world_size())
     loader = resumable(build_lazy_loader(cfg, "train"))  # first, since here lie most mistakes
     check_lazy_test_set(cfg)
     model = build_lazy_model(cfg)

@@ -174,14 +174,33 @@ def build_trainer(
         ddp: arguments of DistributedDataParallel.
 
     Raises:
-        InputError: for torch's SyncBatchNorm in several processes on CPUs.
+        InputError: for mixed precision, and for torch's SyncBatchNorm in several processes, on CPUs.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and amp:
+        raise InputError(
+            "mixed precision needs a GPU: set SOLVER.AMP.ENABLED False (LazyConfig: train.amp.enabled=False)"
+        )
     if on_cpu and comm.get_world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         raise InputError("SyncBN needs GPUs: on several CPU processes set NORM naiveSyncBN, BN or FrozenBN")
     # On CPUs DistributedDataParallel takes no device ids.
     wrapped = create_ddp_model(model, **ddp, **({"device_ids": None} if on_cpu else {}))
     return (DetectorAMPTrainer if amp else DetectorTrainer)(wrapped, loader, optimizer)
+
+
+def check_batch_size(images: int, key: str, processes: int) -> None:
+    """Raise :class:`InputError` if a batch cannot be divided evenly among the processes.
+
+    Args:
+        images: in a batch of all processes.
+        key: of the config, for the message.
+        processes: their number.
+    """
+    if images < 1 or images % processes:
+        fitting = max(round(images / processes), 1) * processes
+        raise InputError(
+            f"{key} is {images}; it must be a multiple of the {processes} processes: {fitting}, say"
+        )
 
 
 def backbone_factor(

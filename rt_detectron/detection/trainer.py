@@ -29,7 +29,7 @@ from rt_detectron.data import CheckedMapper, check_datasets, load_training_set, 
 from rt_detectron.detection.adversarial import replayed
 from rt_detectron.detection.hooks import PreciseBN, build_average, training_hooks
 from rt_detectron.detection.loader import resumable
-from rt_detectron.detection.steps import DIVERGED, build_optimizer, build_trainer, fast
+from rt_detectron.detection.steps import DIVERGED, build_optimizer, build_trainer, check_batch_size, fast
 from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
 from rt_detectron.engine.signals import StopSignals
 from rt_detectron.evaluation.build import build_evaluator, check_test_sets, inference_folder
@@ -65,7 +65,8 @@ def load_detector_config(path: str, opts: list[str]) -> CfgNode:
         raise InputError(f"configuration ({' '.join([path, *opts])}): {one_line(error)}") from None
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         if comm.is_main_process():
-            logger.warning("No GPU found: running on the CPU (MODEL.DEVICE cpu)")
+            without = ", SOLVER.AMP.ENABLED False" if cfg.SOLVER.AMP.ENABLED else ""
+            logger.warning("No GPU found: running on the CPU (MODEL.DEVICE cpu%s)", without)
         cfg.MODEL.DEVICE = "cpu"
         cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMP is for GPUs only
     set_num_classes(cfg)
@@ -100,6 +101,8 @@ class Trainer(DefaultTrainer):
         # As DefaultTrainer.__init__, with some parts replaced.
         TrainerBase.__init__(self)
         check_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+        reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        check_batch_size(cfg.SOLVER.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH", reference or comm.get_world_size())
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         data_loader = self.build_train_loader(cfg)  # first, since here lie most mistakes
         check_test_sets(cfg)

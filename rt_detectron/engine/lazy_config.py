@@ -60,6 +60,9 @@ def read_lazy_config(path: str, overrides: list[str], keys: tuple[str, ...], fol
         if comm.is_main_process():
             logger.warning("No GPU found: running on the CPU (train.device=cpu)")
         cfg.train.device = "cpu"
+        if OmegaConf.select(cfg, "train.amp.enabled"):  # Detectron2's AMP is for GPUs only
+            logger.warning("Mixed precision is off (train.amp.enabled=False): it needs a GPU")
+            cfg.train.amp.enabled = False
     return cfg
 
 
