@@ -40,7 +40,7 @@ COMMANDS = runpy.run_path(str(REPOSITORY / "tools" / "rt-detectron"), run_name="
 # Variables that a document leaves to its reader.
 VALUES = {"RANK": "0", "HOST": "localhost", "SLURM_NODEID": "0", "lr": "0.01", "eps": "0.5"}
 # Programs of others, in lines that call nothing of ours.
-SHELL = ("for", "done", "export", "cd", "git", "mv", "ray", "rm", "source", ".")
+SHELL = ("test", "for", "done", "export", "cd", "git", "mv", "ray", "rm", "source", ".")
 # What a fence may say. Without a word it holds commands, or config keys and their values.
 LANGUAGES = ("", "bash", "python", "yaml", "text")
 
