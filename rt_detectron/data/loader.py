@@ -4,11 +4,8 @@ import functools
 import itertools
 import logging
 import multiprocessing
-import os
-import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
-from multiprocessing.synchronize import Event
 
 import numpy as np
 import torch
@@ -17,13 +14,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from rt_detectron.data.images import FolderDataset
 from rt_detectron.data.shards import ShardDataset
+from rt_detectron.data.workers import leave_signals_to_the_trainer
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.ranges import check_images
 from rt_detectron.utils.seeds import seeded, seeded_generator
 
 logger = logging.getLogger(__name__)
-
-GRACE_SECONDS = 30  # a loader's worker outlives a SIGTERM by this time
 
 
 class TrainLoader:
@@ -92,17 +88,6 @@ class TrainLoader:
             )
         finally:
             closing.set()
-
-
-def leave_signals_to_the_trainer(closing: Event, worker_id: int) -> None:
-    """Ignore signals to the process group, so that the trainer can finish its step and save.
-
-    For a DataLoader's ``worker_init_fn``. Multiprocessing also ends workers by SIGTERM. So it works at once
-    while the loader is ``closing``, and otherwise after GRACE_SECONDS.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else signal.alarm(GRACE_SECONDS))
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
 
 
 class _Order:

@@ -14,7 +14,7 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from rt_detectron.data.loader import leave_signals_to_the_trainer
+from rt_detectron.data.workers import leave_signals_to_the_trainer
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.seeds import all_seeded
 
@@ -137,16 +137,17 @@ class _Seeded(Dataset):
     """The images of a MapDataset, by (index, seed)."""
 
     def __init__(self, images: MapDataset):
-        self.images = images
+        self.records = images._dataset
+        self.map = images._map_func
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.records)
 
     def __getitem__(self, index_and_seed: tuple[int, tuple[int, int]]):
         index, seed = index_and_seed
         with all_seeded(*seed):
             for number in itertools.count(1):
-                image = self.images._map_func(self.images._dataset[index])
+                image = self.map(self.records[index])
                 if image is not None:
                     return image
                 if number == TRIES:

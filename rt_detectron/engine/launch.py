@@ -1,5 +1,6 @@
 """Start a tool's main() in every process of a training."""
 
+import logging
 import multiprocessing.connection
 import os
 import pickle
@@ -112,8 +113,15 @@ class _CutOff(InputError):
     """Another process has ended, and with it what the processes do together."""
 
 
+def _is_own(record: logging.LogRecord) -> bool:
+    """Keeps Detectron2's trainer from logging the traceback of a lost connection."""
+    return not (record.exc_info and CONNECTION_LOST.search(str(record.exc_info[1])))
+
+
 @contextmanager
 def _one_line_if_cut_off() -> Iterator[None]:
+    trainer = logging.getLogger("detectron2.engine.train_loop")
+    trainer.addFilter(_is_own)
     try:
         yield
     except RuntimeError as error:  # torch has no type of its own for these
@@ -125,6 +133,8 @@ def _one_line_if_cut_off() -> Iterator[None]:
                 "another process of this training has ended, and this one with it: see what that one says"
             ) from None
         raise
+    finally:
+        trainer.removeFilter(_is_own)
 
 
 def _join(context: ProcessContext) -> None:
