@@ -41,12 +41,17 @@ class COCOEvaluator(Detectron2COCOEvaluator):
 
     Arguments, files and results are the same, but for an annotation with id 0: pycocotools stores a match as
     the annotation's id, and so takes one with that object for none. Here it counts like any other.
-    ``matches.npz`` (:class:`~.matching.Matches`) is written beside ``coco_instances_results.json``.
     ``use_fast_impl=False`` uses pycocotools instead.
+
+    Attributes:
+        keeps_matches: whether to write ``matches.npz`` (:class:`~.matching.Matches`), too, beside
+            ``coco_instances_results.json``.
 
     Raises:
         InputError: for an annotation file that cannot be evaluated.
     """
+
+    keeps_matches = False
 
     def __init__(
         self,
@@ -96,10 +101,11 @@ class COCOEvaluator(Detectron2COCOEvaluator):
                 max_dets=self._max_dets_per_image,
                 kpt_oks_sigmas=self._kpt_oks_sigmas,
                 img_ids=img_ids,
+                keep_matches=self.keeps_matches,
             )
             for task in sorted(tasks)
         }
-        if self._output_dir:
+        if self._output_dir and self.keeps_matches:
             write_evaluations(evaluations, os.path.join(self._output_dir, "matches.npz"))
         for task, evaluation in evaluations.items():
             self._results[task] = self._derive_coco_results(
@@ -117,6 +123,7 @@ def evaluate_detections(
     max_dets: Sequence[int] = (1, 10, 100),
     kpt_oks_sigmas: Sequence[float] = (),
     img_ids: Sequence[int] | None = None,
+    keep_matches: bool = False,
 ) -> COCOeval:
     """AP and AR of detections, as pycocotools' loadRes(), evaluate(), accumulate() and summarize() give them.
 
@@ -131,9 +138,10 @@ def evaluate_detections(
         max_dets: three limits on the number of detections of a category in an image; not for keypoints.
         kpt_oks_sigmas: one for each keypoint; COCO's if empty.
         img_ids: the images to evaluate on; None is all.
+        keep_matches: whether ``eval`` has "matches" (:class:`~.matching.Matches`), too.
 
     Returns:
-        A COCOeval with ``params``, ``eval`` ("precision", "recall", "scores", "matches") and ``stats``.
+        A COCOeval with ``params``, ``eval`` ("precision", "recall", "scores") and ``stats``.
 
     Raises:
         InputError: for detections or annotations without what the task needs.
@@ -162,6 +170,7 @@ def evaluate_detections(
             rec_thrs=params.recThrs,
             area_rng=params.areaRng,
             max_dets=params.maxDets,
+            keep_matches=keep_matches,
         ),
     }
     evaluation.eval["counts"] = list(evaluation.eval["precision"].shape)

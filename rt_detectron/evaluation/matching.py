@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -230,6 +231,7 @@ def precision_and_recall(
     rec_thrs: Sequence[float],
     area_rng: Sequence[Sequence[float]],
     max_dets: Sequence[int],
+    keep_matches: bool = False,
 ) -> dict[str, Any]:
     """The arrays of pycocotools' COCOeval.accumulate(); -1 where a category has no annotation.
 
@@ -245,9 +247,11 @@ def precision_and_recall(
         rec_thrs: R recall levels at which precision is sampled.
         area_rng: A ranges (smallest, largest) of the area in pixels.
         max_dets: M limits on the number of detections of a category in an image, ascending.
+        keep_matches: whether to give the matches, too, which takes about twice as long.
 
     Returns:
-        "precision" and "scores" of shape (T, R, K, A, M), "recall" of shape (T, K, A, M), and the "matches".
+        "precision" and "scores" of shape (T, R, K, A, M), "recall" of shape (T, K, A, M), and "matches" if
+        they are asked for.
     """
     settings = SimpleNamespace(  # as the C++ code names them
         iouThrs=list(iou_thrs),
@@ -260,22 +264,18 @@ def precision_and_recall(
     t, r, a, m = map(len, (settings.iouThrs, settings.recThrs, settings.areaRng, settings.maxDets))
     precision, scores = (np.full((t, r, num_categories, a, m), -1.0) for _ in range(2))
     recall = np.full((t, num_categories, a, m), -1.0)
-    matches = []
+    matches: list[Matches] = []
     annotations, detections = annotations.grouped(), detections.grouped(max_dets[-1])
     for k in np.unique(annotations.category):
         wanted, found = (
             o[slice(*np.searchsorted(o.category, [k, k + 1]))] for o in (annotations, detections)
         )
-        curves, matched = _match(wanted, found, overlap, settings)
+        curves, matched = _match(wanted, found, overlap, settings, keep_matches)
         precision[:, :, k], scores[:, :, k] = curves["precision"][:, :, 0], curves["scores"][:, :, 0]
         recall[:, k] = curves["recall"][:, 0]
-        matches.append(matched)
-    return {
-        "precision": precision,
-        "recall": recall,
-        "scores": scores,
-        "matches": Matches.joined(matches, a, t),
-    }
+        matches += matched
+    found_curves = {"precision": precision, "recall": recall, "scores": scores}
+    return found_curves | ({"matches": Matches.joined(matches, a, t)} if keep_matches else {})
 
 
 def curves_of(
@@ -333,9 +333,13 @@ def chosen_matches(parts: Sequence[Matches], choice: np.ndarray) -> Matches:
 
 
 def _match(
-    annotations: Objects, detections: Objects, overlap: Callable, settings: SimpleNamespace
-) -> tuple[dict[str, Any], Matches]:
-    """Precision, recall and scores of one category, and what matched."""
+    annotations: Objects,
+    detections: Objects,
+    overlap: Callable,
+    settings: SimpleNamespace,
+    keep_matches: bool,
+) -> tuple[dict[str, Any], list[Matches]]:
+    """Precision, recall and scores of one category, and what matched if it is asked for."""
     images = np.union1d(annotations.image, detections.image)
     datasets, bounds = [], []
     for objects in (annotations, detections):
@@ -353,39 +357,55 @@ def _match(
             found, wanted = detections.shape[best:worst], annotations.shape[first:last]
             table = overlap(found, wanted, crowd[first:last]).tolist()
         overlaps.append([table])
-    settings = SimpleNamespace(**vars(settings), imgIds=list(range(len(images))))
+    images_and_category = (list(range(len(images))), settings.catIds)
+    settings = SimpleNamespace(**vars(settings), imgIds=images_and_category[0])
+    if not keep_matches:
+        inputs = (overlaps, *datasets, *images_and_category)
+        return cpp.COCOevalEvaluateAccumulate(settings, *inputs, True), []
     evaluated = cpp.COCOevalEvaluateImages(
         settings.areaRng, settings.maxDets[-1], settings.iouThrs, overlaps, *datasets,
-        settings.imgIds, settings.catIds, True,
+        *images_and_category, True,
     )  # fmt: skip
-    return cpp.COCOevalAccumulate(settings, evaluated), _matches(annotations, detections, evaluated, settings)
+    curves = cpp.COCOevalAccumulate(settings, evaluated)
+    return curves, [_matches(annotations, detections, evaluated, settings)]
 
 
 def _matches(
     annotations: Objects, detections: Objects, evaluated: list, settings: SimpleNamespace
 ) -> Matches:
     """From the C++ code's results of all images at the first area range, then at the next."""
-    areas, thresholds, images = len(settings.areaRng), len(settings.iouThrs), len(settings.imgIds)
-    matched: list[np.ndarray] = []
-    ignored: list[np.ndarray] = []
-    ignored_objects = []
-    for area in range(areas):
-        # Which objects and scores were matched is not needed.
-        states = [one.__getstate__()[:5] for one in evaluated[area * images : (area + 1) * images]]
-        for parts, place in ((matched, 0), (ignored, 4)):
-            parts.append(
-                np.concatenate([np.array(state[place], bool).reshape(thresholds, -1) for state in states], 1)
-            )
-        ignored_objects.append(np.concatenate([np.array(state[3], bool) for state in states]))
-    ignores = np.stack(ignored)
+    areas, thresholds = len(settings.areaRng), len(settings.iouThrs)
+    # For each image: whether each detection matched at each threshold, of each object whether it is ignored,
+    # and of each detection at each threshold. (The rest of the state is not needed.)
+    states = [one.__getstate__() for one in evaluated]
+    found, objects = len(detections.image), len(annotations.image)
+    places = _places(detections.image, thresholds)
+    matched, ignored = (
+        np.fromiter(
+            chain.from_iterable(state[part] for state in states), bool, areas * thresholds * found
+        ).reshape(areas, thresholds * found)[:, places]
+        for part in (0, 4)
+    )
+    ignored_objects = np.fromiter(chain.from_iterable(state[3] for state in states), bool, areas * objects)
     return Matches(
         image=detections.image,
         category=detections.category,
         score=detections.score,
-        hit=np.stack(matched) & ~ignores,
-        ignored=ignores,
+        hit=matched & ~ignored,
+        ignored=ignored,
         # In each image the C++ code puts the objects that do not count last.
         object_image=annotations.image,
         object_category=annotations.category,
-        object_ignored=np.stack(ignored_objects),
+        object_ignored=ignored_objects.reshape(areas, objects),
     )
+
+
+def _places(image: np.ndarray, thresholds: int) -> np.ndarray:
+    """(T, D): where the value of a threshold and a detection is, if those of an image lie side by side.
+
+    Args:
+        image: (D,) of each detection, ascending.
+    """
+    _, first, which, counts = np.unique(image, return_index=True, return_inverse=True, return_counts=True)
+    within = np.arange(len(image)) - first[which]
+    return thresholds * first[which] + np.arange(thresholds)[:, None] * counts[which] + within

@@ -384,7 +384,7 @@ class TestMatches:
     def test_hold_all_that_precision_is_made_of(self, draw, task, tmp_path):
         for seed in SEEDS[::5]:
             drawn = draw(seed, task)
-            evaluation = evaluate_detections(coco_of(drawn.dataset), drawn.results, task)
+            evaluation = evaluate_detections(coco_of(drawn.dataset), drawn.results, task, keep_matches=True)
             write_evaluations({task: evaluation}, str(tmp_path / "matches.npz"))
             tasks, common = read_matches(str(tmp_path / "matches.npz"))
             assert common["image_ids"].tolist() == evaluation.params.imgIds
@@ -407,7 +407,7 @@ class TestMatches:
         for seed in SEEDS[::5]:
             drawn = draw(seed)
             coco = coco_of(drawn.dataset)
-            whole = evaluate_detections(coco, drawn.results, "bbox")
+            whole = evaluate_detections(coco, drawn.results, "bbox", keep_matches=True)
             matches, params = whole.eval["matches"], whole.params
             for number, image in enumerate(params.imgIds):
                 alone = evaluate_detections(coco, drawn.results, "bbox", img_ids=[image])
@@ -417,6 +417,7 @@ class TestMatches:
     def test_lie_beside_the_predictions_also_where_there_are_none(self, draw, register, tmp_path):
         drawn = draw(7)
         evaluator = COCOEvaluator(register(drawn.dataset, **drawn.metadata()), output_dir=str(tmp_path))
+        evaluator.keeps_matches = True
         inputs, outputs = drawn.outputs()
         for found in (outputs, [{"instances": output["instances"][:0]} for output in outputs]):
             evaluated(evaluator, inputs, found)

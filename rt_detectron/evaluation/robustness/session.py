@@ -86,9 +86,11 @@ class Session:
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             folder=inference_folder(own, self.dataset),
         )
+        self.test_set.keep_matches()
         self._changed = replace(
             self.test_set, evaluator=build_evaluator(cfg, self.dataset, scratch), folder=scratch
         )
+        self._changed.keep_matches()
         self.identity = from_main(detector_identity(cfg, model, dicts) if comm.is_main_process() else None)
         self.surrogate_sha256 = surrogate and weights_sha256(surrogate)
         self.pictures: list[dict[str, str]] = []
@@ -205,6 +207,9 @@ class Session:
         **changes,
     ) -> dict[str, Any]:
         """The content of the measurement's ``result.json``, in all processes."""
+        written = os.path.join(images.folder, "matches.npz")
+        if comm.is_main_process() and os.path.isfile(written):
+            os.remove(written)  # of another measurement, where this one may give none
         kept = ImageByImage(images.evaluator, folder)
         if kept.done:
             logger.info("%s: goes on after %d of %d images", name, len(kept.done), len(images.dicts))
@@ -222,15 +227,14 @@ class Session:
                 "identity": identity,
                 "metrics": metrics,
                 "objective": summary(objectives),
-                "has_matches": self._keep_matches(images, folder, clean),
+                "has_matches": self._keep_matches(written, folder, clean),
                 "seconds": round(kept.seconds, 3),
             }
             write_result(folder, result)
         return from_main(result)
 
-    def _keep_matches(self, images: DetectionTestSet, folder: str, clean: Measured | None) -> bool:
+    def _keep_matches(self, path: str, folder: str, clean: Measured | None) -> bool:
         """Whether the evaluator wrote a ``matches.npz``, which is then in the measurement's folder, too."""
-        path = os.path.join(images.folder, "matches.npz")
         if not os.path.isfile(path):
             return False
         matches, common = read_matches(path)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from rt_detectron.attacks.detection import detect as detect_on
 from rt_detectron.data import CheckedMapper
+from rt_detectron.evaluation.coco import COCOEvaluator
 from rt_detectron.evaluation.robustness.measurement import ImageByImage, Metrics
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.modes import eval_mode
@@ -56,6 +57,11 @@ class DetectionTestSet:
     whole: bool = True
     num_workers: int = 0
     folder: str = ""
+
+    def keep_matches(self) -> None:
+        """Have the evaluator write ``matches.npz``, if it is one of COCO's."""
+        if isinstance(self.evaluator, COCOEvaluator):
+            self.evaluator.keeps_matches = True
 
     def spread(self, count: int) -> "DetectionTestSet":
         """``count`` of its images, evenly spread; the set itself if ``count`` is 0 or at least its size.
