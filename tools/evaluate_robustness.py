@@ -29,6 +29,7 @@ from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
 from rt_detectron.detection import Trainer, load_detector_config
 from rt_detectron.engine.launch import launch
+from rt_detectron.evaluation.build import check_test_sets
 from rt_detectron.evaluation.robustness import (
     evaluate_robustness,
     keys_help,
@@ -46,6 +47,7 @@ def main(args: argparse.Namespace) -> None:
     own = robustness_config(cfg)
     default_setup(own, args)
     setup_logger(own.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="rt_detectron")
+    check_test_sets(cfg)
     model = Trainer.build_model(cfg)
     RobustCheckpointer(model, trained=True, input_format=cfg.INPUT.FORMAT).load(cfg.MODEL.WEIGHTS)
     surrogate = None

@@ -78,6 +78,8 @@ def load_training_set(cfg: CfgNode) -> list[dict]:
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
+    if not isinstance(records, list):
+        return records  # a torch Dataset of the user's, which may have no end
     _check_objects(cfg, records)
     warn_of_boxes_outside(records, ", ".join(cfg.DATASETS.TRAIN))
     for name in cfg.DATASETS.TRAIN:
@@ -102,6 +104,8 @@ def load_test_set(cfg: CfgNode, name: str, with_objects: bool = False) -> list[d
             filter_empty=False,
             proposal_files=[proposals[name]] if cfg.MODEL.LOAD_PROPOSALS else None,
         )
+    if not isinstance(records, list):
+        return records
     if with_objects:
         _check_objects(cfg, records)
     _check_classes(cfg, name)

@@ -73,7 +73,9 @@ def check_test_sets(cfg: CfgNode) -> None:
             annotations that the evaluators could not score.
     """
     for name in cfg.DATASETS.TEST:
-        _warn_of_counts(cfg, name, load_test_set(cfg, name))
+        records = load_test_set(cfg, name)
+        if isinstance(records, list):  # not a torch Dataset of the user's
+            _warn_of_counts(cfg, name, records)
         evaluator = build_evaluator(cfg, name)
         for each in getattr(evaluator, "_evaluators", [evaluator]):
             if isinstance(each, COCOEvaluator | LVISEvaluator):
@@ -81,7 +83,10 @@ def check_test_sets(cfg: CfgNode) -> None:
 
 
 def _warn_of_counts(cfg: CfgNode, name: str, records: list[dict]) -> None:
-    most = max(len(record.get("annotations", ())) for record in records)
+    counts = [len(record["annotations"]) for record in records if "annotations" in record]
+    if not counts:  # a set for semantic segmentation
+        return
+    most = max(counts)
     if not most:
         logger.warning("%s has no annotated object: its AP is undefined", name)
     if most > cfg.TEST.DETECTIONS_PER_IMAGE:

@@ -8,7 +8,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import DatasetEvaluators
 
 from rt_detectron.evaluation import COCOEvaluator
-from rt_detectron.evaluation.build import build_evaluator, check_test_sets
+from rt_detectron.evaluation.build import build_evaluator, check_test_sets, inference_folder
 from rt_detectron.utils.errors import InputError
 
 NAME = "rt_test_build"
@@ -43,6 +43,18 @@ class TestBuildEvaluator:
             cfg = tiny_cfg(tmp_path, "TEST.DETECTIONS_PER_IMAGE", detections, "TEST.COCO_MAX_DETS", key)
             assert build_evaluator(cfg, sets["val"])._max_dets_per_image == [1, 10, limit]
             assert (f"AP counts up to {limit} detections" in caplog.text) == (limit != 100)
+
+
+def test_each_of_several_sets_has_a_folder_below_inference(tiny_cfg, tmp_path):
+    """Also one that is named by its paths, and two that differ in a single character."""
+    names = ["plain", "coco:a/b.json:c", "coco:a_b.json:c", "coco:" + "deep/" * 90 + "b.json:c@any"]
+    cfg = tiny_cfg(tmp_path, "DATASETS.TEST", repr(tuple(names)))
+    folders = [Path(inference_folder(cfg, name)) for name in names]
+    assert folders[0] == tmp_path / "inference" / "plain"
+    assert {folder.parent for folder in folders} == {tmp_path / "inference"}
+    assert len(set(folders)) == len(names)
+    for folder in folders:
+        folder.mkdir(parents=True)
 
 
 class TestCheckTestSets:
@@ -125,6 +137,20 @@ class TestCheckTestSets:
         assert self.message(cfg).endswith(
             "x.jpg: cannot be read (there is no such file); repair or delete it"
         )
+
+    def test_a_set_without_objects_is_told(self, spoiled, caplog):
+        check_test_sets(spoiled(lambda content: content.update(annotations=[])))
+        assert "has no annotated object: its AP is undefined" in caplog.text
+
+    def test_a_set_for_semantic_segmentation_has_none(self, tiny_cfg, sets, tmp_path, caplog):
+        images = Path(MetadataCatalog.get(sets["val"]).image_root).glob("*.jpg")
+        records = [{"file_name": str(image), "sem_seg_file_name": "semantic.png"} for image in images]
+        DatasetCatalog.register(NAME, lambda: records)
+        MetadataCatalog.get(NAME).set(evaluator_type="sem_seg", stuff_classes=["sky"], ignore_label=255)
+        check_test_sets(tiny_cfg(tmp_path, "DATASETS.TEST", NAME))
+        assert "AP" not in caplog.text
+        DatasetCatalog.remove(NAME)
+        MetadataCatalog.remove(NAME)
 
     def test_more_objects_than_detections(self, tiny_cfg, tmp_path, caplog):
         with caplog.at_level(logging.WARNING):
