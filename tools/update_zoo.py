@@ -70,6 +70,25 @@ SHA-256 is recorded.
 """
 
 
+ROBUSTBENCH = """\
+
+## RobustBench
+
+{count} networks of the ImageNet leaderboard of [RobustBench](https://github.com/RobustBench/robustbench),
+trained for Linf 4/255, whose files you bring: `robust://NAME.pkl` looks for `NAME.pt` in the folder
+`RT_DETECTRON_ZOO`, in `imagenet/Linf` below it, and in `models/imagenet/Linf` of the current folder, where
+RobustBench's `load_model` puts it. Nobody has published hashes of these files, so they are used as they
+are, and the log says so. They are read without running any code in them. Each has a licence of its own.
+
+"wrap": ImageNet's mean and std belong in front of the network. "raw": it takes images in [0, 1] as they
+are, so set `MODEL.PIXEL_MEAN [0, 0, 0] MODEL.PIXEL_STD [255, 255, 255]`. The two accuracies are
+RobustBench's, in percent.
+
+| name | network | input | clean | AutoAttack | Google Drive |
+|---|---|---|--:|--:|---|
+"""
+
+
 def document(table: dict) -> str:
     """The text of docs/MODEL_ZOO.md for the content of zoo.json."""
     hub, revision, entries = table["hub"], table["revision"], table["checkpoints"]
@@ -83,22 +102,33 @@ def document(table: dict) -> str:
             link = f"[{entry['file']}](https://huggingface.co/{hub}/blob/{revision}/{entry['file']})"
             is_recorded = "recorded" if entry["sha256"] else ""
             parts.append(f"| `{entry['name']}` | {eps} | {top1} | {link} | {is_recorded} |\n")
+    parts.append(ROBUSTBENCH.format(count=len(table["robustbench"])))
+    for entry in table["robustbench"]:
+        drive = f"[link](https://drive.google.com/uc?id={entry['drive']})" if entry["drive"] else ""
+        parts.append(
+            f"| `{entry['name']}` | `{entry['arch']}` | {entry['pixels']} | {entry['top1']:.2f} | "
+            f"{entry['robust']:.2f} | {drive} |\n"
+        )
     return "".join(parts)
 
 
 def dumped(table: dict) -> str:
     """The text of zoo.json: a checkpoint a line, so that changes can be read."""
-    lines = ",\n".join(f"    {json.dumps(entry)}" for entry in table["checkpoints"])
-    head = "".join(f"  {json.dumps(key)}: {json.dumps(table[key])},\n" for key in ("hub", "revision"))
-    return f'{{\n{head}  "checkpoints": [\n{lines}\n  ]\n}}\n'
+    parts = []
+    for key, value in table.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(f"    {json.dumps(entry)}" for entry in value) + "\n  ]"
+        parts.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def record(table: dict, mirror: str, overwrite: bool) -> None:
     """Put size and SHA-256 of the checkpoints in the folder ``mirror`` into ``table``."""
     if not os.path.isdir(mirror):
-        raise InputError(f"{mirror} is no folder: give one with the published .ckpt files in it")
-    entries = {entry["file"]: entry for entry in table["checkpoints"]}
-    for path in sorted(Path(mirror).rglob("*.ckpt")):
+        raise InputError(f"{mirror} is no folder: give one with the published files in it")
+    entries = {entry["file"]: entry for key in ("checkpoints", "robustbench") for entry in table[key]}
+    for path in sorted(path for path in Path(mirror).rglob("*") if path.suffix in (".ckpt", ".pt")):
         if path.name not in entries:
             print(f"unknown   {path}")
             continue
@@ -118,7 +148,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mirror", metavar="FOLDER", help="where published .ckpt files lie, at any depth")
+    parser.add_argument(
+        "--mirror", metavar="FOLDER", help="where published files (.ckpt, .pt) lie, at any depth"
+    )
     parser.add_argument("--overwrite", action="store_true", help="change hashes that are already recorded")
     args = parser.parse_args(argv)
     with one_line_errors():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from iopath.common.file_io import PathHandler
 
-from rt_detectron.checkpoint.architectures import get_architecture
+from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.checkpoint.formats import check_file, read_pickle
 from rt_detectron.checkpoint.metadata import Metadata
@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 TABLE = Path(__file__).with_name("zoo.json")
 PREFIX = "robust://"
+ROBUSTBENCH = "https://github.com/RobustBench/robustbench"
+IN_ROBUSTBENCH = os.path.join(
+    "imagenet", "Linf"
+)  # where its cache, by default the folder "models", has a file
 BGR = "-bgr"  # ends the names of weights that absorb Detectron2's default preprocessing
 
 
@@ -34,9 +38,14 @@ class Entry:
         arch: a name of :data:`rt_detectron.checkpoint.architectures.ARCHITECTURES`.
         norm, eps: the threat model of its training: "l2" with eps in [0,1] pixels, or "linf" in 1/255.
         file: its name on the Hugging Face Hub and in a mirror.
-        top1: accuracy on clean ImageNet, in percent (Salman et al. 2020); None where not published.
+        top1: accuracy on clean ImageNet, in percent as published (Salman et al. 2020, RobustBench).
         input_format: the order of the colours that it takes.
         size, sha256: of the file, in bytes and hexadecimal; None where not recorded yet.
+        robust: accuracy under AutoAttack of that norm and eps, in percent; None where not published.
+        pixels: "wrap": ImageNet's mean and std belong in front; "raw": it takes images in [0, 1] as they are.
+        drive: the file's id on Google Drive, of RobustBench's. None of others.
+        source: "hub" or "robustbench", whose files users bring.
+        licence: of the file, as its source states it; None if it does not.
     """
 
     name: str
@@ -48,10 +57,27 @@ class Entry:
     input_format: str
     size: int | None
     sha256: str | None
+    robust: float | None = None
+    pixels: str = "wrap"
+    drive: str | None = None
+    source: str = "hub"
+    licence: str | None = None
+
+    @property
+    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What an image is normalised by, RGB in 0..255."""
+        return ((0.0,) * 3, (255.0,) * 3) if self.pixels == "raw" else (IMAGENET_MEAN, IMAGENET_STD)
+
+    @property
+    def unsaid(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """:attr:`mean_and_std` where the file itself does not state them, else None."""
+        return self.mean_and_std if self.source == "robustbench" else None
 
     @property
     def url(self) -> str:
-        """Where the file is downloaded from; ``$HF_ENDPOINT`` names another server than the Hub."""
+        """Where the file can be had; ``$HF_ENDPOINT`` names another server than the Hub."""
+        if self.source == "robustbench":
+            return f"https://drive.google.com/uc?id={self.drive}" if self.drive else ROBUSTBENCH
         endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         return f"{endpoint}/{_table()['hub']}/resolve/{_table()['revision']}/{self.file}"
 
@@ -63,7 +89,10 @@ def _table() -> dict:
 
 @functools.cache
 def _entries() -> dict[str, Entry]:
-    return {fields["name"]: Entry(**fields) for fields in _table()["checkpoints"]}
+    table = _table()
+    entries = [Entry(**fields, licence=table["licence"]) for fields in table["checkpoints"]]
+    entries += [Entry(**fields, source="robustbench") for fields in table["robustbench"]]
+    return {entry.name: entry for entry in entries}
 
 
 def list(
@@ -94,14 +123,17 @@ def find(name: str) -> Entry:
     """
     if name in _entries():
         return _entries()[name]
-    hint = did_you_mean(name.lower().replace("-", "_"), _entries())
+    plain = name.lower().replace("-", "_")
+    same = [known for known in _entries() if known.lower().replace("-", "_") == plain]
+    hint = did_you_mean(plain, same or _entries()) or did_you_mean(name, same or _entries())
     raise InputError(f"the zoo has no {name}; docs/MODEL_ZOO.md lists all names{hint}")
 
 
 def checkpoint(name: str) -> str:
     """The local path of a published classifier's own file, verified.
 
-    It is taken from the folder ``$RT_DETECTRON_ZOO`` if it is there, else from huggingface_hub's cache or
+    RobustBench's are taken from the folder ``$RT_DETECTRON_ZOO`` or RobustBench's own cache alone. All others
+    are taken from the folder ``$RT_DETECTRON_ZOO`` if they are there, else from huggingface_hub's cache or
     the Hub, at the revision that the table pins. Its size and SHA-256 must be those of the table. Where these
     are not recorded, a download must have the SHA-256 that the Hub announces.
 
@@ -120,7 +152,7 @@ def weights(name: str) -> str:
         InputError: as for :func:`checkpoint`.
     """
     own = _in_mirror(f"{name}.pkl")
-    if own and not (name in _entries() and _in_mirror(find(name).file)):
+    if own and not (name in _entries() and _local(find(name))):
         _check_backbone(own, name)
         return own
     return checkpoint(name)
@@ -147,7 +179,7 @@ def backbone(name: str, force: bool = False) -> str:
         _check_backbone(own, name)
         return own
     entry = _find_for(name)
-    source, sha256 = None, None if _in_mirror(entry.file) or force else _known_sha256(entry)
+    source, sha256 = None, None if _local(entry) or force else _known_sha256(entry)
     if sha256 is None:
         source, sha256 = _verified(entry, force)
     output = os.path.join(cache_folder("zoo"), f"{sha256}-{_converter()}", f"{name}.pkl")
@@ -158,7 +190,9 @@ def backbone(name: str, force: bool = False) -> str:
             source = source or checkpoint(entry.name)
             logger.info("converting %s to %s", source, output)
             input_format = "BGR" if name.endswith(BGR) else "RGB"
-            convert_checkpoint(source, output, entry.arch, entry.norm, entry.eps, input_format)
+            convert_checkpoint(
+                source, output, entry.arch, entry.norm, entry.eps, input_format, pixels=entry.unsaid
+            )
     return output
 
 
@@ -210,14 +244,14 @@ def metadata(name: str) -> Metadata:
     if own:
         return _read_metadata(own)
     entry = _find_for(name)
-    architecture = get_architecture(entry.arch)
+    pixel_mean, pixel_std = entry.mean_and_std
     rgb = Metadata(
         arch=entry.arch,
         norm=entry.norm,
         eps=entry.eps,
         input_format=entry.input_format,
-        pixel_mean=architecture.pixel_mean,
-        pixel_std=architecture.pixel_std,
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
         stride_in_1x1=False,
         source=entry.file,
         sha256=entry.sha256,
@@ -271,11 +305,24 @@ def _in_mirror(file: str) -> str | None:
     return path if folder and os.path.lexists(path) else None
 
 
+def _local(entry: Entry) -> str | None:
+    """The path of the entry's file in ``$RT_DETECTRON_ZOO`` or RobustBench's cache, if it is there."""
+    path = _in_mirror(entry.file)
+    if path is None and entry.source == "robustbench":
+        own = os.path.join("models", IN_ROBUSTBENCH, entry.file)
+        path = _in_mirror(os.path.join(IN_ROBUSTBENCH, entry.file)) or (own if os.path.isfile(own) else None)
+    return path
+
+
 def _verified(entry: Entry, force: bool = False) -> tuple[str, str]:
     """The local path of ``entry``'s file and its SHA-256."""
-    path = _in_mirror(entry.file)
+    path = _local(entry)
+    if path is None and entry.source == "robustbench":
+        raise InputError(f"there is no {entry.file}: {_by_hand(entry)}")
     if path is None:
         return _download(entry, force)
+    if entry.sha256 is None:
+        logger.warning("No SHA-256 of %s is known: %s is used as it is", entry.file, path)
     problem = _problem(path, entry, entry.sha256)
     if problem:
         raise InputError(f"{problem}: replace it by the published file or take it out of RT_DETECTRON_ZOO")
@@ -298,7 +345,7 @@ def _problem(path: str, entry: Entry, sha256: str | None) -> str:
 
 def _known_sha256(entry: Entry) -> str | None:
     """The file's SHA-256: as recorded in the table, or as announced when it was downloaded first."""
-    if entry.sha256 is not None:
+    if entry.sha256 is not None or entry.source == "robustbench":
         return entry.sha256
     try:
         return Path(_note(entry)).read_text().strip()
@@ -367,6 +414,12 @@ def _discard(path: str) -> bool:
 
 def _by_hand(entry: Entry) -> str:
     folder = os.environ.get("RT_DETECTRON_ZOO", "")
+    if entry.source == "robustbench":
+        return (
+            f"get it from {entry.url} or by RobustBench's load_model, and export RT_DETECTRON_ZOO=FOLDER "
+            f"with FOLDER/{entry.file} or FOLDER/{os.path.join(IN_ROBUSTBENCH, entry.file)} "
+            f"(RT_DETECTRON_ZOO is {folder or 'not set'})"
+        )
     if folder:
         return f"download {entry.url} to {os.path.join(folder, entry.file)}"
     return (

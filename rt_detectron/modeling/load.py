@@ -111,7 +111,11 @@ def load_classifier(
             backbone, unless the last linear layer is all that it lacks and ``num_classes`` is given.
     """
     path, published = _weights_file(file_name(name))
-    weights = read_network(path, arch or published)
+    if published is None:
+        weights = read_network(path, arch)
+    else:
+        norm, eps = published.norm, published.eps
+        weights = read_network(path, arch or published.arch, norm, eps, pixels=published.unsaid)
     architecture, state_dict, metadata = weights.architecture, weights.state_dict, weights.metadata
     for line in (*weights.remarks, *weights.guesses):
         logger.warning("%s: %s", path, line)
@@ -144,8 +148,9 @@ def load_weights(classifier: Classifier, name: str, fresh_head: bool = False) ->
         InputError: for an unknown name, for a file that cannot be read, is of another network or of another
             number of classes, and for weights that expect another normalisation.
     """
-    path, _ = _weights_file(file_name(name))
-    weights = read_network(path, classifier.architecture)
+    path, published = _weights_file(file_name(name))
+    pixels = None if published is None else published.unsaid
+    weights = read_network(path, classifier.architecture, pixels=pixels)
     for remark in weights.remarks:
         logger.warning("%s: %s", path, remark)
     state_dict = weights.state_dict
@@ -185,11 +190,11 @@ def _fill(classifier: Classifier, state_dict: dict[str, Tensor], path: str, fres
         raise InputError(f"{path} is a backbone without {missing[0]}: give the classifier's file")
 
 
-def _weights_file(name: str) -> tuple[str, str | None]:
-    """The local file, and which network it was published as."""
+def _weights_file(name: str) -> tuple[str, zoo.Entry | None]:
+    """The local file, and what it was published as."""
     robust = zoo.RobustPathHandler.PREFIX
     if not name.startswith(robust) and (os.path.isfile(name) or name.endswith((*WRITERS, ".tar", ".pt"))):
         return name, None
     name = name.removeprefix(robust).removesuffix(".pkl")
     path = zoo.weights(name)
-    return path, None if path.endswith(".pkl") else zoo.find(name).arch
+    return path, None if path.endswith(".pkl") else zoo.find(name)

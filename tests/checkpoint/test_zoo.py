@@ -20,15 +20,17 @@ import torch
 from detectron2.utils.file_io import PathManager
 from tool_process import ToolProcess
 
-import rt_detectron  # noqa: F401  (registers the handler)
+from rt_detectron import load_classifier
 from rt_detectron.checkpoint import zoo
-from rt_detectron.checkpoint.architectures import ARCHITECTURES
+from rt_detectron.checkpoint.architectures import ARCHITECTURES, get_architecture
 from rt_detectron.checkpoint.convert import convert_checkpoint, parse_threat_model
 from rt_detectron.utils.errors import InputError
 
 HUB = "madrylab/robust-imagenet-models"
 NAME = "shufflenet_l2_eps0"  # the smallest of the published networks; its SHA-256 is not recorded
 COMMIT = zoo._table()["revision"]
+ROBUSTBENCH = [entry for entry in zoo.list() if entry.source == "robustbench"]
+ON_THE_HUB = [entry for entry in zoo.list() if entry.source == "hub"]
 FILE = f"{NAME}.ckpt"
 ON_HUB = f"{HUB}/{FILE}"
 
@@ -137,8 +139,10 @@ def files(folder: Path) -> set[str]:
 
 class TestTable:
     def test_counts(self):
-        entries = zoo.list()
-        assert len(entries) == len({entry.name for entry in entries}) == 68
+        assert len(zoo.list()) == len({entry.name for entry in zoo.list()}) == 89
+        entries = ON_THE_HUB
+        assert len(entries) == 68
+        assert {entry.licence for entry in entries} == {"MIT"}
         assert Counter(entry.norm for entry in entries) == {"l2": 52, "linf": 16}
         assert Counter(entry.arch for entry in entries) == {
             **dict.fromkeys(["resnet18", "wide_resnet50_2"], 15),
@@ -156,7 +160,7 @@ class TestTable:
             **dict.fromkeys([2, 4, 8], 3),
         }
 
-    @pytest.mark.parametrize("entry", zoo.list(), ids=lambda entry: entry.name)
+    @pytest.mark.parametrize("entry", ON_THE_HUB, ids=lambda entry: entry.name)
     def test_every_entry_agrees_with_its_file_name(self, entry):
         assert entry.file == f"{entry.name}.ckpt"
         assert parse_threat_model(entry.file) == (entry.norm, entry.eps)
@@ -198,7 +202,9 @@ class TestTable:
 
     def test_accuracy_falls_as_eps_grows(self):
         for arch in ("resnet18", "resnet50", "wide_resnet50_2"):
-            top1 = [entry.top1 for entry in zoo.list(norm="linf", arch=arch) if entry.eps]
+            top1 = [
+                entry.top1 for entry in zoo.list(norm="linf", arch=arch) if entry.eps and entry in ON_THE_HUB
+            ]
             assert top1 == sorted(top1, reverse=True)
 
     def test_filters(self):
@@ -240,6 +246,65 @@ class TestTable:
 
     def test_nothing_near(self):
         one_line_error(zoo.find, "xyz", match=r"no xyz; docs/MODEL_ZOO.md lists all names$")
+
+
+class TestRobustBench:
+    """Files that users bring, under RobustBench's names."""
+
+    @pytest.fixture(autouse=True)
+    def here(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+    def test_the_table(self):
+        assert len(ROBUSTBENCH) == 21
+        for entry in ROBUSTBENCH:
+            assert (entry.file, entry.norm, entry.eps) == (f"{entry.name}.pt", "linf", 4)
+            assert entry.robust < entry.top1 < 100
+            assert entry.pixels in ("wrap", "raw")
+            assert get_architecture(entry.arch).name == entry.arch
+        ours, theirs = zoo.find("resnet50_linf_eps4.0"), zoo.find("Salman2020Do_R50")
+        assert abs(ours.top1 - theirs.top1) < 0.5  # the same network, on another part of ImageNet
+
+    @pytest.mark.parametrize("folder", ["mirror", "mirror/imagenet/Linf", "models/imagenet/Linf"])
+    def test_files_are_found_and_used_as_they_are(
+        self, mirror, tmp_path, monkeypatch, random_classifier, caplog, folder
+    ):
+        name, pixels = "Salman2020Do_R18", "wrap" if folder == "mirror" else "raw"
+        entries = {**zoo._entries(), name: replace(zoo.find(name), pixels=pixels)}
+        monkeypatch.setattr(zoo, "_entries", lambda: entries)
+        path = tmp_path / folder / f"{name}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        network = random_classifier("resnet18", 10)
+        torch.save({f"model.{key}": tensor for key, tensor in network.state_dict().items()}, path)
+        found = pickle.loads(Path(PathManager.get_local_path(f"robust://{name}.pkl")).read_bytes())
+        metadata = found["rt_detectron"]
+        assert (metadata["arch"], metadata["norm"], metadata["eps"]) == ("resnet18", "linf", 4)
+        assert metadata["pixel_std"][0] == (58.395 if pixels == "wrap" else 255)
+        assert metadata["pixel_std"] == list(zoo.metadata(name).pixel_std)
+        np.testing.assert_array_equal(found["model"]["stem.conv1.weight"], network.conv1.weight.detach())
+        assert f"No SHA-256 of {name}.pt is known" in caplog.text
+        images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        normalised = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1) if pixels == "wrap" else images
+        with torch.no_grad():
+            torch.testing.assert_close(
+                load_classifier(name)(images), network(normalised), rtol=1e-3, atol=1e-3
+            )
+
+    def test_a_missing_file(self, mirror):
+        message = one_line_error(zoo.backbone, "Liu2023Comprehensive_Swin-B", match="there is no Liu2023")
+        assert "https://drive.google.com/uc?id=1-4mtxQCkThJUVdS3wvQ6NnmMZuySqR3c" in message
+        assert f"FOLDER/{os.path.join('imagenet', 'Linf', 'Liu2023Comprehensive_Swin-B.pt')}" in message
+
+    def test_another_network(self, mirror, random_classifier):
+        path = mirror / "Salman2020Do_R18.pt"
+        torch.save(random_classifier("shufflenet").state_dict(), path)
+        one_line_error(zoo.backbone, "Salman2020Do_R18", match="resnet18")
+
+    def test_the_nearest_name(self):
+        one_line_error(
+            zoo.find, "Liu2023Comprehensive_Swin_B", match="did you mean Liu2023Comprehensive_Swin-B"
+        )
 
 
 class TestMirror:
@@ -302,7 +367,10 @@ class TestMirror:
         (mirror / FILE).write_bytes(content)
         with caplog.at_level(logging.INFO, logger=zoo.__name__):
             path = PathManager.get_local_path(f"robust://{name}.pkl")
-        assert [record.message for record in caplog.records] == [f"converting {mirror / FILE} to {path}"]
+        assert [record.message for record in caplog.records] == [
+            f"No SHA-256 of {FILE} is known: {mirror / FILE} is used as it is",
+            f"converting {mirror / FILE} to {path}",
+        ]
         assert_same(path, expected[name])
         assert Path(path) == cache / "zoo" / f"{sha256(content)}-{zoo._converter()}" / f"{name}.pkl"
         os.utime(path, (1, 1))

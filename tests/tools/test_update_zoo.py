@@ -68,7 +68,12 @@ def test_the_document(tool):
     for entry in table["checkpoints"]:
         entry.update(sha256="0" * 64 if entry["name"] == "resnet50_l2_eps0" else None)
     text = tool.document(table)
-    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    hub, robustbench = text.split("## RobustBench")
+    assert (
+        "| `Mo2022When_ViT-B` | `timm/vit_base_patch16_224` | wrap | 68.38 | 34.40 | [link](https"
+        in robustbench
+    )
+    rows = [line for line in hub.splitlines() if line.startswith("| `")]
     assert len(rows) == 68
     base = f"https://huggingface.co/madrylab/robust-imagenet-models/blob/{table['revision']}"
     for row in (
@@ -83,7 +88,7 @@ def test_the_document(tool):
     assert "1 of 68 checkpoints" in text
     families = [line for line in text.splitlines() if line.startswith("## ")]
     assert families[:3] == ["## resnet", "## wide_resnet", "## densenet"]
-    assert len(set(families)) == len(families) == 8
+    assert len(set(families)) == len(families) == 9
 
 
 def test_records_a_mirror(tool, written, mirror, capsys):
