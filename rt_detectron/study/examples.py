@@ -27,7 +27,7 @@ from rt_detectron.visualization.coco import (
     load_predictions,
     predicted_instances,
 )
-from rt_detectron.visualization.draw import draw_instances, panel
+from rt_detectron.visualization.draw import draw_instances
 
 SCORE_THRESHOLD = 0.3  # for the predictions that are drawn and that count for the F1 of an image
 _EACH = 2  # best and worst images of a comparison, and attacked images of an arm
@@ -36,7 +36,7 @@ _WIDTH = 960  # of a picture in the report, in pixels
 
 
 def best_and_worst(comparison: Comparison) -> tuple[list[Figure], list[str]]:
-    """Ground truth, baseline and arm side by side, on the images whose F1 rises and falls most.
+    """Ground truth, baseline and arm, a picture each, on the images whose F1 rises and falls most.
 
     They are of the first common seed of each comparison.
 
@@ -109,14 +109,11 @@ def _comparison(line: Any, outcome: Outcome, baseline: Outcome, each: int) -> li
             pictures.append(draw_instances(image, predicted))
             captions.append(f"{arm}: F1 {100 * f1:.0f} %, {len(predicted)} found")
         which = "gains" if change[position] > 0 else "loses"
-        figures.append(
-            _jpeg(
-                f"{which}-{line.target}-{line.arm}-{image_id}",
-                f"{line.target}: {line.arm} {which} most, image {image_id}, seed {outcome.trial.seed}.",
-                "; ".join(captions),
-                panel(pictures, captions),
-            )
-        )
+        name = f"{which}-{line.target}-{line.arm}-{image_id}"
+        about = f"{line.arm} {which} most, image {image_id}, seed {outcome.trial.seed}"
+        for view, picture, caption in zip(("truth", "baseline", "arm"), pictures, captions, strict=True):
+            text = f"{about}: {caption}" if view == "truth" else caption
+            figures.append(_jpeg(f"{name}-{view}", f"{text}.", caption, picture, line.target, _WIDTH // 2))
     return figures
 
 
@@ -135,16 +132,17 @@ def evaluation_pictures(outcomes: Sequence[Outcome]) -> tuple[list[Figure], list
                     content = image.convert("RGB")
                 name = f"attacked-{outcome.trial.target}-{outcome.trial.arm}-{number}"
                 caption = f"{outcome.trial.target}, {outcome.trial.arm}: {picture['caption']}"
-                figures.append(_jpeg(name, caption, picture["caption"], content))
+                target = outcome.trial.target
+                figures.append(_jpeg(name, caption, picture["caption"], content, target, _WIDTH))
             except UNREADABLE as error:
                 notes.append(f"{outcome.trial.name}: a picture cannot be read ({one_reason(error)}).")
     return figures, notes
 
 
-def _jpeg(name: str, caption: str, alt: str, picture: Image.Image) -> Figure:
-    if picture.width > _WIDTH:
-        size = (_WIDTH, round(picture.height * _WIDTH / picture.width))
+def _jpeg(name: str, caption: str, alt: str, picture: Image.Image, target: str, width: int) -> Figure:
+    if picture.width > width:
+        size = (width, round(picture.height * width / picture.width))
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     picture.save(stream, format="JPEG", quality=75, optimize=True)
-    return Figure(name, caption, alt, "image/jpeg", stream.getvalue())
+    return Figure(name, caption, alt, "image/jpeg", stream.getvalue(), target)

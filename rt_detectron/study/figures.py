@@ -20,10 +20,14 @@ from rt_detectron.study.statistics import (
     of_categories,
     select,
 )
+from rt_detectron.study.targets import Pooled
 from rt_detectron.utils.numbers import is_number
 from rt_detectron.visualization import plots
 
+MANY_ARMS = 6  # with more, only the one that differs most has its categories shown
 CATEGORIES = 8  # number of categories shown that gain most, and that lose most
+MANY_ROWS = 30  # from which on differences are a heat map
+ALL_TARGETS = "all targets"
 SIZES = {"small": "APs", "medium": "APm", "large": "APl"}  # of objects, by area
 
 
@@ -33,6 +37,7 @@ class Figure:
 
     Attributes:
         name: of its file, without suffix.
+        target: that it is about; "" for several.
         alt: the content in words.
         media_type: such as "image/svg+xml".
     """
@@ -42,6 +47,7 @@ class Figure:
     alt: str
     media_type: str
     content: bytes
+    target: str = ""
 
 
 class Charts:
@@ -70,18 +76,52 @@ class Charts:
                 for condition, group in groups_of(chosen, "condition"):
                     yield (target.name, task, condition), group
 
-    def differences(self, name: str, caption: str, task: str, lines: pd.DataFrame) -> Figure:
-        """The difference of every arm to its baseline, with its interval."""
-        groups = {
+    def differences(
+        self, name: str, caption: str, measure: str, lines: pd.DataFrame, pooled: Sequence[Pooled]
+    ) -> Figure:
+        """The difference of every arm to its baseline, with its interval; a heat map if there are many.
+
+        Args:
+            pooled: those over all targets, which come first if there are several targets.
+        """
+        over_all = [self._pooled(one) for one in pooled] if lines["target"].nunique() > 1 else []
+        words = "; ".join(f"{line.target} {line.arm} {line.change:+.2f}" for line in lines_of(lines))
+        if len(lines) + len(over_all) > MANY_ROWS:
+            cells = {(line.arm, line.target): (line.change, line.verdict) for line in lines_of(lines)}
+            cells |= {(one.name, ALL_TARGETS): (one.value, one.verdict) for one in over_all}
+            names = [arm.name for arm in self.study.arms if arm.name in set(lines["arm"])]
+            names += [one.name for one in over_all if one.name not in names]
+            columns = [ALL_TARGETS] * bool(over_all) + list(dict.fromkeys(lines["target"]))
+            plot = plots.heat_map(names, columns, cells, f"difference in {measure}")
+            return svg_figure(name, caption, words, plot)
+        groups = {ALL_TARGETS: over_all} if over_all else {}
+        groups |= {
             target: [self._difference(line.arm, line) for line in lines_of(group)]
             for target, group in groups_of(lines, "target")
         }
-        return svg_figure(
-            name,
-            caption,
-            "; ".join(f"{line.name} {line.value:+.1f}" for group in groups.values() for line in group),
-            plots.difference_plot(groups, f"difference in {TASKS[task]}"),
-        )
+        return svg_figure(name, caption, words, plots.difference_plot(groups, f"difference in {measure}"))
+
+    def clean_against(self, name: str, caption: str, other: pd.DataFrame, measure: str) -> Iterator[Figure]:
+        """For each target, the clean scores of the arms against those in ``other``, such as attacked ones."""
+        for (target, task, _), lines in self.groups(CLEAN):
+            theirs = select(other, target=target, task=task)
+            if theirs.empty:
+                continue
+            means = dict(zip(theirs["arm"], theirs["mean"], strict=True))
+            clean = dict(zip(lines["arm"], lines["mean"], strict=True))
+            dots = [
+                (s, clean[s.name], means[s.name])
+                for s in self.series
+                if s.name in clean.keys() & means.keys()
+            ]
+            if dots:
+                yield svg_figure(
+                    f"{name}-{target}-{task}",
+                    f"{target}: {caption}",
+                    ", ".join(f"{series.name}: clean {x:.1f}, {y:.1f}" for series, x, y in dots),
+                    plots.scatter_plot(dots, (f"clean {TASKS[task]} (%)", f"{measure} (%)")),
+                    target,
+                )
 
     def clean(self) -> Iterator[Figure]:
         """The main metric of each arm; against the arms' eps, if all have one."""
@@ -97,6 +137,7 @@ class Charts:
             f"{target}: {TASKS[task]} of each arm; a dot per seed, a bar at the mean.",
             _in_words(self.series, values),
             plots.dot_plot(self.series, values, f"{TASKS[task]} (%)"),
+            target,
         )
 
     def _against_training_eps(self, target: str, task: str, lines: pd.DataFrame) -> Figure:
@@ -124,6 +165,7 @@ class Charts:
             "the means.",
             _in_words(list(values), list(values.values())),
             plots.radius_plot(families, labels),
+            target,
         )
 
     def sizes(self) -> Iterator[Figure]:
@@ -140,6 +182,7 @@ class Charts:
                         f"{target}: {TASKS[task]} by object size; a dot per seed, a bar at the mean.",
                         "; ".join(f"{size}: {_in_words(series, column)}" for size, column in values.items()),
                         plots.group_plot(series, list(SIZES), by_arm, f"{TASKS[task]} (%)"),
+                        target,
                     )
 
     def categories(self) -> Iterator[Figure]:
@@ -148,7 +191,7 @@ class Charts:
         changes = changes[changes["change"].notna() & of_categories(changes)]
         for (target, task, _), _ in self.groups(CLEAN):
             for arm, lines in groups_of(select(changes, target=target, task=task), "arm"):
-                if len(lines) < 2:
+                if len(lines) < 2 or (len(self.series) > MANY_ARMS and arm != self._farthest(target, task)):
                     continue
                 which = "all categories"
                 lines = lines.sort_values("change", ascending=False, kind="stable")
@@ -162,7 +205,14 @@ class Charts:
                     f"{target}: {TASKS[task]} of {arm} minus {lines['baseline'].iloc[0]}, {which}.",
                     ", ".join(f"{line.name} {line.value:+.1f}" for line in shown),
                     plots.difference_plot({"": shown}, f"difference in {TASKS[task]}"),
+                    target,
                 )
+
+    def _farthest(self, target: str, task: str) -> str:
+        """The arm whose main metric differs most from its baseline."""
+        lines = select(self.scores, kind=CLEAN, target=target, task=task, metric=main_metric(task))
+        lines = lines[lines["change"].notna()]
+        return max(lines_of(lines), key=lambda line: abs(line.change)).arm if len(lines) else ""
 
     def against_level(
         self,
@@ -199,6 +249,7 @@ class Charts:
                 f"{caption} Lines are means over seeds, bands show the range of the values.{dotted}",
                 "; ".join(f"eps {level:g}: {_in_words(series, by_arm)}" for level, by_arm in values.items()),
                 plots.line_plot(series, points, noises, (label, f"{TASKS[task]} (%)")),
+                lines["target"].iloc[0],
             )
 
     def curves(self, outcomes: Sequence[Outcome]) -> Iterator[Figure]:
@@ -217,18 +268,23 @@ class Charts:
                         f"{target.name}: total training loss; a line per seed.",
                         f"total training loss of {target.name} against the iteration",
                         plots.curve_plot(series, curves),
+                        target.name,
                     )
 
     def _difference(self, name: str, line: Any) -> plots.Difference:
         ends = (line.low, line.high) if line.over else (None, None)
-        return plots.Difference(name, self.color[line.arm], line.change, *ends)
+        return plots.Difference(name, line.verdict, line.change, *ends)
+
+    def _pooled(self, one: Pooled) -> plots.Difference:
+        ends = (one.low, one.high) if one.over else (None, None)
+        return plots.Difference(one.arm or "best on held-out", one.verdict, one.change, *ends)
 
     def _suffix(self, baseline: str) -> str:
         return f"-{baseline}" if len(self.families) > 1 else ""
 
 
-def svg_figure(name: str, caption: str, alt: str, svg: bytes) -> Figure:
-    return Figure(name, caption, alt, "image/svg+xml", svg)
+def svg_figure(name: str, caption: str, alt: str, svg: bytes, target: str = "") -> Figure:
+    return Figure(name, caption, alt, "image/svg+xml", svg, target)
 
 
 def _by_arm(series: Sequence[plots.Series], lines: pd.DataFrame) -> list[list[float]]:

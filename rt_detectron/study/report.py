@@ -1,8 +1,9 @@
 """The report of a study: a self-contained report.html, with its numbers and tables as files beside it."""
 
 import base64
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,21 @@ import pandas as pd
 from tabulate import tabulate
 
 from rt_detectron.study import analyses
-from rt_detectron.study.answers import Answer, answers, cautions, common_rate_changes, label, limit, method
-from rt_detectron.study.evaluations import EVALUATIONS
+from rt_detectron.study.answers import (
+    Answer,
+    answers,
+    cautions,
+    common_rate_changes,
+    label,
+    method,
+    name_of,
+    single_checkpoints,
+)
+from rt_detectron.study.evaluations import EVALUATIONS, Chapter
 from rt_detectron.study.examples import SCORE_THRESHOLD, best_and_worst
 from rt_detectron.study.figures import Charts, Figure
-from rt_detectron.study.grid import FINAL
-from rt_detectron.study.record import Outcome, write_text
+from rt_detectron.study.grid import FINAL, Study
+from rt_detectron.study.record import RECORD, Outcome, write_text
 from rt_detectron.study.selection import choose
 from rt_detectron.study.statistics import (
     CLEAN,
@@ -31,7 +41,8 @@ from rt_detectron.study.statistics import (
     of_categories,
     select,
 )
-from rt_detectron.study.tables import latex, markdown, score_cell
+from rt_detectron.study.tables import format_interval, format_number, latex, markdown, score_cell
+from rt_detectron.study.worker import read_json
 from rt_detectron.utils.files import replaced_atomically, write_json
 from rt_detectron.utils.numbers import finite
 
@@ -60,12 +71,12 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
     best, fits = analyses.best_eps(comparison, task), analyses.fits(comparison, task)
     charts = Charts(study, scores)
     chapters = [evaluation.chapter(comparison, charts) for evaluation in EVALUATIONS]
-    chapters = [
-        chapter for chapter in [*chapters, analyses.chapter(best, fits, task, charts)] if chapter.tables
-    ]
+    chapters = [chapter for chapter in chapters if chapter.tables]
+    across = analyses.chapter(best, fits, task, charts)
     examples, picture_notes = best_and_worst(comparison)
     trials = _trials(comparison)
     found = answers(comparison, choices)
+    curves = list(charts.curves(outcomes))
     page = {
         "study": study,
         "command": command,
@@ -73,19 +84,26 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
         "trials": trials,
         "missing": study.count_trials() - sum(outcome.error is None for outcome in outcomes),
         "wanted": study.count_trials(),
-        "answers": [(answer, _answer_figure(answer, task, charts)) for answer in found],
+        "answers": [(answer, _answer_figure(answer, charts)) for answer in found],
+        "scatters": [figure for answer in found[1:] for figure in _scatters(answer, charts)],
+        "single": single_checkpoints(study),
         "cautions": cautions(comparison, choices, found),
         "method": method(study, found),
         "label": partial(label, study=study),
-        "limit": limit,
-        "common_rates": common_rate_changes(study, choices),
+        "name_of": partial(name_of, study),
+        "interval": lambda low, high: "" if math.isnan(low) else format_interval(low, high),
+        "number": format_number,
         "choices": choices,
+        "common_rates": common_rate_changes(study, choices),
         "table_note": note,
         "chapters": chapters,
-        "examples": examples,
+        "across": across,
+        "targets": [_target(target.name, chapters, examples, curves, scores) for target in study.targets],
         "picture_notes": picture_notes + [text for chapter in chapters for text in chapter.notes],
-        "curves": list(charts.curves(outcomes)),
+        "examples": examples,
+        "curves": curves,
         "score_threshold": SCORE_THRESHOLD,
+        "cost": _cost(study, outcomes),
         "versions": _versions(outcomes),
         "options": dict.fromkeys(" ".join(outcome.trial.opts) or "none" for outcome in outcomes),
         "uri": _data_uri,
@@ -115,7 +133,7 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
             for answer in found
         ],
     }
-    tables = [table for chapter in chapters for table in chapter.tables]
+    tables = [table for chapter in [*chapters, across] for table in chapter.tables]
     write_json(output / "results.json", finite(content))
     write_text(output / "results.csv", comparison.table.to_csv(index=False))
     write_text(output / "tables.md", markdown(tables, note + _PLAIN_NOTE))
@@ -140,16 +158,85 @@ def terminal_table(scores: pd.DataFrame) -> str:
     return tabulate(rows, headers, disable_numparse=True)
 
 
-def _answer_figure(answer: Answer, task: str, charts: Charts) -> Figure:
-    kind = answer.lines["kind"].iloc[0].replace(": ", "-")
+def _answer_figure(answer: Answer, charts: Charts) -> Figure:
     caption = f"{answer.question}: difference to the baseline and its 95 % interval."
-    return charts.differences(f"answer-{kind}", caption, task, answer.lines)
+    measure = answer.measure.split(" (")[0]
+    return charts.differences(f"answer-{_file_name(answer)}", caption, measure, answer.lines, answer.pooled)
+
+
+def _scatters(answer: Answer, charts: Charts) -> list[Figure]:
+    first = answer.lines.iloc[0]
+    lines = select(charts.scores, kind=answer.kind, task=first["task"], metric=first["metric"])
+    caption = f"clean against {answer.measure}; a mark per arm, up and to the right is better."
+    measure = answer.measure.split(" (")[0]
+    return list(charts.clean_against(f"clean-{_file_name(answer)}", caption, lines, measure))
+
+
+def _file_name(answer: Answer) -> str:
+    return answer.kind.replace(": ", "-")
+
+
+def _target(
+    name: str,
+    chapters: Sequence[Chapter],
+    examples: Sequence[Figure],
+    curves: Sequence[Figure],
+    scores: pd.DataFrame,
+) -> dict[str, Any]:
+    """What the page shows of one target."""
+
+    def here(figures: Sequence[Figure]) -> list[Figure]:
+        return [figure for figure in figures if figure.target == name]
+
+    sections = []
+    for chapter in chapters:
+        tables = [
+            replace(table, lines=[line for line in table.lines if line.target == name])
+            for table in chapter.tables
+        ]
+        tables = [table for table in tables if table.lines]
+        if tables:
+            sections.append(
+                {
+                    "title": chapter.title,
+                    "text": chapter.text,
+                    "tables": tables,
+                    "figures": here(chapter.figures),
+                    "details": here(chapter.details),
+                    "pictures": here(chapter.pictures),
+                }
+            )
+    return {
+        "name": name,
+        "sections": sections,
+        "examples": here(examples),
+        "curves": here(curves),
+        "runs": list(lines_of(select(scores, target=name, main=True))),
+    }
+
+
+def _cost(study: Study, outcomes: Sequence[Outcome]) -> list[tuple[str, int, float]]:
+    """(arm, its finished trials, their wall time in hours), the selection included."""
+    found = []
+    for arm in study.arms:
+        of_arm = [o for o in outcomes if o.trial.arm == arm.name and o.results]
+        hours = sum(_seconds(outcome) for outcome in of_arm) / 3600
+        found.append((arm.name, len(of_arm), hours))
+    return found
+
+
+def _seconds(outcome: Outcome) -> float:
+    if record := read_json(outcome.folder / RECORD, "results"):
+        return record["wall_time_s"]
+    parts = (outcome.results or {}, outcome.robustness or {})  # of a report that is made from results.json
+    return sum(part.get("wall_time_s") or 0.0 for part in parts)
 
 
 def _write_figures(folder: Path, page: dict[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
-    figures: list[Figure] = [figure for _, figure in page["answers"]] + page["examples"] + page["curves"]
-    for chapter in page["chapters"]:
+    figures: list[Figure] = [figure for _, figure in page["answers"]] + page["scatters"]
+    figures += page["examples"] + page["curves"]
+    for chapter in [*page["chapters"], page["across"]]:
         figures += chapter.figures + chapter.details + chapter.pictures
     for figure in figures:
         with replaced_atomically(folder / f"{figure.name}.{_SUFFIXES[figure.media_type]}") as temporary:

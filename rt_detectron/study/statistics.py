@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from rt_detectron.study.grid import FINAL, Study
+from rt_detectron.study.grid import FINAL, Arm, Study
 from rt_detectron.study.intervals import Contrasts, contrasts, discoveries, image_covariance, simultaneous
 from rt_detectron.study.record import Outcome
 
@@ -172,15 +172,22 @@ def compare(
     final = select(table, stage=FINAL)
     measured = final[final["value"].notna() & ((final["kind"] == CLEAN) | ~of_categories(final))]
     task = main_task(table)
+    # As plain dicts: pandas takes milliseconds for each of thousands of small groups.
+    groups: dict[tuple[str, Quantity], dict[str, list[Any]]] = {}
+    for line in lines_of(measured):
+        groups.setdefault((line.target, quantity_of(line)), {}).setdefault(line.arm, []).append(line)
     lines: list[dict[str, Any]] = []
     main_samples: dict[tuple[str, Quantity], dict[str, Sample]] = {}
-    for _, group in measured.groupby(["target", *QUANTITY], sort=False, dropna=False):
-        target, named = group["target"].iloc[0], quantity_of(next(lines_of(group)))
-        main = named.kind in main_kinds and named[1:4] == (task, main_metric(task), "")
-        samples = {arm: _sample(study, named, of_arm, draws or {}) for arm, of_arm in groups_of(group, "arm")}
+    for (target, quantity), by_arm in groups.items():
+        main = quantity.kind in main_kinds and quantity[1:4] == (task, main_metric(task), "")
+        samples = {
+            arm.name: _sample(arm, quantity, by_arm[arm.name], draws or {})
+            for arm in study.arms
+            if arm.name in by_arm
+        }
         if main:
-            main_samples[target, named] = samples
-        lines += _lines(study, target, named, samples, group, main)
+            main_samples[target, quantity] = samples
+        lines += _lines(study, quantity, samples, by_arm, main)
     scores = pd.DataFrame(lines, columns=_COLUMNS)
     places = _places(study, scores)
     scores = scores.iloc[np.argsort(places, kind="stable")].reset_index(drop=True)
@@ -197,14 +204,20 @@ _COLUMNS = [
 ]  # fmt: skip
 
 
-def _sample(study: Study, quantity: Quantity, lines: pd.DataFrame, draws: Draws) -> Sample:
-    several = len(study.arm(lines["arm"].iloc[0]).checkpoints) > 1
-    values, drawn = {}, []
-    for run, of_run in groups_of(
-        lines.sort_values(["checkpoint", "seed"]), "checkpoint" if several else "seed"
-    ):
-        values[run] = fmean(of_run["value"])
-        trials = of_run[TRIAL].itertuples(index=False, name=None)
+def _run(line: Any) -> tuple[str, int]:
+    return line.checkpoint, line.seed
+
+
+def _sample(arm: Arm, quantity: Quantity, lines: Sequence[Any], draws: Draws) -> Sample:
+    """The runs of an arm, from the lines of its trials in the tidy table."""
+    several = len(arm.checkpoints) > 1
+    by_run: dict[Any, list[Any]] = {}
+    for line in sorted(lines, key=_run):
+        by_run.setdefault(line.checkpoint if several else line.seed, []).append(line)
+    values = {run: fmean(line.value for line in of_run) for run, of_run in by_run.items()}
+    drawn = []
+    for of_run in by_run.values():
+        trials = [tuple(getattr(line, column) for column in TRIAL) for line in of_run]
         found = [draws[trial][quantity] for trial in trials if quantity in draws.get(trial, ())]
         if found:
             drawn.append(np.mean(found, axis=0))
@@ -213,10 +226,9 @@ def _sample(study: Study, quantity: Quantity, lines: pd.DataFrame, draws: Draws)
 
 def _lines(
     study: Study,
-    target: str,
     quantity: Quantity,
     samples: Mapping[str, Sample],
-    group: pd.DataFrame,
+    by_arm: Mapping[str, Sequence[Any]],
     main: bool,
 ) -> Iterator[dict[str, Any]]:
     """The lines of the table of scores of one target and quantity."""
@@ -225,17 +237,17 @@ def _lines(
         arms = [arm for arm in samples if study.baseline_of(arm) == baseline != arm]
         if baseline in samples and arms:
             changes |= _changes(samples, baseline, arms, main)
-    for arm, of_arm in groups_of(group, "arm"):
-        sample = samples[arm]
+    for arm, sample in samples.items():
+        trials = sorted(by_arm[arm], key=_run)
         n, mean, sd = summarize(list(sample.values.values()))
         yield {
-            "target": target,
+            "target": trials[0].target,
             "arm": arm,
             "baseline": study.baseline_of(arm),
-            "learning_rate": of_arm["learning_rate"].iloc[0],
-            "seeds": tuple(sorted(set(of_arm["seed"]))),
+            "learning_rate": trials[0].learning_rate,
+            "seeds": tuple(sorted({trial.seed for trial in trials})),
             **quantity._asdict(),
-            "values": of_arm["value"].tolist(),
+            "values": [trial.value for trial in trials],
             "runs": sample.kind,
             "n": n,
             "mean": mean,

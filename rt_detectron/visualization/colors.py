@@ -10,6 +10,19 @@ PALETTE: tuple[tuple[int, int, int], ...] = (
     (240, 228, 66),  # yellow
 )
 
+# The same hues for lines and dots, each with a contrast of at least 3:1 to a white and to a dark page.
+PLOT_PALETTE: tuple[tuple[int, int, int], ...] = (
+    (0, 114, 178),
+    (176, 118, 0),
+    (0, 158, 115),
+    (204, 121, 167),
+    (43, 140, 190),
+    (213, 94, 0),
+    (138, 128, 20),
+)
+# Of verdicts, as good on both pages: better, worse.
+GAIN, LOSS = (0, 140, 100), (213, 94, 0)
+
 
 def color_of(index: int) -> tuple[int, int, int]:
     """The RGB colour (0..255) of category or arm number ``index``; colours repeat after the palette's end."""
@@ -18,6 +31,15 @@ def color_of(index: int) -> tuple[int, int, int]:
 
 def readable_on(color: tuple[int, int, int]) -> tuple[int, int, int]:
     """Black or white, whichever has the higher contrast on ``color`` (relative luminance of WCAG 2)."""
+    return (0, 0, 0) if _luminance(color) > 0.179 else (255, 255, 255)
+
+
+def contrast(color: tuple[int, int, int], other: tuple[int, int, int]) -> float:
+    """The contrast of two colours as WCAG 2 defines it, from 1 to 21."""
+    darker, lighter = sorted((_luminance(color), _luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def _luminance(color: tuple[int, int, int]) -> float:
     linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in color)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -11,8 +11,9 @@ from statistics import fmean
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from rt_detectron.visualization.colors import PALETTE, color_of
+from rt_detectron.visualization.colors import GAIN, LOSS, PLOT_PALETTE
 
 _RC = {
     "svg.fonttype": "none",  # text stays text: smaller, sharp, readable aloud
@@ -28,22 +29,28 @@ _INK_BY_PAGE = (
     f"<style>svg{{color:{_INK}}}@media(prefers-color-scheme:dark){{svg{{color:{_INK_ON_DARK}}}}}</style>"
 )
 _LEGEND_LETTERS = 52  # that fit beside each other, with the handles counted as five
+_NAMED_DOTS = 8  # names of more would cover each other
 _UPRIGHT_TICKS = 7  # so many fit beside each other on a logarithmic axis
+_VERDICTS = {
+    "better": ("#{:02x}{:02x}{:02x}".format(*GAIN), "^"),
+    "worse": ("#{:02x}{:02x}{:02x}".format(*LOSS), "v"),
+    "equivalent": (_INK, "s"),
+}
 _MARKERS, _LINES = ("o", "s", "D", "^"), ("-", "--", "-.", (0, (5, 1, 1, 1)))
 
 
 @dataclass(frozen=True)
 class Series:
-    """One arm of a plot; ``color_index`` as in :func:`colors.color_of`."""
+    """One arm of a plot; ``color_index`` chooses its colour of PLOT_PALETTE and its marker."""
 
     name: str
     color_index: int
 
     @property
     def style(self) -> dict[str, object]:
-        """Colour, marker and line: beyond the palette's end colours repeat with another marker and line."""
-        again = self.color_index // len(PALETTE) % len(_MARKERS)
-        return {"color": _hex(self.color_index), "marker": _MARKERS[again], "linestyle": _LINES[again]}
+        """Colour, marker and line. Neighbours differ in each of them, and 28 arms in some."""
+        marker, line = (self.color_index % len(known) for known in (_MARKERS, _LINES))
+        return {"color": _hex(self.color_index), "marker": _MARKERS[marker], "linestyle": _LINES[line]}
 
     @property
     def dots(self) -> dict[str, object]:
@@ -52,10 +59,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Difference:
-    """One line of a :func:`difference_plot`: a value, and the ends of its interval if it has one."""
+    """One line of a :func:`difference_plot`: a value, and the ends of its interval if it has one.
+
+    Attributes:
+        verdict: "better" and "worse" have a colour and a triangle, "equivalent" a square; all others a dot.
+    """
 
     name: str
-    color_index: int
+    verdict: str
     value: float
     low: float | None = None
     high: float | None = None
@@ -76,17 +87,71 @@ def difference_plot(groups: Mapping[str, Sequence[Difference]], label: str) -> b
         for row, line in enumerate(lines):
             if isinstance(line, str):
                 continue
-            color = _hex(line.color_index)
+            color, marker = _VERDICTS.get(line.verdict, (_INK, "o"))
             if line.low is not None:
                 axes.plot([line.low, line.high], [row, row], color=color, linewidth=2.5)
-            # An open dot has no interval.
-            axes.plot(line.value, row, "o", color=color, markersize=7, fillstyle=_fill(line.low is not None))
+            # An open mark has no interval.
+            axes.plot(
+                line.value, row, marker, color=color, markersize=8, fillstyle=_fill(line.low is not None)
+            )
         names = [line if isinstance(line, str) else line.name for line in lines]
         _rows_on(axes, names)
         for text, line in zip(axes.get_yticklabels(), lines, strict=True):
             text.set_fontweight("bold" if isinstance(line, str) else "normal")
         axes.margins(x=0.08)
         axes.set_xlabel(label)
+        return _svg(axes.figure)
+
+
+def heat_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Mapping[tuple[str, str], tuple[float, str]],
+    label: str,
+) -> bytes:
+    """Differences as a table of coloured cells, for more of them than a plot has room. Gives an SVG.
+
+    Args:
+        cells: (row, column) -> (value, verdict); a triangle beside the number marks better and worse.
+        label: what the numbers are.
+    """
+    values = [abs(value) for value, _ in cells.values()] or [1.0]
+    limit = max(*values, 1e-9)
+    marks = {"better": "\u25b2", "worse": "\u25bc", "equivalent": "="}
+    with _axes(height=1.1 + 0.24 * len(rows)) as axes:
+        for y, row in enumerate(rows):
+            for x, column in enumerate(columns):
+                if (row, column) not in cells:
+                    continue
+                value, verdict = cells[row, column]
+                color = _rgb(GAIN if value > 0 else LOSS)
+                shade = 0.45 * abs(value) / limit
+                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, alpha=shade, linewidth=0))
+                text = f"{value:+.1f}".replace("-", "\N{MINUS SIGN}") + f" {marks.get(verdict, '')}"
+                axes.text(x, y, text.rstrip(), ha="center", va="center", fontsize=9, color=_INK)
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        _rows_on(axes, rows)
+        axes.grid(visible=False)
+        axes.set_xticks(range(len(columns)), columns, rotation=0 if len(columns) < 4 else 30, ha="center")
+        axes.tick_params(length=0, labelsize=9, top=True, bottom=False, labeltop=True, labelbottom=False)
+        axes.spines["bottom"].set_visible(False)
+        axes.set_xlabel(label)
+        return _svg(axes.figure)
+
+
+def scatter_plot(dots: Sequence[tuple[Series, float, float]], labels: tuple[str, str]) -> bytes:
+    """A dot (x, y) per series, named beside it where there is room, else in a legend. Gives an SVG."""
+    with _axes(height=3.2) as axes:
+        for series, x, y in dots:
+            axes.plot([x], [y], **{**series.dots, "alpha": 1, "markersize": 8}, zorder=3, label=series.name)
+            if len(dots) <= _NAMED_DOTS:
+                axes.annotate(series.name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axes.grid(alpha=0.2)
+        axes.margins(x=0.15, y=0.15)
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        if len(dots) > _NAMED_DOTS:
+            _legend(axes)
         return _svg(axes.figure)
 
 
@@ -302,7 +367,11 @@ def _fill(filled: bool) -> str:
 
 
 def _hex(index: int) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*color_of(index))
+    return _rgb(PLOT_PALETTE[index % len(PLOT_PALETTE)])
+
+
+def _rgb(color: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def _svg(figure: Figure) -> bytes:

@@ -16,11 +16,16 @@ def test_the_images_with_the_largest_change_are_shown(tmp_path, build_study):
         found = [{**d, "score": 0.9} for d in truth if d["image_id"] != empty]
         (outcome.folder / "predictions.json").write_text(json.dumps(found))
     figures, notes = best_and_worst(compared(study, outcomes))
-    assert [figure.name for figure in figures] == ["gains-mask_rcnn-robust-4", "loses-mask_rcnn-robust-2"]
-    assert figures[0].alt.startswith("ground truth: 3; standard: F1 0 %, 0 found; robust: F1 ")
+    assert [figure.name for figure in figures] == [
+        f"{name}-{view}"
+        for name in ("gains-mask_rcnn-robust-4", "loses-mask_rcnn-robust-2")
+        for view in ("truth", "baseline", "arm")
+    ]
+    assert [figure.alt for figure in figures[:2]] == ["ground truth: 3", "standard: F1 0 %, 0 found"]
+    assert figures[2].alt.startswith("robust: F1 ")
     assert notes == []
     picture = Image.open(io.BytesIO(figures[0].content))
-    assert picture.width == 960  # three pictures of 480 pixels, made smaller
+    assert picture.width == 480
 
 
 def test_equal_arms_have_no_pictures(tmp_path, build_study):

@@ -69,7 +69,7 @@ def test_a_new_evaluation_is_everywhere(report):
     for name in ("tables.md", "tables.tex"):
         assert "box AP on rotated images" in (folder / name).read_text()
     page = (folder / "report.html").read_text()
-    assert "<h2>Rotated images</h2>" in page
+    assert "<h3>Rotated images</h3>" in page
     assert "Images are rotated clockwise." in page
     assert "this checkpoint of robust (eps 3) is better than standard by 10.00 box AP [6.96, 13.04]" in page
     assert (folder / "figures" / "answer-rotation-mean.svg").is_file()

@@ -2,13 +2,19 @@ import csv
 import html.parser
 import json
 import re
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from statistics import fmean
 
+import numpy as np
 import pytest
 
+from rt_detectron.study.answers import answers
 from rt_detectron.study.evaluations import compared
+from rt_detectron.study.figures import Charts
+from rt_detectron.study.load import load_study
 from rt_detectron.study.report import write_report
+from rt_detectron.study.statistics import Quantity, compare
 
 COMMAND = "python tools/compare.py --study <x>"
 SMALL = {"detectors": ("faster_rcnn",), "arms": ("standard", "robust"), "rates": (0.02,)}
@@ -61,25 +67,38 @@ def test_page_is_self_contained(page):
     assert "A <script>alert(1)</script> study" in page.text  # as text,
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"}  # not as tags
     links = [attrs[key] for _, attrs in page.tags for key in ("src", "srcset", "href") if key in attrs]
-    assert links
-    assert all(link.startswith("data:image/") for link in links)
+    assert all(link.startswith(("data:image/", "#")) for link in links)
+    anchors = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert {link[1:] for link in links if link.startswith("#")} <= anchors
+    assert "#target-2" in links
 
 
 def test_answers_come_first_with_their_verdicts(page):
     top = page.text[: page.text.index("Clean images")]
+    first = page.text[: page.text.index("Contents")]
     for question in ("On clean images", "Under attack", "Under corruption"):
         assert re.search(question + r"\s+(Better|Worse|Undecided|Mixed)\s", top), question
-    first = "Mean of 2 targets on 1 data set: the checkpoint that is best on held-out images (robust_small)"
-    assert first in top
+    subject = "the checkpoint that is best on held-out images (robust_small)"
+    assert f"Mean of 2 targets on 1 data set: {subject}" in first
+    assert "Every arm is one checkpoint: the answers are about these checkpoints" in first
     assert re.search(r"4 comparisons of an arm with its baseline on a target: \d (better|worse)", top)
     assert "Those of all arms against one baseline hold together (Dunnett)." in top
-    assert "Every arm is one checkpoint." in top
     assert "the choice of test images (under attack, under corruption)" in top
     assert "With 2 runs an interval is wide" in top
 
 
 def test_every_figure_has_words_and_its_command_and_is_a_file(page, whole_report):
-    kinds = ("answer", "clean", "sizes", "categories", "attack", "attacked", "loses", "training")
+    kinds = (
+        "answer",
+        "clean",
+        "clean-attack",
+        "sizes",
+        "categories",
+        "attack",
+        "attacked",
+        "loses",
+        "training",
+    )
     files = {path.name for path in (whole_report.folder / "figures").iterdir()}
     for kind in kinds:
         assert any(name.startswith(f"{kind}-") for name in files), kind
@@ -128,6 +147,43 @@ def test_numbers_are_the_same_in_all_files(page, whole_report):
     assert entry["change"]["interval"]["over"] == "seeds and images"
     assert entry["change"]["exploratory"]  # box AP is the main one
     assert entry["learning_rate"] == 0.01
+
+
+def test_every_run_and_what_it_cost_are_shown(page, whole_report):
+    outcome = next(o for o in whole_report.outcomes if o.trial.name == "robust/faster_rcnn/lr0.01/seed2")
+    assert f"{outcome.results['metrics']['bbox']['AP']:.2f}" in page.text[page.text.index("Every run") :]
+    # Twelve trials of the selection, which say no time, and four of 12.5 s.
+    assert re.search(
+        r"robust160\.01robust_small", page.text[page.text.index("finished trials, one at a time") :]
+    )
+
+
+def test_what_is_about_one_target_is_folded(page, whole_report):
+    text = whole_report.page.read_text()
+    for number in (1, 2):
+        assert f'<details class="target" id="target-{number}">' in text
+    first = text[: text.index('<details class="target"')]
+    assert first.count("<img") == 3 + 4  # an answer's picture each, and clean against changed images
+
+
+def test_many_arms_are_a_heat_map(make_table, write_study):
+    names = ["standard", *(f"l2_{number}" for number in range(20))]
+    arms = {name: {"weights": "std.pkl"} for name in names}
+    detectors = {name: {"config": "mask.yaml"} for name in ("mask", "retina")}
+    study = load_study(write_study(arms=arms, detectors=detectors, learning_rates=[0.02]))
+    draw = np.random.default_rng(0)
+    ap = Quantity("clean", "bbox")
+    values = {
+        (target, arm): {ap: dict(enumerate(draw.normal(30 + 9 * (arm == "l2_7"), 1, 3)))}
+        for target in detectors
+        for arm in names
+    }
+    comparison = compare(study, [], make_table(values))
+    (answer,) = answers(comparison, [])
+    figure = Charts(study, comparison.scores).differences("x", "", "box AP", answer.lines, answer.pooled)
+    text = "".join(ElementTree.fromstring(figure.content).itertext())
+    assert text.count("\u25b2") == 3  # on both targets and over all
+    assert {"l2_7", "all targets", "retina"} <= set(re.split(r"\s{2,}|\n", text))
 
 
 def test_csv_has_a_line_per_trial_and_number(whole_report):
@@ -212,7 +268,7 @@ def test_nothing_finished_still_gives_a_report(report):
 def test_final_trials_may_wait_for_the_selection(report):
     page = report(lambda outcomes: [o for o in outcomes if o.trial.stage == "selection"], rates=(0.01, 0.02))
     assert "Missing trials: 4 of 12" in page.text
-    assert "4 trials have not been run; final trials wait for the learning rate" in page.text
+    assert "4 trials have not been run; final trials wait for the learning rates" in page.text
     assert "Learning rates" in page.text
 
 
