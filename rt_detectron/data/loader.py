@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from rt_detectron.data.images import FolderDataset
 from rt_detectron.data.shards import ShardDataset
@@ -82,6 +82,7 @@ class TrainLoader:
             yield from DataLoader(
                 **source,
                 num_workers=self.num_workers,
+                collate_fn=collate,
                 pin_memory=torch.cuda.is_available(),
                 worker_init_fn=functools.partial(leave_signals_to_the_trainer, closing),
                 generator=torch.Generator(),  # or else it uses the global one
@@ -214,8 +215,26 @@ def build_test_loader(dataset: Dataset, batch_size: int, num_workers: int = 4) -
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
+        collate_fn=collate,
         generator=torch.Generator(),  # else it draws from the global one
     )
+
+
+def collate(samples: list[tuple[torch.Tensor, int, str]]) -> list:
+    """A batch (images, labels, keys) of (image, label, key).
+
+    Raises:
+        InputError: for images of different sizes, naming two of them.
+    """
+    first, _, first_key = samples[0]
+    for image, _, key in samples:
+        if image.shape != first.shape:
+            sizes = ["x".join(map(str, shape)) for shape in (first.shape, image.shape)]
+            raise InputError(
+                f"after the transform {first_key} is {sizes[0]} and {key} {sizes[1]}: end the transform in "
+                "one that gives one size, such as CenterCrop"
+            )
+    return default_collate(samples)
 
 
 def share(images: int) -> int:

@@ -28,6 +28,9 @@ class Classifier(nn.Module):
         arch: a name of :data:`rt_detectron.checkpoint.architectures.ARCHITECTURES`.
         num_classes: number of logits.
         pixel_mean, pixel_std: of RGB, in 0..255 as in Detectron2's configuration.
+
+    Raises:
+        InputError: for an unknown network, and for a mean or std that is not of three channels.
     """
 
     def __init__(
@@ -38,6 +41,11 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
         self.pixel_mean = list(pixel_mean)
         self.pixel_std = list(pixel_std)
+        if len(self.pixel_mean) != 3 or len(self.pixel_std) != 3 or min(self.pixel_std) <= 0:
+            raise InputError(
+                f"pixel_mean {self.pixel_mean} and pixel_std {self.pixel_std}: give three numbers each, of R, "
+                "G and B in 0..255 (grey images are read as RGB), and std > 0"
+            )
         # channels_last: the same numbers, and convolutions that are up to 1.5 times as fast on CPUs and
         # on GPUs with tensor cores.
         self.network = self.architecture.build(num_classes).to(memory_format=torch.channels_last)

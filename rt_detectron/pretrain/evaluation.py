@@ -24,7 +24,7 @@ from rt_detectron.data.shards import ShardDataset
 from rt_detectron.engine.patience import patient_group
 from rt_detectron.modeling.load import load_weights
 from rt_detectron.pretrain.measurements import Measurements
-from rt_detectron.pretrain.model import Pretraining
+from rt_detectron.pretrain.model import Pretraining, check_takes
 from rt_detectron.pretrain.trainer import build_model
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.files import file_sha256, replaced_atomically, text_sha256
@@ -404,6 +404,7 @@ def evaluate_classifier(cfg, weights: str, attacks: Sequence[str], images: int) 
     load_weights(model.classifier, weights)
     lazy_loader = copy.deepcopy(cfg.dataloader.test)
     dataset = instantiate(lazy_loader.dataset)
+    check_takes(model.classifier, dataset)
     lazy_loader.dataset = _evenly_spaced(dataset, min(images, len(dataset)))
     sha256 = file_sha256(weights)
     measurements = Measurements(cfg.train.output_dir, _identity(cfg, sha256))

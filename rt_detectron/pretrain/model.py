@@ -2,12 +2,16 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from rt_detectron.data.loader import to_device
 from rt_detectron.layers.folding import FoldedNetwork, fold
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.schedules import Resolution
 from rt_detectron.pretrain.strategies import Standard
+from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.modes import eval_mode
+from rt_detectron.utils.seeds import seeded
 
 
 class Pretraining(nn.Module):
@@ -51,6 +55,38 @@ class Pretraining(nn.Module):
             adversarial = self.strategy.perturb(self.attacked.now(), images, labels, self.progress)
             self.attacked.release()
         return self.strategy.losses(self.classifier, images, adversarial, labels)
+
+
+def check_takes(classifier: Classifier, dataset: Dataset, resolution: Resolution | None = None) -> None:
+    """Check that the network takes the images of ``dataset``, on its first one.
+
+    Args:
+        classifier: the network.
+        dataset: of the images, transformed.
+        resolution: what else they go through.
+
+    Raises:
+        InputError: if it does not, such as a transformer of another image size.
+    """
+    with seeded(0):  # transforms may draw random numbers
+        sample = next(iter(dataset), None)
+    if sample is None:  # of few images in shards, this process has none
+        return
+    image, label, key = sample
+    images, _ = to_device((image[None], torch.tensor([label])), classifier.mean.device)
+    if resolution is not None:
+        images = resolution(images, 0.0)
+    try:
+        with torch.no_grad(), eval_mode(classifier):
+            classifier(images)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = " x ".join(map(str, images.shape[2:]))
+        raise InputError(
+            f"{classifier.arch} does not take images of {size} pixels, as {key} is after the transform "
+            f"({one_line(error)[:150]}): change their size, or the network"
+        ) from None
 
 
 class AttackedModel:

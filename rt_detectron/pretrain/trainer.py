@@ -28,7 +28,7 @@ from rt_detectron.layers.sync_bn import use_sync_bn
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.modeling.load import load_weights
 from rt_detectron.pretrain.export import Provenance, export
-from rt_detectron.pretrain.model import Pretraining
+from rt_detectron.pretrain.model import Pretraining, check_takes
 from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,10 @@ def do_train(cfg, resume: bool = False) -> None:
     refuse_other_training(cfg.train.output_dir, resume)
     model = build_model(cfg)
     loader = instantiate(cfg.dataloader.train)
-    check_same_classes(loader.dataset, instantiate(cfg.dataloader.test.dataset))
+    test = instantiate(cfg.dataloader.test.dataset)
+    check_same_classes(loader.dataset, test)
+    check_takes(model.classifier, loader.dataset, model.resolution)
+    check_takes(model.classifier, test)
     resume = resume and has_checkpoint(cfg.train.output_dir)
     start(model, cfg.train.init_checkpoint, resume)
 

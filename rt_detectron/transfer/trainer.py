@@ -20,7 +20,7 @@ from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.modeling.load import load_classifier
 from rt_detectron.pretrain.export import write_classifier
-from rt_detectron.pretrain.model import Pretraining
+from rt_detectron.pretrain.model import Pretraining, check_takes
 from rt_detectron.pretrain.strategies import Standard
 from rt_detectron.pretrain.trainer import AMP, evaluate, for_training, train_classifier
 from rt_detectron.transfer.datasets import ClassificationDataset, classification_dataset
@@ -81,6 +81,8 @@ def do_transfer(cfg, resume: bool = False) -> None:
     classifier = load_classifier(str(cfg.transfer.weights), cfg.transfer.arch, len(train.classes))
     fresh_linear(classifier.network.get_submodule(classifier.last_linear), cfg.train.seed)
     classifier.to(cfg.train.device)
+    for dataset in (train, test):
+        check_takes(classifier, dataset)
 
     def finish(model: Pretraining, results: dict, iterations: int, **more) -> None:
         if cfg.train.export:

@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 from torchvision.transforms import v2 as T
 
 from rt_detectron.data.images import FolderDataset
-from rt_detectron.data.loader import TrainLoader, build_test_loader, in_order, share, to_device
+from rt_detectron.data.loader import TrainLoader, build_test_loader, collate, in_order, share, to_device
 from rt_detectron.data.shards import ShardDataset
 from rt_detectron.utils.errors import InputError
 
@@ -330,6 +330,14 @@ def shards_as_folder(shards):
     for i in range(20):
         (shards / "folder" / "0" / f"{i:04d}.jpg").write_bytes(jpeg(10 * i))
     return shards / "folder"
+
+
+def test_images_of_two_sizes_are_named():
+    samples = [(torch.zeros(3, 4, 4), 0, "a.jpg"), (torch.zeros(3, 4, 4), 1, "b.jpg")]
+    images, labels, keys = collate(samples)
+    assert (images.shape, labels.tolist(), list(keys)) == ((2, 3, 4, 4), [0, 1], ["a.jpg", "b.jpg"])
+    with pytest.raises(InputError, match=r"a.jpg is 3x4x4 and c.jpg 3x4x5: end the transform in"):
+        collate([*samples, (torch.zeros(3, 4, 5), 1, "c.jpg")])
 
 
 def test_normalised_images_are_one_line():

@@ -110,6 +110,19 @@ def test_resume_after_the_end_writes_the_classifier_again(digits_cfg):
     assert torch.equal(classifier_file(digits_cfg)["model"]["fc.weight"], first)
 
 
+def test_a_network_of_another_image_size_is_one_line(digits_cfg):
+    digits_cfg.model.classifier.arch = "vgg16_bn"  # five times halved, of 16 pixels nothing is left
+    with pytest.raises(InputError, match=r"vgg16_bn does not take images of 16 x 16 pixels, as 0/.*change"):
+        do_train(digits_cfg)
+
+
+@pytest.mark.parametrize(("key", "value"), [("pixel_mean", [110.0]), ("pixel_std", [58, 57, 0])])
+def test_normalisation_is_of_three_channels(digits_cfg, key, value):
+    digits_cfg.model.classifier[key] = value
+    with pytest.raises(InputError, match="give three numbers each, of R, G and B"):
+        build_model(digits_cfg)
+
+
 def test_shards_train_too(digits_cfg, digit_shards):
     small = LazyConfig.load("configs/pretrain/common/small.py").dataloader
     for split, samples in (("train", 64), ("test", 40)):
