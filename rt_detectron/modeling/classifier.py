@@ -43,7 +43,7 @@ class Classifier(nn.Module):
         self.pixel_std = list(pixel_std)
         if len(self.pixel_mean) != 3 or len(self.pixel_std) != 3 or min(self.pixel_std) <= 0:
             raise InputError(
-                f"pixel_mean {self.pixel_mean} and pixel_std {self.pixel_std}: give three numbers each, of R, "
+                f"pixel_mean {self.pixel_mean} and pixel_std {self.pixel_std}: give three numbers each, R, "
                 "G and B in 0..255 (grey images are read as RGB), and std > 0"
             )
         # channels_last: the same numbers, and convolutions that are up to 1.5 times as fast on CPUs and

@@ -119,7 +119,7 @@ def test_a_network_of_another_image_size_is_one_line(digits_cfg):
 @pytest.mark.parametrize(("key", "value"), [("pixel_mean", [110.0]), ("pixel_std", [58, 57, 0])])
 def test_normalisation_is_of_three_channels(digits_cfg, key, value):
     digits_cfg.model.classifier[key] = value
-    with pytest.raises(InputError, match="give three numbers each, of R, G and B"):
+    with pytest.raises(InputError, match="give three numbers each, R, G and B"):
         build_model(digits_cfg)
 
 
