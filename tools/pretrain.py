@@ -31,7 +31,7 @@ from rt_detectron.utils.errors import InputError, one_line_errors
 def main(args: argparse.Namespace) -> None:
     cfg = load_pretrain_config(args.config_file, args.opts)
     with sole_training(cfg.train.output_dir):
-        set_up(args, cfg.train.output_dir, cfg.train.seed)
+        set_up(args, cfg.train.output_dir, cfg.train.seed, cfg.train.get("cudnn_benchmark", False))
         if not args.eval_only:
             do_train(cfg, resume=args.resume)
             return
