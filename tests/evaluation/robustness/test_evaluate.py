@@ -244,7 +244,10 @@ class TestKept:
         assert all(Path(tmp_path, picture["file"]).is_file() for picture in pictures)
 
 
-@pytest.mark.parametrize(("events", "least"), [(11, 3), pytest.param(2, 20, marks=pytest.mark.slow)])
+# Fewer than five events would never finish a measurement whose images are all detected on.
+@pytest.mark.parametrize(
+    ("events", "least"), [(11, 3), *(pytest.param(n, 10, marks=pytest.mark.slow) for n in (5, 6))]
+)
 def test_nothing_finished_is_lost_when_the_process_is_killed(
     learned, make_cfg, finished, tmp_path, events, least
 ):
@@ -253,7 +256,7 @@ def test_nothing_finished_is_lost_when_the_process_is_killed(
     killed, before = 0, {}
     while True:
         process = multiprocessing.get_context("fork").Process(
-            target=evaluate_until_killed, args=(cfg, learned[1], events + killed % events)
+            target=evaluate_until_killed, args=(cfg, learned[1], events + killed % 3)
         )
         process.start()
         process.join(300)
