@@ -183,16 +183,19 @@ class Attack(Evaluation):
 
     def numbers(self, part: Any) -> Numbers:
         found: Numbers = {}
-        for attack in (attack for attack in part if attack.get("requested", True)):
+        for attack in part:
             condition = f"{attack['norm']}, {attack['loss']}"
             for kind, key in (
                 (self.UNATTACKED, "clean"), (self.ATTACKED, "metrics"), (self.NOISE, "noise"),
             ):  # fmt: skip
                 found.update(_numbers(kind, attack[key] or {}, condition, attack["eps"]))
-        return found | _means(found, self.ATTACKED, self.MEAN)
+        counting = _answering(quantity.condition for quantity in found)
+        counted = {quantity: value for quantity, value in found.items() if quantity.condition in counting}
+        return found | _means(counted, self.ATTACKED, self.MEAN)
 
     def measure(self, scores: pd.DataFrame, task: str) -> str:
         attacks = select(scores, kind=self.ATTACKED, task=task)[["condition", "level"]].drop_duplicates()
+        attacks = attacks[attacks["condition"].isin(_answering(attacks["condition"]))]
         return f"{TASKS[task]} under attack" + (f" (mean of {len(attacks)})" if len(attacks) > 1 else "")
 
     def tables(self, scores: pd.DataFrame, task: str) -> list[Table]:
@@ -278,12 +281,11 @@ class Corruption(Evaluation):
         found = dict(_numbers(self.UNCORRUPTED, part["clean"]))
         for kind in (self.MPC, self.RPC):
             found.update(_numbers(kind, {task: {"AP": value} for task, value in part[kind].items()}))
-        requested = [result for result in part["results"] if result.get("requested", True)]
-        for result in requested:
+        for result in part["results"]:
             found.update(
                 _numbers(self.CORRUPTED, result["metrics"], result["corruption"], result["severity"])
             )
-        for name in dict.fromkeys(result["corruption"] for result in requested):
+        for name in dict.fromkeys(result["corruption"] for result in part["results"]):
             found |= _means(found, self.CORRUPTED, self.CORRUPTED, name)
         return found
 
@@ -347,9 +349,19 @@ def compared(study: Study, outcomes: Sequence[Outcome]) -> Comparison:
 def attack_name(condition: str) -> str:
     """``L2 attack``, and what it attacks if that is not the detector's whole loss."""
     norm, loss = condition.split(", ")
+    if loss == "worst":
+        return f"the worst {norm.capitalize()} attack on each image"
     if loss == "vanishing":
         return f"{norm.capitalize()} vanishing attack"
     return f"{norm.capitalize()} attack" + ("" if loss == "all" else f" on {loss}")
+
+
+def _answering(conditions: Iterable[str]) -> set[str]:
+    """The attacks that count: of several objectives their worst case alone, "linf, worst"."""
+    found = set(conditions)
+    worst = {condition for condition in found if condition.endswith(", worst")}
+    norms = {condition.split(", ")[0] for condition in worst}
+    return worst | {condition for condition in found if condition.split(", ")[0] not in norms}
 
 
 def _title(task: str) -> str:

@@ -224,7 +224,7 @@ def test_kept_matches_are_those_made_anew(tmp_path):
     """From the file of :mod:`rt_detectron.evaluation.matching`, which another program writes and reads."""
     truth, detections = random_set(2, images=30)
     coco = index(truth)
-    evaluated = {"bbox": evaluate_detections(copy.deepcopy(coco), detections, "bbox")}
+    evaluated = {"bbox": evaluate_detections(copy.deepcopy(coco), detections, "bbox", keep_matches=True)}
     write_evaluations(evaluated, tmp_path / "matches.npz")
     kept = read_matches(tmp_path / "matches.npz", {1: "c0", 6: "c1", 11: "c2"})["bbox"]
     anew = match(coco, detections, "bbox")

@@ -35,6 +35,17 @@ def measurements(outcome):
     return dict(zip(quantities, table["value"], strict=True))
 
 
+def test_of_several_objectives_the_worst_case_is_the_answer():
+    attacks = [
+        {**attack(eps, ap), "loss": loss}
+        for eps, left in ((1, (20.0, 16.0, 14.0)), (2, (10.0, 8.0, 4.0)))
+        for loss, ap in zip(("A_cls", "A_reg", "worst"), left, strict=True)
+    ]
+    found = measurements(outcome({"bbox": {"AP": 40.0}}, attack=attacks))
+    assert found[Quantity("attack: mean", "bbox", "AP")] == (14 + 4) / 2
+    assert found[Quantity("attack", "bbox", "AP", "l2, A_cls", 2)] == 10
+
+
 def test_every_number_has_its_name():
     found = measurements(
         outcome(
@@ -97,7 +108,7 @@ def test_intervals_under_attack_and_corruption_cover_images(tmp_path, build_stud
     for outcome in outcomes:
         dataset, metrics = outcome.results["datasets"][0], outcome.results["metrics"]
         coco = load_coco(dataset["json_file"])
-        found = evaluate_detections(coco, load_detections(dataset["predictions"]), "bbox")
+        found = evaluate_detections(coco, load_detections(dataset["predictions"]), "bbox", keep_matches=True)
         (outcome.folder / "a").mkdir()
         write_evaluations({"bbox": found}, outcome.folder / "a" / "matches.npz")
         known = {
