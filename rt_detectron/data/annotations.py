@@ -24,7 +24,15 @@ def annotations_of(path: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+    except (
+        OSError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         raise InputError(
             f"{path}: not usable annotations ({one_line(error)[:200]}); datasets/README.md names the format"
         ) from None

@@ -15,7 +15,7 @@ import yaml
 from pycocotools import mask as rle_masks
 
 from rt_detectron.data.annotations import annotations_of
-from rt_detectron.utils.errors import InputError, did_you_mean
+from rt_detectron.utils.errors import InputError, did_you_mean, one_line
 from rt_detectron.utils.pictures import upright_size
 
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -27,10 +27,17 @@ class CocoContent:
     """The content of a COCO file, as it is put together image by image.
 
     Args:
+        folder: that file names are relative to.
         classes: in the order of their ids, which count from 1.
+
+    Raises:
+        InputError: for classes that are not text, or two of the same name.
     """
 
     def __init__(self, folder: Path, classes: Sequence[str]):
+        for name in classes:
+            if not isinstance(name, str) or not name or classes.count(name) > 1:
+                raise InputError(f"{folder}: {name!r} is no name of a class, or of two: {list(classes)}")
         self.folder = folder
         self.ids = {name: number for number, name in enumerate(classes, start=1)}
         self.images: list[dict] = []
@@ -111,7 +118,7 @@ def read_yolo(folder: Path, split: str) -> dict:
         size = _size(image)
         found.add_image(image, size)
         path = _yolo_labels(image)
-        for number, line in enumerate(_lines(path) if path.is_file() and any(size) else (), start=1):
+        for number, line in enumerate(_lines(path) if path.exists() and any(size) else (), start=1):
             try:
                 _add_yolo_object(found, line.split(), classes)
             except ValueError as error:
@@ -135,7 +142,7 @@ def read_labelme(folder: Path, split: str) -> dict:
     for path in paths:
         with annotations_of(str(path)):
             files[path] = json.loads(path.read_text(encoding="utf-8"))
-            labels.update(shape["label"] for shape in files[path]["shapes"])
+            labels.update(_text(shape["label"]) for shape in files[path]["shapes"])
     found = CocoContent(folder, _labelme_classes(folder, labels))
     for path, content in files.items():
         with annotations_of(str(path)):
@@ -156,25 +163,28 @@ def _voc_image(folder: Path, name: str, tree: ElementTree.Element) -> Path:
 
 def _yolo_layout(folder: Path, split: str) -> tuple[list[str], list[Path]]:
     """The classes in their order, and the images."""
-    names = folder / "classes.txt"
+    listed = folder / "classes.txt"
     files = [folder / "data.yaml", *sorted(folder.glob("*.y*ml"))]
     path = next((path for path in files if path.is_file()), None)
-    if path is None and not names.is_file():
+    if path is None and not listed.is_file():
         raise InputError(f"{folder}: neither data.yaml nor classes.txt, which name a YOLO set's classes")
     if path is None:
-        return _lines(names), _images_in(folder / "images" / split)
+        return _lines(listed), _images_in(folder / "images" / split)
     with annotations_of(str(path)):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        classes = content["names"]
-        classes = [classes[index] for index in range(len(classes))]  # a list, or a dict by index
-    if "kpt_shape" in content:
-        raise InputError(f"{path}: a set with keypoints (kpt_shape), which are not read")
-    if split not in content:
-        splits = [key for key in ("train", "val", "test") if content.get(key)]
-        raise InputError(f"{path}: has no {split!r}; splits are {', '.join(splits)}")
-    given = content[split] if isinstance(content[split], list) else [content[split]]
-    folders = [_beside(path, content.get("path"), each) for each in given]
-    return classes, [image for each in folders for image in _images_in(each)]
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(one_line(error)) from None
+        names = content["names"]
+        classes = [names[index] for index in range(len(names))]  # a list, or a dict by index
+        if "kpt_shape" in content:
+            raise InputError(f"{path}: a set with keypoints (kpt_shape), which are not read")
+        if split not in content:
+            splits = [key for key in ("train", "val", "test") if content.get(key)]
+            raise InputError(f"{path}: has no {split!r}; splits are {', '.join(splits)}")
+        given = content[split] if isinstance(content[split], list) else [content[split]]
+        folders = [_beside(path, content.get("path"), each) for each in given]
+        return classes, [image for each in folders for image in _images_in(each)]
 
 
 def _beside(file: Path, root: str | None, given: str) -> Path:
@@ -231,6 +241,12 @@ def _labelme_classes(folder: Path, labels: set[str]) -> list[str]:
     return sorted(labels)
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
 def _add_shapes(found: CocoContent, shapes: list[dict], path: Path) -> None:
     polygons: dict[tuple, list[list[float]]] = {}
     for number, shape in enumerate(shapes):
@@ -265,13 +281,13 @@ def _size(image: Path, width: Any = None, height: Any = None) -> tuple[int, int]
 def _xml(path: Path) -> ElementTree.Element:
     try:
         return ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        raise InputError(f"{path}: not an XML file ({error})") from None
+    except (ElementTree.ParseError, OSError) as error:
+        raise InputError(f"{path}: not an XML file ({one_line(error)})") from None
 
 
 def _lines(path: Path) -> list[str]:
     """The lines of a text file that are not empty."""
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: there is no such file")
     with annotations_of(str(path)):
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -73,7 +73,7 @@ def _files(folder: str) -> Iterator[tuple]:
         folders.sort()
         for name in sorted(names):
             path = os.path.join(parent, name)
-            if name.lower().endswith(IMAGE_ENDINGS):
+            if name.lower().endswith(IMAGE_ENDINGS) or not os.path.exists(path):  # a link to nowhere
                 yield (path,)
             else:
                 found = os.stat(path)

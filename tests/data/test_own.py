@@ -200,6 +200,21 @@ class TestNames:
         assert "coco:ANNOTATIONS.json:IMAGES_FOLDER, voc:FOLDER:SPLIT" in message("zzz")
 
 
+@pytest.mark.parametrize("format", ["voc", "yolo", "labelme"])
+def test_links_to_nowhere_and_folders_for_files_are_one_line(format, request, tmp_path):
+    name = request.getfixturevalue(format)
+    path = tmp_path / {"voc": "voc/Annotations/b.xml", "yolo": "yolo/labels/train/b.txt"}.get(
+        format, "labelme/b.json"
+    )
+    path.unlink()
+    path.mkdir()
+    assert str(path) in message(name)
+    path.rmdir()
+    path.symlink_to("nowhere")
+    if format != "yolo":  # there, an image without a file has no object
+        assert str(path) in message(name)
+
+
 def test_it_is_read_again_when_a_file_changes(yolo, tmp_path):
     objects_of(yolo)
     file = MetadataCatalog.get(yolo).json_file
@@ -297,8 +312,17 @@ class TestYolo:
         assert "images/none: there is no such folder of images" in message(yolo)
         path.write_text("train: images/train\nnames: [ant, bee]\nkpt_shape: [17, 3]\n")
         assert "keypoints (kpt_shape), which are not read" in message(yolo)
-        path.write_text("train: images/train\n")
-        assert message(yolo).startswith(f"{path}: not usable annotations (")
+        for text in (
+            "train: images/train\n",
+            "names: [a",
+            "names: [a, b]\ntrain: 3\n",
+            "path: 3\nnames: [a]\ntrain: x\n",
+        ):
+            path.write_text(text)
+            assert message(yolo).startswith(f"{path}: not usable annotations (")
+        for names in ("[a, a]", "[1, 2]", "[null, a]"):
+            path.write_text(f"train: images/train\nnames: {names}\n")
+            assert "is no name of a class, or of two" in message(yolo)
         path.unlink()
         assert "neither data.yaml nor classes.txt" in message(yolo)
 
@@ -336,6 +360,17 @@ class TestLabelMe:
         assert message(labelme).startswith(f"{path}: shape 0 is a circle of 2 points; only rectangles")
         path.write_text("{}")
         assert message(labelme).startswith(f"{path}: not usable annotations (")
+        polygon = {"label": "ant", "points": [[1, 1], [2, 2], [3, 1]]}
+        for wrong in ({"label": 3}, {"points": [["a", 1]] * 3}):
+            path.write_text(json.dumps({"imagePath": "c.jpg", "shapes": [{**polygon, **wrong}]}))
+            assert message(labelme).startswith(f"{path}: not usable annotations (")
+        for height in (-1, 10**20, float("inf")):
+            path.write_text(
+                json.dumps(
+                    {"imagePath": "c.jpg", "imageWidth": 9, "imageHeight": height, "shapes": [polygon]}
+                )
+            )
+            assert message(labelme).startswith(f"{path}: not usable annotations (")
         (tmp_path / "empty").mkdir()
         assert "no LabelMe annotations" in message(f"labelme:{tmp_path}/empty")
         assert "without 'train'" in message(f"{labelme}:train")
