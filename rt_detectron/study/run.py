@@ -337,6 +337,8 @@ def trial_task(ray: Any, resources: Resources, git: dict[str, Any] | None) -> Ca
     environment = {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
     processes = max(1, int(resources.gpus))  # of one trial; they share its CPUs
     environment["OMP_NUM_THREADS"] = str(max(1, resources.cpus // processes))
+    if short := _short_folder():  # the sockets of data workers are in TMPDIR, too
+        environment["TMPDIR"] = os.path.dirname(short["_temp_dir"])
     if not resources.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # else all trials would take the first GPU of a machine
     task = ray.remote(

@@ -137,13 +137,15 @@ def test_trials_run_at_no_niceness_without_gpus_and_with_the_drivers_environment
     make_study, tools, monkeypatch
 ):
     monkeypatch.setenv("DETECTRON2_DATASETS", "/data/of/mine")
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tools / ("x" * 60)))  # too long for sockets
     (tools / "train_net.py").write_text(
         "import json, os\n"
         "seen = [os.nice(0), os.environ['CUDA_VISIBLE_DEVICES'], os.environ['DETECTRON2_DATASETS']]\n"
+        "seen += [os.environ['TMPDIR']]\n"
         "open('seen', 'w').write(json.dumps(seen))\n"
     )
     run_study(make_study(seeds=[1]), OUT, tools, only=lambda trial: trial.arm == "robust")
-    assert json.loads((tools / "seen").read_text()) == [os.nice(0), "", "/data/of/mine"]
+    assert json.loads((tools / "seen").read_text()) == [os.nice(0), "", "/data/of/mine", "/tmp"]
 
 
 def test_only_some_trials_run(make_study, tools):
