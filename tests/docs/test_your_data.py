@@ -16,7 +16,14 @@ from tool_process import run_tool
 GUIDE = Path("docs/your-data.md")
 # What is added to a tool's command to have it done within seconds.
 QUICK = {
-    "evaluate_robustness": ["TEST.ATTACK.STEPS", "1", "DATALOADER.NUM_WORKERS", "0"],
+    "evaluate_robustness": [
+        "TEST.ATTACK.STEPS",
+        "1",
+        "TEST.ATTACK.CHECK_IMAGES",
+        "0",
+        "DATALOADER.NUM_WORKERS",
+        "0",
+    ],
     "demo": [],
     "compare": [],
 }
@@ -97,7 +104,7 @@ def test_the_comparison(walked, folder, tiny_opts, backbone_file):
     pairs = [pair for pair in zip(small[::2], small[1::2], strict=True) if pair[0] not in drop]
     study["opts"] += [word for pair in pairs for word in pair]
     study["opts"] += ["MODEL.ROBUST.ARCH", "resnet18", "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()"]
-    study["evaluations"]["attack"] += ["TEST.ATTACK.STEPS", 1]
+    study["evaluations"]["attack"] += ["TEST.ATTACK.STEPS", 1, "TEST.ATTACK.CHECK_IMAGES", 0]
     study.update(learning_rates=[0.001, 0.002], seeds=[1], resources={"cpus": 1})
     (folder / "mine" / "study.yaml").write_text(yaml.safe_dump(study))
     tool, *arguments = commands()[-1]
