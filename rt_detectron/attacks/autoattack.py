@@ -45,6 +45,12 @@ class AutoAttack:
     def __post_init__(self):
         _package()
 
+    def caveat(self, classes: int) -> str:
+        """What is left out for a model of so many classes, for reports; "" if nothing is."""
+        if classes >= DLR_CLASSES:
+            return ""
+        return f"AutoAttack without targeted APGD-DLR, which needs {DLR_CLASSES} classes, not {classes}"
+
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """As :meth:`Attack.__call__`; images that are misclassified already come back unchanged.
 
@@ -62,22 +68,25 @@ class AutoAttack:
                 eps=self.threat_model.radius,
                 device=images.device,
                 seed=self.seed,
-                **_ensemble(classes),
+                **self._ensemble(classes),
             )
             for part in (attack.apgd_targeted, attack.fab):  # each target is another class than the label
                 part.n_target_classes = min(part.n_target_classes, classes - 1)
             adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
         return adversarial
 
+    def _ensemble(self, classes: int) -> dict:
+        if classes < 2:
+            raise InputError("AutoAttack: the model has a single class, so it cannot be wrong")
+        if not self.caveat(classes):
+            return {"version": "standard"}
+        _warn_once(self.caveat(classes))
+        return {"version": "custom", "attacks": list(WITHOUT_DLR)}
 
-@functools.cache  # so that it is logged once
-def _ensemble(classes: int) -> dict:
-    if classes < 2:
-        raise InputError("AutoAttack: the model has a single class, so it cannot be wrong")
-    if classes >= DLR_CLASSES:
-        return {"version": "standard"}
-    logger.warning("AutoAttack without targeted APGD-DLR: it needs %d classes, not %d", DLR_CLASSES, classes)
-    return {"version": "custom", "attacks": list(WITHOUT_DLR)}
+
+@functools.cache
+def _warn_once(caveat: str) -> None:
+    logger.warning(caveat)
 
 
 def _package():

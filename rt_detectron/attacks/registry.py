@@ -13,9 +13,10 @@ from rt_detectron.utils.errors import InputError
 class Attack(Protocol):
     """What training, evaluation and reports need of an attack on a classifier.
 
-    Two more attributes are optional. ``threat_model`` is the ball that the attack stays in; with it, a
+    Three more attributes are optional. ``threat_model`` is the ball that the attack stays in; with it, a
     dataclass can be trained against under a schedule of eps. ``gradient_based`` says that the attack follows
     the gradient of the model's loss and nothing else, so that masked gradients mislead it.
+    ``caveat(classes)`` says what a reader of its accuracies must know, for so many classes; "" for nothing.
     """
 
     @property

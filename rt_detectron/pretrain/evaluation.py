@@ -312,7 +312,7 @@ def write_report(results: dict, folder: str) -> list[str]:
 
     Args:
         results: of :meth:`RobustnessEvaluator.evaluate`, plus "classifier" (one line), "threat_model"
-            ({"norm", "eps"}), "classes" ({class: name}) and "versions".
+            ({"norm", "eps"}), "classes" ({class: name}), "caveats" (a sentence each) and "versions".
     """
     contents = {"evaluation.json": json.dumps(results, indent=1).encode()}
     if "curve" in results:
@@ -345,6 +345,7 @@ def markdown(results: dict) -> str:
         lines.append(
             f"| {name} | {row['value']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {row['images']} |"
         )
+    lines += [line for caveat in results.get("caveats", ()) for line in ("", f"{caveat}.")]
     lines += ["", "## Gradient masking", ""]
     if results["findings"]:
         lines += ["Gradients may be masked, and the accuracies too high:", ""]
@@ -419,11 +420,17 @@ def evaluate_classifier(cfg, weights: str, attacks: Sequence[str], images: int) 
         "sha256": sha256,
         "threat_model": {"norm": threat_model.norm, "eps": threat_model.eps},
         "classes": dict(enumerate(getattr(dataset, "classes", None) or ())),
+        "caveats": _caveats(built, cfg.model.classifier.num_classes),
         "versions": versions(),
     }
     for path in write_report(results, cfg.train.output_dir):
         logger.info("Wrote %s", path)
     return results
+
+
+def _caveats(attacks: Sequence[Attack], classes: int) -> list[str]:
+    said = [attack.caveat(classes) for attack in attacks if hasattr(attack, "caveat")]
+    return [caveat for caveat in said if caveat]
 
 
 def _evenly_spaced(dataset: Dataset, images: int) -> Dataset:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rt_detectron.attacks import PGD, AutoAttack, ThreatModel
-from rt_detectron.attacks.autoattack import _ensemble
+from rt_detectron.attacks.autoattack import _warn_once
 from rt_detectron.utils.errors import InputError
 
 pytest.importorskip("pyautoattack", reason='the extra "autoattack" is not installed')
@@ -47,9 +47,10 @@ def test_of_few_classes_it_is_the_rest_of_the_ensemble(batch, classes, caplog):
     images, model = batch[0][:3], network(classes)
     with torch.no_grad():
         labels = model(images).argmax(1)
-    _ensemble.cache_clear()
+    _warn_once.cache_clear()
     adversarial = AutoAttack(ThreatModel("linf", 8.0))(model, images, labels)
-    assert f"without targeted APGD-DLR: it needs 4 classes, not {classes}" in caplog.text
+    assert f"without targeted APGD-DLR, which needs 4 classes, not {classes}" in caplog.text
+    assert AutoAttack(ThreatModel("linf", 8.0)).caveat(4) == ""
     assert (adversarial - images).abs().max() <= 8.001 / 255
     with torch.no_grad():
         assert (model(adversarial).argmax(1) == labels).float().mean() < 0.6

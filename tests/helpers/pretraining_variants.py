@@ -39,7 +39,7 @@ def _label_free(cfg):
 
 def _free(cfg):
     cfg.model.strategy = L(Free)(threat_model="${threat_model}", replays=3)
-    cfg.train.update(epochs=0.25, checkpoint_epochs=INTERRUPTED / 12)
+    cfg.train.update(epochs=0.5, checkpoint_epochs=INTERRUPTED / 24)  # of 24 iterations each
 
 
 def _accumulate(cfg):
@@ -139,6 +139,7 @@ def _trained(cfg, is_interrupted: bool):
         ClassifierTrainer.run_step = interrupted
         try:
             _train(cfg, resume=False)
+            raise AssertionError("it was not interrupted")
         except KeyboardInterrupt:
             pass
         finally:

@@ -154,6 +154,11 @@ def test_says_what_it_was_and_how_sure(results):
     assert "hardly lower" not in text
 
 
+def test_says_what_an_attack_leaves_out(results):
+    assert "without this" not in markdown(results)
+    assert "\n\nAutoAttack without this.\n\n" in markdown(results | {"caveats": ["AutoAttack without this"]})
+
+
 def test_says_when_not_to_trust_it(results):
     results["findings"] = ["the attack is misled"]
     text = markdown(results)
