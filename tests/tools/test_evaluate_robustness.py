@@ -53,6 +53,13 @@ def test_two_processes_measure_then_one_has_nothing_left_to_do(
     assert resumed["wall_time_s"] == content["wall_time_s"]
 
 
+def test_only_a_trained_detector_is_evaluated(run, tiny_opts):
+    done = run(*tiny_opts, "OUTPUT_DIR", "refused", "TEST.ATTACK.L2_EPS", "[0.5]")
+    assert done.returncode == 2
+    assert "not a backbone" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_help_teaches(run_here):
     status, out, _ = run_here("--help")
     assert status == 0

@@ -58,6 +58,15 @@ def test_a_mistake_in_two_processes_is_still_one_line(run, two_processes, tiny_o
     assert failed.stderr.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.parametrize(("weights", "words"), [(None, "not a backbone"), ("", "no weights are given")])
+def test_only_a_trained_detector_is_evaluated(run, tiny_opts, weights, words):
+    own = [] if weights is None else ["MODEL.WEIGHTS", weights]
+    done = run("--eval-only", *tiny_opts, *own, "OUTPUT_DIR", "refused")
+    assert done.returncode == 2
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_help_shows_examples(run_here):
     status, out, _ = run_here("--help")
     assert status == 0
