@@ -173,6 +173,24 @@ def f1_per_image(matches: Matches, threshold: float) -> np.ndarray:
         return 2 * hits / (shown + objects)
 
 
+def precision_at_recall(matches: Matches) -> np.ndarray:
+    """(101,) COCO's precision at RECALL_THRESHOLDS and IoU 0.5, the mean over categories, in 0..1.
+
+    NaN without objects. Its mean is AP50.
+    """
+    curves = []
+    for category in matches.categories:
+        if not (objects := category.objects.sum()):
+            continue
+        hit, counted = category.hit[0], ~category.ignored[0]
+        hits = np.cumsum(hit)
+        precision = hits / np.maximum(np.cumsum(counted), 1)
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+        at = np.searchsorted(hits / objects, RECALL_THRESHOLDS, side="left")
+        curves.append(np.append(precision, 0.0)[np.minimum(at, len(precision))])
+    return np.mean(curves, axis=0) if curves else np.full(len(RECALL_THRESHOLDS), np.nan)
+
+
 def image_counts(names: Sequence[Any], resamples: int = RESAMPLES) -> np.ndarray:
     """(I, B) int32: how often each image is in each resample. An image's name determines its row."""
     return _image_counts(tuple(map(str, names)), resamples)

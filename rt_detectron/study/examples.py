@@ -1,16 +1,17 @@
 """Pictures of a report: images on which an arm gains or loses most, and images before and after an attack."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from rt_detectron.study.bootstrap import f1_per_image
-from rt_detectron.study.figures import Figure
-from rt_detectron.study.images import UNREADABLE, load_matches, one_reason, test_sets_of
+from rt_detectron.study.bootstrap import f1_per_image, precision_at_recall
+from rt_detectron.study.figures import Charts, Figure
+from rt_detectron.study.images import UNREADABLE, datasets_of, load_matches, one_reason, test_sets_of
 from rt_detectron.study.record import Outcome
 from rt_detectron.study.statistics import (
     CLEAN,
@@ -115,6 +116,24 @@ def _comparison(line: Any, outcome: Outcome, baseline: Outcome, each: int) -> li
             text = f"{about}: {caption}" if view == "truth" else caption
             figures.append(_jpeg(f"{name}-{view}", f"{text}.", caption, picture, line.target, _WIDTH // 2))
     return figures
+
+
+def precision_curves(comparison: Comparison, charts: Charts) -> Iterator[Figure]:
+    """For each detector, precision against recall of the first run of each arm, as far as it can be read."""
+    first: dict[tuple[str, str], Outcome] = {}
+    for cell, outcome in final_outcomes(comparison.outcomes).items():
+        first.setdefault(cell[:2], outcome)
+    for target in comparison.study.targets:
+        curves: dict[str, np.ndarray] = {}
+        for arm in comparison.study.arms:
+            with suppress(*UNREADABLE):  # the report names these elsewhere
+                outcome = first[target.name, arm.name]
+                dataset, metrics = datasets_of(outcome)[0], (outcome.results or {})["metrics"]
+                task = "bbox" if "bbox" in metrics else "segm"
+                matches = load_matches(dataset["json_file"], dataset["predictions"], task)
+                curves[arm.name] = 100 * precision_at_recall(matches)
+        if curves:
+            yield charts.precision(target.name, curves)
 
 
 def evaluation_pictures(outcomes: Sequence[Outcome]) -> tuple[list[Figure], list[str]]:

@@ -1,14 +1,16 @@
 """The plots of a report."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from rt_detectron.study.bootstrap import RECALL_THRESHOLDS
 from rt_detectron.study.grid import FINAL, Study
 from rt_detectron.study.record import Outcome
 from rt_detectron.study.statistics import (
@@ -270,6 +272,22 @@ class Charts:
                         plots.curve_plot(series, curves),
                         target.name,
                     )
+
+    def precision(self, target: str, curves: Mapping[str, np.ndarray]) -> Figure:
+        """Precision against recall, in percent, a line for each arm. ``curves``: arm -> (101,) precision."""
+        series = [one for one in self.series if one.name in curves]
+        recall = (100 * RECALL_THRESHOLDS).tolist()
+        return svg_figure(
+            f"precision-{target}",
+            f"{target}: precision against recall at IoU 0.5, mean over categories; first run of each arm.",
+            ", ".join(f"{one.name} AP50 {curves[one.name].mean():.1f}" for one in series),
+            plots.curve_plot(
+                series,
+                [[(recall, curves[one.name].tolist())] for one in series],
+                ("recall (%)", "precision (%)"),
+            ),
+            target,
+        )
 
     def _difference(self, name: str, line: Any) -> plots.Difference:
         ends = (line.low, line.high) if line.over else (None, None)

@@ -24,7 +24,7 @@ from rt_detectron.study.answers import (
     single_checkpoints,
 )
 from rt_detectron.study.evaluations import EVALUATIONS, Chapter
-from rt_detectron.study.examples import SCORE_THRESHOLD, best_and_worst
+from rt_detectron.study.examples import SCORE_THRESHOLD, best_and_worst, precision_curves
 from rt_detectron.study.figures import Charts, Figure
 from rt_detectron.study.grid import FINAL, Study
 from rt_detectron.study.record import RECORD, Outcome, write_text
@@ -77,6 +77,7 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
     trials = _trials(comparison)
     found = answers(comparison, choices)
     curves = list(charts.curves(outcomes))
+    precision = list(precision_curves(comparison, charts))
     page = {
         "study": study,
         "command": command,
@@ -98,10 +99,13 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
         "table_note": note,
         "chapters": chapters,
         "across": across,
-        "targets": [_target(target.name, chapters, examples, curves, scores) for target in study.targets],
+        "targets": [
+            _target(target.name, chapters, examples, [*precision, *curves], scores)
+            for target in study.targets
+        ],
         "picture_notes": picture_notes + [text for chapter in chapters for text in chapter.notes],
         "examples": examples,
-        "curves": curves,
+        "curves": [*precision, *curves],
         "score_threshold": SCORE_THRESHOLD,
         "cost": _cost(study, outcomes),
         "versions": _versions(outcomes),

@@ -293,17 +293,19 @@ def fit_plot(
 
 
 def curve_plot(
-    series: Sequence[Series], curves: Sequence[Sequence[tuple[Sequence[float], Sequence[float]]]]
+    series: Sequence[Series],
+    curves: Sequence[Sequence[tuple[Sequence[float], Sequence[float]]]],
+    labels: tuple[str, str] = ("iteration", "total loss"),
 ) -> bytes:
-    """SVG of training loss against iterations, one line per run (x values, y values) of a series."""
+    """One line per run (x values, y values) of a series, by default its training loss. Gives an SVG."""
     with _axes(height=2.7) as axes:
         for arm, runs in zip(series, curves, strict=True):
             for number, (x, y) in enumerate(runs):
                 style = {**arm.style, "marker": "", "label": arm.name if number == 0 else None}
                 axes.plot(x, y, **style, linewidth=1.2, alpha=0.8)
         axes.grid(alpha=0.2)
-        axes.set_xlabel("iteration")
-        axes.set_ylabel("total loss")
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
         axes.set_ylim(bottom=0)
         _legend(axes)
         return _svg(axes.figure)

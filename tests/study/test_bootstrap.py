@@ -14,6 +14,7 @@ from rt_detectron.study.bootstrap import (
     f1_per_image,
     image_counts,
     match,
+    precision_at_recall,
     read_matches,
     resampled_accuracy,
     resampled_precision,
@@ -128,6 +129,18 @@ def test_a_resample_is_the_data_set_with_its_images_repeated():
     assert np.ptp(expected) > 5
     found = average_precision(match(index(truth), detections, "bbox"), counts)["AP"]
     assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_precision_at_recall_is_pycocotools():
+    truth, detections = random_set(2, images=30)
+    coco = index(truth)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOeval(coco, coco.loadRes(copy.deepcopy(detections)), "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+    expected = evaluator.eval["precision"][0, :, :, 0, -1].mean(axis=1)  # (T, R, K, A, M): IoU 0.5, all areas
+    assert np.ptp(expected) > 0.3
+    np.testing.assert_allclose(precision_at_recall(match(coco, detections, "bbox")), expected)
 
 
 def test_many_objects_of_one_category():
