@@ -20,15 +20,15 @@ examples:
 import argparse
 
 import _environment  # noqa: F401  (first, since it checks this Python)
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 import rt_detectron  # noqa: F401  (registers the backbones)
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
 from rt_detectron.detection import Trainer, load_detector_config
 from rt_detectron.engine.launch import launch
+from rt_detectron.engine.setup import save_config, set_up
 from rt_detectron.evaluation.build import check_test_sets
 from rt_detectron.evaluation.robustness import (
     evaluate_robustness,
@@ -45,8 +45,7 @@ def main(args: argparse.Namespace) -> None:
     robustness_evaluations(cfg)  # reports mistakes before anything is loaded
     check_datasets(cfg.DATASETS.TEST)
     own = robustness_config(cfg)
-    default_setup(own, args)
-    setup_logger(own.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="rt_detectron")
+    set_up(args, own.OUTPUT_DIR, cfg.SEED, cfg.CUDNN_BENCHMARK)
     check_test_sets(cfg)
     model = Trainer.build_model(cfg)
     RobustCheckpointer(model, trained=True, input_format=cfg.INPUT.FORMAT).load(cfg.MODEL.WEIGHTS)
@@ -56,6 +55,7 @@ def main(args: argparse.Namespace) -> None:
         checkpointer = RobustCheckpointer(surrogate, trained=True, input_format=cfg.INPUT.FORMAT)
         checkpointer.load(cfg.TEST.ATTACK.SURROGATE)
     content = evaluate_robustness(cfg, model, surrogate)
+    save_config(own.dump(), own.OUTPUT_DIR)
     if comm.is_main_process():
         print(robustness_table(content))
         print(f"Wrote {cfg.OUTPUT_DIR}/robustness.json")

@@ -20,6 +20,7 @@ from detectron2.utils import comm
 
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.detection import build_lazy_model, do_test, do_train, load_lazy_config, write_lazy_results
+from rt_detectron.detection.lazy_data import check_lazy_test_set
 from rt_detectron.engine.launch import launch
 from rt_detectron.engine.lazy_config import save_lazy_config
 from rt_detectron.engine.loop import refuse_other_training, sole_training
@@ -45,6 +46,7 @@ def train(cfg, args: argparse.Namespace) -> tuple[dict, int]:
 
 def evaluate(cfg, args: argparse.Namespace) -> tuple[dict, int]:
     set_up(args, cfg.train.output_dir, cfg.train.get("seed", -1))
+    check_lazy_test_set(cfg)
     model = build_lazy_model(cfg)
     RobustCheckpointer(model, trained=True).load(cfg.train.init_checkpoint)
     results = do_test(cfg, model)

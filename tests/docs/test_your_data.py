@@ -50,7 +50,6 @@ def folder(tiny_datasets, tmp_path_factory) -> Path:
     source = tiny_datasets / "demo" / "detection"
     shutil.copytree(source / "train", folder / "mine" / "photos")
     shutil.copy(source / "annotations" / "instances_train.json", folder / "mine" / "annotations.json")
-    (folder / "configs").symlink_to(REPOSITORY / "configs")  # as at the top of a clone
     (study,) = (block.text for block in blocks(GUIDE) if block.language == "yaml")
     (folder / "mine" / "study.yaml").write_text(study)
     return folder
