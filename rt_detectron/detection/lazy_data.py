@@ -49,6 +49,8 @@ def build_lazy_loader(cfg, split: str) -> Iterable:
         return instantiate(node)
     with annotations_of(", ".join(names)):
         records = instantiate(node.dataset)
+    if not isinstance(records, list):  # a torch Dataset of the user's, which may have no end
+        return instantiate(node)
     mapper = instantiate(node.mapper)
     for name in names:
         key = next((key for key in _CLASS_KEYS if OmegaConf.select(cfg, key) is not None), "")
@@ -56,7 +58,8 @@ def build_lazy_loader(cfg, split: str) -> Iterable:
     policy, skipping = "stop", ""
     if split == "train":
         policy, skipping = cfg.train.get("on_corrupt", "stop"), SKIPPING
-        check_objects(records, mapper.instance_mask_format if mapper.use_instance_mask else None)
+        masks = getattr(mapper, "use_instance_mask", False)  # a mapper of the user's may not have it
+        check_objects(records, mapper.instance_mask_format if masks else None)
     records = check_images(records, policy, skipping)
     return instantiate({**node, "dataset": records, "mapper": CheckedMapper(mapper, policy, skipping)})
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from detectron2 import model_zoo
-from detectron2.config import instantiate
+from detectron2.config import LazyCall, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from rt_detectron.detection import load_lazy_config
@@ -110,6 +110,19 @@ def test_training_images_may_be_skipped(tiny, spoiled):
         build_lazy_loader(tiny(train=name), "train")
     loader = build_lazy_loader(tiny("train.on_corrupt=skip", train=name), "train")
     assert next(iter(loader))
+
+
+class OwnMapper:
+    """With nothing that Detectron2's has."""
+
+    def __call__(self, record: dict) -> dict:
+        return record
+
+
+def test_a_mapper_of_ones_own(tiny):
+    cfg = tiny()
+    cfg.dataloader.train.mapper = LazyCall(OwnMapper)()
+    assert next(iter(build_lazy_loader(cfg, "train")))[0]["file_name"].endswith(".jpg")
 
 
 def test_a_loader_of_another_kind_is_taken_as_it_is(tiny):
