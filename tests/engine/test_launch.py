@@ -1,6 +1,8 @@
 """Processes that end while others wait for them. Detectors: tests/detection/test_processes.py."""
 
 import argparse
+import re
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -13,7 +15,8 @@ from tool_process import run_tool
 from rt_detectron.engine.launch import launch
 from rt_detectron.utils.errors import InputError
 
-PROGRAM = str(Path(__file__).parents[1] / "helpers" / "failing_processes.py")
+HELPERS = Path(__file__).parents[1] / "helpers"
+PROGRAM, RESUMING = HELPERS / "failing_processes.py", HELPERS / "resuming_elsewhere.py"
 
 
 @pytest.mark.parametrize(
@@ -66,3 +69,50 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="--num-gpus 2: this machine has 1"):
         launch(lambda args: pytest.fail("started"), default_argument_parser().parse_args(["--num-gpus", "2"]))
+
+
+@pytest.fixture
+def machines(tmp_path):
+    """Two folders, as of machines that share none, each with checkpoints that hold 0 and 1; the second one's
+    last_checkpoint is an older one."""
+    for rank in (0, 1):
+        folder = tmp_path / str(rank) / "out"
+        folder.mkdir(parents=True)
+        for number in (0, 1):
+            path = folder / f"model_{number:07d}.pth"
+            if rank:
+                shutil.copy(tmp_path / "0/out" / path.name, path)
+            else:
+                model = torch.nn.Linear(1, 1)
+                torch.nn.init.constant_(model.weight, number)
+                torch.save({"model": model.state_dict()}, path)
+        (folder / "last_checkpoint").write_text(f"model_{1 - rank:07d}.pth")
+    return tmp_path
+
+
+def test_all_resume_from_the_checkpoint_that_the_first_one_chooses(tool_server, machines):
+    ended = run_tool([RESUMING, machines], machines)
+    assert ended.returncode == 0, ended.stderr
+    assert [(machines / rank / "resumed").read_text() for rank in "01"] == ["1", "1"]
+    (
+        machines / "0/out/last_checkpoint"
+    ).unlink()  # then the first one has none, and the other's does not count
+    assert run_tool([RESUMING, machines], machines).returncode == 0
+    assert [(machines / rank / "resumed").read_text() for rank in "01"] == ["nothing", "nothing"]
+
+
+@pytest.mark.parametrize("fault", ["lacks", "has another"])
+def test_a_process_without_that_checkpoint_ends_all(tool_server, machines, fault):
+    path = machines / "1/out/model_0000001.pth"
+    path.unlink()
+    if fault == "has another":
+        shutil.copy(machines / "1/out/model_0000000.pth", path)
+    ended = run_tool([RESUMING, machines], machines)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert re.fullmatch(
+        r"error: cannot resume from out/model_0000001.pth: process 1 on \S+ lacks this file or has another "
+        r"one; use an output folder that all machines share",
+        ended.stderr.splitlines()[-1],
+    )
+    assert not list(machines.glob("*/resumed"))

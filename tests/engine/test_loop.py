@@ -1,5 +1,6 @@
 """What a training leaves to be resumed from. Kills, signals and full disks: tests/tools/test_pretrain.py."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -52,6 +53,8 @@ def test_a_damaged_checkpoint_is_passed_over(trained, digits_cfg, damage, caplog
     do_train(digits_cfg, resume=True)
     assert "trying the checkpoint before it" in caplog.text
     assert torch.load(trained / "model_final.pth", weights_only=True)["iteration"] == 7
+    kept = [torch.load(path, weights_only=True)["iteration"] for path in periodic_checkpoints(str(trained))]
+    assert kept == [3, 5]
 
 
 def test_without_a_whole_checkpoint_it_says_so(trained, digits_cfg):
@@ -129,3 +132,27 @@ def test_a_folder_has_one_training_at_a_time(tmp_path):
         sole_training(folder).__enter__()
     with sole_training(folder):
         pass
+
+
+def test_the_recipes_rate_counts_when_a_training_is_resumed(trained, digits_cfg, caplog):
+    digits_cfg.optimizer.lr /= 100
+    do_train(digits_cfg, resume=True)
+    lines = map(json.loads, (trained / "metrics.json").read_text().splitlines())
+    (rate,) = [line["lr"] for line in lines if line.get("iteration") == 7 and "lr" in line]
+    assert 0 < rate <= digits_cfg.optimizer.lr
+    assert f"The learning rate is now {digits_cfg.optimizer.lr:g}, as the config says" in caplog.text
+
+
+def test_a_finished_training_without_periodic_checkpoints_is_not_overwritten(trained, digits_cfg):
+    for path in periodic_checkpoints(str(trained)):
+        os.rename(path, trained / "model_final.pth")
+    with pytest.raises(InputError, match="holds a training: add --resume"):
+        do_train(digits_cfg)
+
+
+def test_a_refused_training_leaves_the_config_of_the_one_before(trained, digits_cfg):
+    before = (trained / "config.yaml").read_text()
+    digits_cfg.train.ema = 0.9
+    with pytest.raises(InputError, match="of another configuration"):
+        do_train(digits_cfg, resume=True)
+    assert (trained / "config.yaml").read_text() == before

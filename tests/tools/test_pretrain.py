@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 from PIL import Image
@@ -310,6 +311,16 @@ def test_a_killed_training_goes_on_bit_by_bit(trained, start, tmp_path):
 @pytest.mark.slow
 def test_twenty_times_killed(trained, start, tmp_path):
     killed_at_random_moments(trained, start, tmp_path, epochs=120, kills=20, seed=1)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_ends_both(command, two_processes, tmp_path):
+    arguments = [*two_processes(), "train.epochs=9", "train.eval_epochs=9", "train.log_period=1"]
+    ended = run_tool(command(CONFIG, *arguments), tmp_path, prepare=faults.classifiers_loss_is_not_finite)
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr + ended.stdout
+    assert ended.stderr.splitlines()[-1].startswith(
+        "error: the loss is not finite around iteration 1; log.txt"
+    )
 
 
 def test_help_shows_examples(run_here):
