@@ -19,7 +19,7 @@ class EpsSchedule:
         warmup: share of the training after that in which the attack grows linearly to its full strength.
         grows: what grows in the warm-up. "eps": attack all images at a growing eps. "images": attack a
             growing fraction of the batch at full eps, which is proportionally cheaper.
-        random: scale the eps of each batch by a uniform random number in [0, 1].
+        random: scale the eps of each batch by a uniform random number in [0, 1], in each process by its own.
     """
 
     clean: float = 0.0
