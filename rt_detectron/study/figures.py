@@ -204,7 +204,8 @@ class Charts:
                 shown = [self._difference(*pair) for pair in zip(names, lines_of(lines), strict=True)]
                 yield svg_figure(
                     f"categories-{target}-{task}-{arm}",
-                    f"{target}: {TASKS[task]} of {arm} minus {lines['baseline'].iloc[0]}, {which}.",
+                    f"{target}: {TASKS[task]} of {arm} minus {lines['baseline'].iloc[0]}, {which}; "
+                    "exploratory.",
                     ", ".join(f"{line.name} {line.value:+.1f}" for line in shown),
                     plots.difference_plot({"": shown}, f"difference in {TASKS[task]}"),
                     target,
