@@ -74,5 +74,5 @@ def attack_named(name: str, threat_model: ThreatModel, seed: int = 0) -> Attack:
     for pattern, (_, constructor) in _ATTACKS.items():
         if match := re.fullmatch(pattern, name):
             return constructor(threat_model, seed, *match.groups())
-    usages = ", ".join(usage for usage, _ in _ATTACKS.values())
+    usages = ", ".join(sorted(usage for usage, _ in _ATTACKS.values()))
     raise InputError(f"attack {name!r} is unknown; use e.g. {usages}")
