@@ -3,7 +3,6 @@
 import logging
 import os
 
-from detectron2.config import instantiate
 from detectron2.engine import default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -25,7 +24,7 @@ from rt_detectron.detection.lazy_data import (
 from rt_detectron.detection.loader import resumable
 from rt_detectron.detection.steps import DIVERGED, build_trainer, check_batch_size, fast
 from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
-from rt_detectron.engine.lazy_config import lazy_config_sha256, read_lazy_config, save_lazy_config
+from rt_detectron.engine.lazy_config import build, lazy_config_sha256, read_lazy_config, save_lazy_config
 from rt_detectron.engine.loop import build_optimizer
 from rt_detectron.engine.signals import StopSignals
 from rt_detectron.evaluation.results import describe_dataset
@@ -72,7 +71,7 @@ def build_lazy_model(cfg) -> nn.Module:
     Raises:
         InputError: if the weights of the backbone need another preprocessing than the model has.
     """
-    model = fast(instantiate(cfg.model).to(cfg.train.device))
+    model = fast(build(cfg.model, "model").to(cfg.train.device))
     metadata = _backbone_metadata(model)
     if metadata is not None:
         check_preprocessing(model, metadata, image_format(cfg))
@@ -93,7 +92,10 @@ def do_test(cfg, model: nn.Module) -> dict:
     """The metrics of ``cfg.dataloader.evaluator`` on ``cfg.dataloader.test``, printed and returned."""
     if "evaluator" not in cfg.dataloader:
         return {}
-    loader, evaluator = build_lazy_loader(cfg, "test"), instantiate(cfg.dataloader.evaluator)
+    loader, evaluator = (
+        build_lazy_loader(cfg, "test"),
+        build(cfg.dataloader.evaluator, "dataloader.evaluator"),
+    )
     results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
         print_csv_format(results)
@@ -145,7 +147,7 @@ def do_train(cfg, resume: bool = False) -> dict:
             evaluate=evaluate,
             eval_period=train.eval_period,
             best_metric=train.get("best_metric", ""),
-            scheduler=instantiate(cfg.lr_multiplier),
+            scheduler=build(cfg.lr_multiplier, "lr_multiplier"),
             average=average,
             build_writers=lambda: default_writers(train.output_dir, train.max_iter),
             log_period=train.log_period,

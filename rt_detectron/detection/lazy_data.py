@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 
-from detectron2.config import instantiate
 from omegaconf import OmegaConf
 
 from rt_detectron.data import CheckedMapper, check_classes, check_images, check_objects, count_classes
 from rt_detectron.data.annotations import annotations_of
+from rt_detectron.engine.lazy_config import build
 from rt_detectron.evaluation import COCOEvaluator, LVISEvaluator
+from rt_detectron.utils.errors import InputError
 
 SKIPPING = "train.on_corrupt=skip"
 # The keys of a model's number of classes, and which of a data set's classes they count.
@@ -46,12 +47,12 @@ def build_lazy_loader(cfg, split: str) -> Iterable:
     """
     node, names = cfg.dataloader[split], dataset_names(cfg, split)
     if not names or "mapper" not in node:
-        return instantiate(node)
+        return build(node, f"dataloader.{split}")
     with annotations_of(", ".join(names)):
-        records = instantiate(node.dataset)
+        records = build(node.dataset, f"dataloader.{split}.dataset")
     if not isinstance(records, list):  # a torch Dataset of the user's, which may have no end
-        return instantiate(node)
-    mapper = instantiate(node.mapper)
+        return build(node, f"dataloader.{split}")
+    mapper = build(node.mapper, f"dataloader.{split}.mapper")
     for name in names:
         key = next((key for key in _CLASS_KEYS if OmegaConf.select(cfg, key) is not None), "")
         check_classes(name, key, OmegaConf.select(cfg, key) if key else None, dataset_names(cfg, "train"))
@@ -59,9 +60,17 @@ def build_lazy_loader(cfg, split: str) -> Iterable:
     if split == "train":
         policy, skipping = cfg.train.get("on_corrupt", "stop"), SKIPPING
         masks = getattr(mapper, "use_instance_mask", False)  # a mapper of the user's may not have it
-        check_objects(records, mapper.instance_mask_format if masks else None)
+        check_objects(records, _mask_format(mapper) if masks else None)
     records = check_images(records, policy, skipping)
-    return instantiate({**node, "dataset": records, "mapper": CheckedMapper(mapper, policy, skipping)})
+    checked = {**node, "dataset": records, "mapper": CheckedMapper(mapper, policy, skipping)}
+    return build(checked, f"dataloader.{split}")
+
+
+def _mask_format(mapper) -> str:
+    found = mapper.instance_mask_format
+    if found not in ("polygon", "bitmask"):
+        raise InputError(f"the mapper's instance_mask_format is {found!r}; it must be polygon or bitmask")
+    return found
 
 
 def check_lazy_test_set(cfg) -> None:
@@ -73,7 +82,7 @@ def check_lazy_test_set(cfg) -> None:
     if "evaluator" not in cfg.dataloader:
         return
     build_lazy_loader(cfg, "test")
-    evaluator = instantiate(cfg.dataloader.evaluator)
+    evaluator = build(cfg.dataloader.evaluator, "dataloader.evaluator")
     if isinstance(evaluator, COCOEvaluator | LVISEvaluator):
         heads = OmegaConf.select(cfg, "model.roi_heads") or {}
         evaluator.check_shapes(masks="mask_head" in heads, keypoints="keypoint_head" in heads)

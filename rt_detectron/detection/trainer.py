@@ -33,7 +33,7 @@ from rt_detectron.detection.steps import DIVERGED, build_optimizer, build_traine
 from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
 from rt_detectron.engine.signals import StopSignals
 from rt_detectron.evaluation.build import build_evaluator, check_test_sets, inference_folder
-from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, building, one_line
 from rt_detectron.utils.files import find_config
 
 logger = logging.getLogger(__name__)
@@ -69,9 +69,20 @@ def load_detector_config(path: str, opts: list[str]) -> CfgNode:
             logger.warning("No GPU found: running on the CPU (MODEL.DEVICE cpu%s)", without)
         cfg.MODEL.DEVICE = "cpu"
         cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMP is for GPUs only
+    _check_values(cfg)
     set_num_classes(cfg)
     cfg.freeze()
     return cfg
+
+
+def _check_values(cfg: CfgNode) -> None:
+    """What Detectron2 would refuse late or without a name."""
+    for key in ("TRAIN", "TEST"):
+        names = cfg.DATASETS[key]
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"DATASETS.{key} is {names!r}; it must be names of data sets, such as ('coco',)")
+    if cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):
+        raise InputError(f"INPUT.MASK_FORMAT is {cfg.INPUT.MASK_FORMAT!r}; it must be polygon or bitmask")
 
 
 def _names_as_tuples(opts: list[str]) -> list[str]:
@@ -174,24 +185,33 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
-        return fast(super().build_model(cfg))
+        with building("the detector", "MODEL"):
+            return fast(super().build_model(cfg))
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(cfg, model)
+        with building("the optimiser", "SOLVER"):
+            return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        with building("the schedule of the learning rate", "SOLVER"):
+            return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        mapper = CheckedMapper(DatasetMapper(cfg, is_train=True), cfg.INPUT.ON_CORRUPT)
-        loader = build_detection_train_loader(cfg, mapper=mapper, dataset=load_training_set(cfg))
+        with building("the loader of the training images", "INPUT, DATASETS and DATALOADER"):
+            mapper = CheckedMapper(DatasetMapper(cfg, is_train=True), cfg.INPUT.ON_CORRUPT)
+            loader = build_detection_train_loader(cfg, mapper=mapper, dataset=load_training_set(cfg))
         loader = resumable(loader)
         adversarial = cfg.SOLVER.ADVERSARIAL
         return replayed(loader, cfg.MODEL.DEVICE, adversarial.REPLAYS, adversarial.NORM, adversarial.EPS)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        mapper = CheckedMapper(DatasetMapper(cfg, is_train=False), skipping="")
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        with building("the loader of the test images", "INPUT, DATASETS and DATALOADER"):
+            mapper = CheckedMapper(DatasetMapper(cfg, is_train=False), skipping="")
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str | None = None) -> DatasetEvaluator:

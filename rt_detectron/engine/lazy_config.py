@@ -6,14 +6,14 @@ import os
 import tempfile
 
 import torch
-from detectron2.config import LazyConfig
+from detectron2.config import LazyConfig, instantiate
 from detectron2.utils import comm
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from rt_detectron.utils.errors import InputError, one_line
+from rt_detectron.utils.errors import InputError, building, one_line
 from rt_detectron.utils.files import find_config, text_sha256
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ def read_lazy_config(path: str, overrides: list[str], keys: tuple[str, ...], fol
         cfg = LazyConfig.apply_overrides(cfg, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(f"{' '.join(overrides)}: {one_line(error)[:200]}") from None
+    _check_train(cfg.train)
     if cfg.train.device == "cuda" and not torch.cuda.is_available():
         if comm.is_main_process():
             logger.warning("No GPU found: running on the CPU (train.device=cpu)")
@@ -64,6 +65,30 @@ def read_lazy_config(path: str, overrides: list[str], keys: tuple[str, ...], fol
             logger.warning("Mixed precision is off (train.amp.enabled=False): it needs a GPU")
             cfg.train.amp.enabled = False
     return cfg
+
+
+def _check_train(train) -> None:
+    """What every tool reads first, and other libraries would refuse less clearly."""
+    if not isinstance(train.output_dir, str) or not train.output_dir:
+        raise InputError(f"train.output_dir is {train.output_dir!r}; it must be the name of a folder")
+    try:
+        torch.device(train.device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"train.device is {train.device!r}; it must be cpu, cuda or cuda:N") from None
+
+
+def build(node, key: str):
+    """What ``node`` describes, as Detectron2's ``instantiate``.
+
+    Args:
+        node: of a LazyConfig.
+        key: its name there, such as "dataloader.train", for messages.
+
+    Raises:
+        InputError: if it cannot be built, naming the key.
+    """
+    with building(key, key):
+        return instantiate(node)
 
 
 def _has_key(cfg, key: str) -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from detectron2.config import instantiate
 from detectron2.engine import HookBase, SimpleTrainer, default_writers, hooks
 from detectron2.utils import comm
 from filelock import FileLock, Timeout
@@ -17,7 +16,7 @@ from torch import nn
 
 from rt_detectron.checkpoint.checkpointer import TO_KEEP, TrainingCheckpointer, periodic_checkpoints
 from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
-from rt_detectron.engine.lazy_config import save_lazy_config
+from rt_detectron.engine.lazy_config import build, save_lazy_config
 from rt_detectron.engine.signals import StopSignals
 from rt_detectron.engine.train_hooks import LRScheduler, ProgressBar
 from rt_detectron.utils.errors import InputError
@@ -51,7 +50,7 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser of ``cfg.optimizer`` over the parameters of ``model``."""
     lazy_optimizer = copy.deepcopy(cfg.optimizer)  # cfg is written to files, so it must hold no objects
     lazy_optimizer.params.model = model
-    return instantiate(lazy_optimizer)
+    return build(lazy_optimizer, "optimizer")
 
 
 def run(
@@ -103,7 +102,7 @@ def run(
         [
             hooks.IterationTimer(),
             *first_hooks,
-            LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            LRScheduler(scheduler=build(cfg.lr_multiplier, "lr_multiplier")),
             checkpointing,
             hooks.EvalHook(eval_period, evaluate_safely),
             hooks.PeriodicWriter(default_writers(train.output_dir, max_iter), train.log_period)

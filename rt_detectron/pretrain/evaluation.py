@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from detectron2.config import instantiate
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.utils import comm
 from omegaconf import OmegaConf
@@ -21,6 +20,7 @@ from rt_detectron.attacks import PGD, ThreatModel, attack_named
 from rt_detectron.attacks.registry import Attack
 from rt_detectron.data.loader import share, to_device
 from rt_detectron.data.shards import ShardDataset
+from rt_detectron.engine.lazy_config import build
 from rt_detectron.engine.patience import patient_group
 from rt_detectron.modeling.load import load_weights
 from rt_detectron.pretrain.measurements import Measurements
@@ -397,14 +397,14 @@ def evaluate_classifier(cfg, weights: str, attacks: Sequence[str], images: int) 
     """
     if images < 1:
         raise InputError(f"--images is {images}; it must be >= 1")
-    threat_model = instantiate(cfg.threat_model)
+    threat_model = build(cfg.threat_model, "threat_model")
     built = [attack_named(name.strip(), threat_model, cfg.train.seed) for name in attacks]
     if len({attack.name for attack in built}) < len(built):
         raise InputError(f"--attacks {','.join(attacks)}: give each attack once")
     model = build_model(cfg)
     load_weights(model.classifier, weights)
     lazy_loader = copy.deepcopy(cfg.dataloader.test)
-    dataset = instantiate(lazy_loader.dataset)
+    dataset = build(lazy_loader.dataset, "dataloader.test.dataset")
     check_takes(model.classifier, dataset)
     lazy_loader.dataset = _evenly_spaced(dataset, min(images, len(dataset)))
     sha256 = file_sha256(weights)
@@ -412,7 +412,7 @@ def evaluate_classifier(cfg, weights: str, attacks: Sequence[str], images: int) 
     evaluator = RobustnessEvaluator(
         model, built, PGD(threat_model, CURVE_STEPS), measurements=measurements, seed=cfg.train.seed
     )
-    results = inference_on_dataset(model, instantiate(lazy_loader), evaluator)
+    results = inference_on_dataset(model, build(lazy_loader, "dataloader.test"), evaluator)
     if not comm.is_main_process():
         return {}
     results |= {

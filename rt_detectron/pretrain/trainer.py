@@ -9,7 +9,6 @@ from contextlib import nullcontext, suppress
 
 import numpy as np
 import torch
-from detectron2.config import instantiate
 from detectron2.engine import HookBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -21,6 +20,7 @@ from rt_detectron.checkpoint.checkpointer import TrainingCheckpointer, has_check
 from rt_detectron.data.images import check_same_classes
 from rt_detectron.data.loader import TrainLoader
 from rt_detectron.engine.base_trainer import BaseTrainer
+from rt_detectron.engine.lazy_config import build
 from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
 from rt_detectron.engine.train_hooks import ExponentialMovingAverage
 from rt_detectron.layers.small_maps import use_small_maps
@@ -38,7 +38,7 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def build_model(cfg) -> Pretraining:
     """The model of ``cfg.model`` on ``cfg.train.device``, ready for training and evaluation."""
-    model = instantiate(cfg.model)
+    model = build(cfg.model, "model")
     model.classifier = for_training(model.classifier, cfg.train)
     return model.to(cfg.train.device)
 
@@ -64,8 +64,8 @@ def do_train(cfg, resume: bool = False) -> None:
     """
     refuse_other_training(cfg.train.output_dir, resume)
     model = build_model(cfg)
-    loader = instantiate(cfg.dataloader.train)
-    test = instantiate(cfg.dataloader.test.dataset)
+    loader = build(cfg.dataloader.train, "dataloader.train")
+    test = build(cfg.dataloader.test.dataset, "dataloader.test.dataset")
     check_same_classes(loader.dataset, test)
     check_takes(model.classifier, loader.dataset, model.resolution)
     check_takes(model.classifier, test)
@@ -158,7 +158,7 @@ def do_eval(cfg, model: Pretraining) -> dict:
         return {}
     lazy_evaluator = copy.deepcopy(cfg.evaluator)
     lazy_evaluator.model = model
-    return evaluate(model, instantiate(cfg.dataloader.test), instantiate(lazy_evaluator))
+    return evaluate(model, build(cfg.dataloader.test, "dataloader.test"), build(lazy_evaluator, "evaluator"))
 
 
 def evaluate(model: Pretraining, loader: DataLoader, evaluator: DatasetEvaluator) -> dict:

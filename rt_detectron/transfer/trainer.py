@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from detectron2.config import instantiate
 from detectron2.evaluation import print_csv_format
 from detectron2.utils import comm
 from torch import nn
@@ -15,7 +14,7 @@ from torch import nn
 from rt_detectron.checkpoint.checkpointer import TrainingCheckpointer
 from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.data.loader import TrainLoader, build_test_loader
-from rt_detectron.engine.lazy_config import lazy_config_sha256
+from rt_detectron.engine.lazy_config import build, lazy_config_sha256
 from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.modeling.load import load_classifier
@@ -106,7 +105,7 @@ def build_datasets(cfg) -> tuple[ClassificationDataset, ClassificationDataset]:
             split,
             spec.root,
             spec.download,
-            instantiate(transform),
+            build(transform, "the transforms of dataset"),
             spec.downscale,
             None if spec.classes is None else list(spec.classes),
             spec.per_class,

@@ -47,11 +47,35 @@ def optional_import(module: str, packages: str, purpose: str) -> ModuleType:
 
 
 @contextmanager
+def building(what: str, keys: str):
+    """Within this, errors of libraries that are told what to build become one line.
+
+    A configuration may hold anything, and each library refuses values that it cannot take in its own way,
+    often deep within. Theirs is the cause of ours, so that a traceback shows both.
+
+    Args:
+        what: is built, such as "the detector".
+        keys: of the configuration that describe it, such as "MODEL".
+
+    Raises:
+        InputError: in place of another error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # each library refuses in its own way
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise InputError(f"cannot build {what} ({reason}): check {keys} in the configuration") from error
+
+
+@contextmanager
 def one_line_errors():
     """Wrap a tool's main(): an :class:`InputError` ends the process with its message and exit status 2.
 
     So does one from a data loader's worker or a launched process, which arrives as the text of its
-    traceback. Everything else keeps its traceback, since it is ours to fix.
+    traceback, and an error of the file system that names a file. Everything else keeps its traceback, since
+    it is ours to fix.
     """
     try:
         with no_traceback_of_input_errors():
@@ -76,7 +100,10 @@ def no_traceback_of_input_errors():
 
 
 def _message(error: Exception) -> str | None:
-    """The user's line of ``error``; None if it is no :class:`InputError`, not even another process's."""
+    """The user's line of ``error``; None if it is neither an :class:`InputError`, perhaps of another process,
+    nor an error of the file system that names a file."""
+    if isinstance(error, OSError) and isinstance(error.filename, str) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     lines = str(error).strip().splitlines() or [""]
     before, raised, message = lines[-1].partition(f"{InputError.__module__}.{InputError.__name__}: ")
     if raised and not before:

@@ -1,10 +1,11 @@
 import logging
+import os
 import sys
 
 import pytest
 from torch._utils import ExceptionWrapper
 
-from rt_detectron.utils.errors import InputError, did_you_mean, one_line_errors, optional_import
+from rt_detectron.utils.errors import InputError, building, did_you_mean, one_line_errors, optional_import
 
 
 def printed(capsys, action) -> str:
@@ -43,10 +44,31 @@ def test_from_a_launched_process(capsys):
     assert printed(capsys, lambda: throw(RuntimeError(text))) == "error: x: do y\n"
 
 
+def test_an_error_of_the_file_system_names_the_file(capsys, tmp_path):
+    folder = str(tmp_path / "nowhere" / "x")
+    assert printed(capsys, lambda: os.listdir(folder)) == f"error: {folder}: No such file or directory\n"
+
+
+def test_what_a_library_cannot_build_is_one_line_that_names_the_keys():
+    def build(error):
+        with building("the detector", "MODEL"):
+            throw(error)
+
+    with pytest.raises(InputError) as found:
+        build(TypeError("x\ny"))
+    assert str(found.value).startswith("cannot build the detector (TypeError: x y): check MODEL in")
+    assert isinstance(found.value.__cause__, TypeError)  # for whoever looks into it
+    with pytest.raises(InputError, match=r"^x: do y$"):
+        build(InputError("x: do y"))
+    with pytest.raises(KeyboardInterrupt):
+        build(KeyboardInterrupt())
+
+
 @pytest.mark.parametrize(
     "error",
     [
         ValueError("x"),
+        OSError("x"),
         RuntimeError(""),
         RuntimeError("see rt_detectron.utils.errors.InputError: x"),
         KeyboardInterrupt(),
