@@ -245,6 +245,15 @@ def test_test_sets_are_checked_before_anything_is_built(tiny_cfg, tmp_path, sets
         Trainer(tiny_cfg(tmp_path))
 
 
+@pytest.mark.parametrize(("value", "kept"), [(0, 3), (1, 1)])
+def test_so_many_periodic_checkpoints_are_kept(tiny_cfg, tmp_path, value, kept):
+    trainer = Trainer(tiny_cfg(tmp_path, "SOLVER.MAX_TO_KEEP", value, "SOLVER.CHECKPOINT_PERIOD", 2))
+    trainer.checkpointing.checkpoints.start(0, 9)
+    for iteration in (2, 4, 6):
+        trainer.checkpointing.checkpoints.save(iteration)
+    assert len(list(tmp_path.glob("model_*.pth"))) == kept
+
+
 def test_the_class_count_is_checked(tiny_cfg, tmp_path):
     with pytest.raises(InputError, match=r"set MODEL.ROI_HEADS.NUM_CLASSES 10"):
         Trainer(tiny_cfg(tmp_path, "MODEL.ROI_HEADS.NUM_CLASSES", 80))
