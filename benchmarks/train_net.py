@@ -2,7 +2,7 @@
 
     DETECTRON2_DATASETS=... python benchmarks/train_net.py [--config-file F --rounds 20] [KEY VALUE ...]
 
-Detectron2's is its DefaultTrainer, with the same backbone, seed and loader settings. Both train on the same
+Detectron2's is its DefaultTrainer, with the same backbone, seed and loader. Both train on the same
 batches with all of their hooks, and waiting for the loader counts. Their iterations alternate; the median
 over the rounds is printed. In each round ours starts from Detectron2's weights, so that the losses can be
 compared: if both do the same work, they differ by rounding alone.
@@ -27,6 +27,14 @@ from rt_detectron.detection import Trainer, load_detector_config
 SEED = 1
 
 
+class Detectron2Trainer(DefaultTrainer):
+    """Detectron2's, on our batches."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return Trainer.build_train_loader(cfg)
+
+
 class Side:
     """One trainer, whose iterations are run one at a time."""
 
@@ -47,11 +55,11 @@ class Side:
         iter(self.trainer._trainer._data_loader_iter)  # starts the workers, under this seed
 
     def step(self, iteration: int) -> None:
-        torch.manual_seed(iteration)  # the two draw the same proposals
         with self.storage:
             self.trainer.iter = iteration
             start = time.perf_counter()
             self.trainer.before_step()
+            torch.manual_seed(iteration)  # the two draw the same proposals
             self.trainer.run_step()
             self.trainer.after_step()
             self._synchronise()
@@ -68,7 +76,7 @@ def measure(args: argparse.Namespace, folder: str) -> None:
     sides = {
         name: Side(trainer_class, args.config_file, args.opts, f"{folder}/{number}")
         for number, (name, trainer_class) in enumerate(
-            {"Detectron2": DefaultTrainer, "ours": Trainer}.items()
+            {"Detectron2": Detectron2Trainer, "ours": Trainer}.items()
         )
     }
     for iteration in tqdm(range(args.rounds + args.warm_up), desc="rounds", disable=None):
