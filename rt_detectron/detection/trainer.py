@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import weakref
+from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -54,8 +55,7 @@ def load_detector_config(path: str, opts: list[str]) -> CfgNode:
     path = find_config(path)
     if not os.path.isfile(path):
         raise InputError(f"--config-file {path or '(none)'}: no such file; configs/ holds the shipped ones")
-    cfg = get_cfg()
-    add_robust_config(cfg)
+    cfg = _default_keys()
     try:
         cfg.merge_from_file(path)
         cfg.merge_from_list(_names_as_tuples(opts))
@@ -75,8 +75,29 @@ def load_detector_config(path: str, opts: list[str]) -> CfgNode:
     return cfg
 
 
+def _default_keys() -> CfgNode:
+    cfg = get_cfg()
+    add_robust_config(cfg)
+    return cfg
+
+
+def _keys_of_none(cfg: CfgNode, defaults: CfgNode, parent: str = "") -> Iterator[str]:
+    """The keys that are None in ``cfg`` but not by default."""
+    for key, value in defaults.items():
+        if isinstance(value, CfgNode):
+            yield from _keys_of_none(cfg[key], value, f"{parent}{key}.")
+        elif value is not None and cfg[key] is None:
+            yield f"{parent}{key}"
+
+
 def _check_values(cfg: CfgNode) -> None:
-    """What Detectron2 would refuse late or without a name."""
+    """What Detectron2 would refuse late or without a name.
+
+    yacs takes None for any key, whatever its type.
+    """
+    empty = sorted(_keys_of_none(cfg, _default_keys()))
+    if empty:
+        raise InputError(f"{empty[0]} is None; give it a value")
     for key in ("TRAIN", "TEST"):
         names = cfg.DATASETS[key]
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 import tempfile
 
@@ -52,10 +53,18 @@ def read_lazy_config(path: str, overrides: list[str], keys: tuple[str, ...], fol
             raise InputError(f"{override!r} is not of the form key=value, e.g. train.output_dir=output")
         if not key.startswith("+") and not _has_key(cfg, key):
             raise InputError(f"unknown configuration key {key!r}; {path} shows the keys")
+    shipped = cfg
     try:
-        cfg = LazyConfig.apply_overrides(cfg, overrides)
+        cfg = LazyConfig.apply_overrides(copy.deepcopy(shipped), overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(f"{' '.join(overrides)}: {one_line(error)[:200]}") from None
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not key.startswith(("+", "~")):
+            values = (
+                OmegaConf.select(each, key, throw_on_resolution_failure=False) for each in (shipped, cfg)
+            )
+            _check_value(key, *values)
     _check_train(cfg.train)
     if cfg.train.device == "cuda" and not torch.cuda.is_available():
         if comm.is_main_process():
@@ -65,6 +74,33 @@ def read_lazy_config(path: str, overrides: list[str], keys: tuple[str, ...], fol
             logger.warning("Mixed precision is off (train.amp.enabled=False): it needs a GPU")
             cfg.train.amp.enabled = False
     return cfg
+
+
+def _value(cfg, key: str):
+    return OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+
+
+def _check_value(key: str, shipped, given) -> None:
+    """A number must stay one, a text a text or texts, a list a list.
+
+    Only null, which recipes use for "none" or "all", is left to whoever reads the key.
+    """
+    if shipped is None or given is None:
+        return
+    if isinstance(shipped, bool):
+        is_right, expected = isinstance(given, bool), "true or false"
+    elif isinstance(shipped, int | float):
+        is_number = isinstance(given, int | float) and not isinstance(given, bool)
+        is_right, expected = is_number and math.isfinite(given), "a finite number"
+    elif isinstance(shipped, str):
+        texts = given if OmegaConf.is_list(given) else [given]
+        is_right, expected = all(isinstance(text, str) for text in texts), "a text"
+    elif OmegaConf.is_list(shipped):
+        is_right, expected = OmegaConf.is_list(given), "a list"
+    else:
+        return
+    if not is_right:
+        raise InputError(f"{key} is {given!r}; it must be {expected}, as {shipped!r} is")
 
 
 def _check_train(train) -> None:

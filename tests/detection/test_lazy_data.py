@@ -129,6 +129,6 @@ def test_a_loader_of_another_kind_is_taken_as_it_is(tiny):
     cfg = tiny()
     del cfg.dataloader.test["mapper"]
     assert cfg.dataloader.test.keys() == {"_target_", "dataset", "num_workers"}
-    with pytest.raises(TypeError, match="mapper"):  # Detectron2's own: it needs one
+    with pytest.raises(InputError, match=r"dataloader.test .*missing .* 'mapper'"):  # Detectron2's needs one
         build_lazy_loader(cfg, "test")
     assert instantiate(cfg.dataloader.test.dataset)

@@ -83,6 +83,19 @@ class TestLoadConfig:
         assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
         assert opts[1] == own
 
+    @pytest.mark.parametrize(
+        ("opts", "words"),
+        [
+            (["SEED", "None"], "SEED is None; give it a value"),
+            (["TEST.ATTACK.L2_EPS", "None"], "TEST.ATTACK.L2_EPS is None"),
+            (["INPUT.MASK_FORMAT", "rle"], "INPUT.MASK_FORMAT is 'rle'; it must be polygon or bitmask"),
+            (["DATASETS.TEST", "(1,)"], r"DATASETS.TEST is \(1,\); it must be names"),
+        ],
+    )
+    def test_values_that_detectron2_would_refuse_late(self, opts, words):
+        with pytest.raises(InputError, match=words):
+            load_detector_config(CONFIG, opts)
+
     def test_opts_win_over_the_file_and_the_result_is_frozen(self):
         cfg = load_detector_config(CONFIG, ["SOLVER.BASE_LR", "0.5", "MODEL.ROBUST.ARCH", "resnet34"])
         assert (cfg.SOLVER.BASE_LR, cfg.MODEL.ROBUST.ARCH) == (0.5, "resnet34")
