@@ -65,8 +65,9 @@ def test_two_processes_train_as_one(tool_server, tiny_opts, tmp_path, variants):
         if "SOLVER.CHECKPOINT_PERIOD" in chosen:
             resumed = torch.load(folder / "model_final.pth", weights_only=True)
             assert not differences(saved, resumed), name
-        if "naiveSyncBN" in chosen.values():
-            continue  # one process has no other to synchronise with
+        # One process has no other to synchronise with, and RetinaNet's running mean is each process's own.
+        if {"naiveSyncBN", "RetinaNet"} & {str(value) for value in chosen.values()}:
+            continue
         alone = torch.load(tmp_path / "alone" / name / "0.pth", weights_only=True)
         moved = farthest(first["start"], first["weights"], learned)
         assert farthest(first["weights"], alone["weights"], learned) < 1e-3 * moved, name
