@@ -1,7 +1,8 @@
 """Images that cannot be read: they stop a run, or are skipped and counted."""
 
 import logging
-import multiprocessing
+
+import torch
 
 from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import printable
@@ -26,11 +27,13 @@ class UnreadableImages:
             raise InputError(f"{key} is {policy!r}; use 'stop' or 'skip'")
         self.policy = policy
         self.skipping = skipping
-        self._count = multiprocessing.Value("q", 0)
+        # Shared with workers; and unlike multiprocessing's own numbers it can be pickled at any time, as
+        # Detectron2 does with mappers. Two workers that count at the same moment may count one image.
+        self._count = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     @property
     def count(self) -> int:
-        return self._count.value
+        return int(self._count)
 
     def report(self, name: str, error: Exception) -> None:
         """Count an image as skipped, or raise an InputError. Images of another depth are never skipped."""
@@ -42,6 +45,5 @@ class UnreadableImages:
             raise InputError(
                 f"{name}: cannot be read ({one_line(error)}); repair or delete it{or_skip}"
             ) from error
-        with self._count.get_lock():
-            self._count.value += 1
+        self._count += 1
         logger.warning("skipped %s: cannot be read (%s); %d so far", name, one_line(error), self.count)

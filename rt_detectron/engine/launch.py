@@ -102,7 +102,7 @@ def _meeting_point(args) -> Iterator[str]:
 def _worker(local_rank: int, *args) -> None:
     if sys.platform == "linux":
         # Loaders start their workers as in a training of one process. Spawned, each would import everything
-        # again, and could not share the count of unreadable images.
+        # again.
         multiprocessing.set_start_method("fork", force=True)
     try:
         with no_traceback_of_input_errors(), _one_line_if_cut_off():

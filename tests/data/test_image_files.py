@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.utils import comm
+from detectron2.utils.serialize import PicklableWrapper
 from PIL import Image
 
 from rt_detectron.data import image_files
@@ -135,6 +137,10 @@ class TestCheckedMapper:
         skipping = CheckedMapper(mapper(), "skip")
         assert skipping(records[2]) is None
         assert skipping.unreadable.count == 1
+
+    def test_it_can_be_pickled_as_detectron2_does_for_workers_that_are_not_forked(self, records):
+        again = pickle.loads(pickle.dumps(PicklableWrapper(CheckedMapper(mapper(), "skip"))))
+        assert torch.equal(again(records[0])["image"], mapper()(records[0])["image"])
 
     def test_what_is_broken_inside_passes_the_check_beforehand(self, records, spoil):
         spoil("broken inside")
