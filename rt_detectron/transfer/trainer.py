@@ -45,11 +45,11 @@ def is_finished(cfg, resume: bool) -> bool:
         InputError: if it holds those of another configuration, or any and ``resume`` is False.
     """
     folder = cfg.train.output_dir
-    refuse_other_training(folder, resume)
     try:
         with open(os.path.join(folder, "results.json")) as file:
             known = json.load(file)["config_sha256"]
     except FileNotFoundError:
+        refuse_other_training(folder, resume)
         return False
     except (ValueError, KeyError, TypeError):
         known = None

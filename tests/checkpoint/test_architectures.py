@@ -62,7 +62,10 @@ def test_timm_networks_of_other_layers():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("timm/resnet18:checkpoint_path=evil.pth", "'checkpoint_path=evil.pth' is none of act_layer=NAME, "),
+        (
+            "timm/resnet18:checkpoint_path=evil.pth",
+            "'checkpoint_path=evil.pth' is none of stem=conv, act_",
+        ),
         ("timm/resnet18:act_layer=os.system", "'act_layer=os.system' is none of"),
         ("timm/resnet18:gelu", "'gelu' is none of"),
         ("timm/resnet18:act_layer=nothing", "timm cannot build timm/resnet18:act_layer=nothing"),

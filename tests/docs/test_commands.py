@@ -130,7 +130,7 @@ def test_a_command_is_one_that_its_program_takes(line, variables, parsed, monkey
         assert not any(word.startswith("rt_detectron[") for word in words), "no index has it"
     else:
         args = check_script(words, parsed)
-        if getattr(args, "study", "STUDY") != "STUDY":
+        if getattr(args, "study", None) not in (None, "STUDY"):
             check_study(find_config(args.study), tmp_path, monkeypatch)
 
 

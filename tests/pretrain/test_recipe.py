@@ -111,7 +111,7 @@ def test_without_a_gpu_the_cpu_serves(monkeypatch, caplog, gpu, device, warnings
         ("train.amp=true", "train.amp is True; it must be bf16, fp16 or null"),
         ("train.amp=fp16", "train.amp=fp16 is for GPUs"),
         ("train.seed=-1", "train.seed is -1; it must be a whole number >= 0"),
-        ("train.epochs=many", "train.epochs is 'many'; it must be a number > 0"),
+        ("train.epochs=many", "train.epochs is 'many'; it must be a finite number"),
         ("train.accumulate=0", "train.accumulate is 0; it must be a whole number > 0"),
         ("train.ema=1", "train.ema is 1; it must be a number from 0"),
         ("train.sync_bn=1", "train.sync_bn is 1; it must be true or false"),
