@@ -102,6 +102,16 @@ def _check_values(cfg: CfgNode) -> None:
         names = cfg.DATASETS[key]
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise InputError(f"DATASETS.{key} is {names!r}; it must be names of data sets, such as ('coco',)")
+    sizes = {
+        "MIN_SIZE_TRAIN": 1,
+        "MAX_SIZE_TRAIN": 1,
+        "MIN_SIZE_TEST": 0,
+        "MAX_SIZE_TEST": 1,
+    }  # 0: not resized
+    for key, least in sizes.items():
+        values = cfg.INPUT[key] if isinstance(cfg.INPUT[key], list | tuple) else [cfg.INPUT[key]]
+        if not values or not all(isinstance(value, int) and value >= least for value in values):
+            raise InputError(f"INPUT.{key} is {cfg.INPUT[key]!r}; it must be in pixels, >= {least}")
     if cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):
         raise InputError(f"INPUT.MASK_FORMAT is {cfg.INPUT.MASK_FORMAT!r}; it must be polygon or bitmask")
 

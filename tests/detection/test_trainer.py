@@ -88,6 +88,8 @@ class TestLoadConfig:
         [
             (["SEED", "None"], "SEED is None; give it a value"),
             (["TEST.ATTACK.L2_EPS", "None"], "TEST.ATTACK.L2_EPS is None"),
+            (["INPUT.MIN_SIZE_TEST", "-1"], "INPUT.MIN_SIZE_TEST is -1; it must be in pixels, >= 0"),
+            (["INPUT.MIN_SIZE_TRAIN", "()"], r"INPUT.MIN_SIZE_TRAIN is \(\); it must be in pixels"),
             (["INPUT.MASK_FORMAT", "rle"], "INPUT.MASK_FORMAT is 'rle'; it must be polygon or bitmask"),
             (["DATASETS.TEST", "(1,)"], r"DATASETS.TEST is \(1,\); it must be names"),
         ],
