@@ -466,7 +466,7 @@ def outcome(status: int | None, printed: str, output: Path) -> str:
         return "half-written"
     if status == 0:
         return "accepted"
-    says_why = any("error: " in line for line in printed.strip().splitlines()[-3:])  # libpng adds a line
+    says_why = any(line.startswith("error: ") or ": error: " in line for line in printed.splitlines())
     return "one line" if status in (1, 2) and says_why else "silent"
 
 

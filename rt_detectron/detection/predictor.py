@@ -9,7 +9,7 @@ from detectron2.structures import Instances
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import classes_of
 from rt_detectron.detection.trainer import load_detector_config
-from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.errors import InputError, building
 
 
 class Predictor(DefaultPredictor):
@@ -28,7 +28,8 @@ class Predictor(DefaultPredictor):
         without_weights = cfg.clone()
         without_weights.defrost()
         without_weights.MODEL.WEIGHTS = ""
-        super().__init__(without_weights)
+        with building("the detector", "MODEL"):
+            super().__init__(without_weights)
         RobustCheckpointer(self.model, trained=True, input_format=cfg.INPUT.FORMAT).load(cfg.MODEL.WEIGHTS)
         self.class_names = class_names(cfg)
 

@@ -27,7 +27,7 @@ from rt_detectron.pretrain.measurements import Measurements
 from rt_detectron.pretrain.model import Pretraining, check_takes
 from rt_detectron.pretrain.trainer import build_model
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import file_sha256, replaced_atomically, text_sha256
+from rt_detectron.utils.files import file_sha256, printable, replaced_atomically, text_sha256
 from rt_detectron.utils.seeds import seeded, seeded_generator
 from rt_detectron.utils.versions import versions
 from rt_detectron.visualization.plots import accuracy_plot
@@ -424,7 +424,7 @@ def evaluate_classifier(cfg, weights: str, attacks: Sequence[str], images: int) 
         "versions": versions(),
     }
     for path in write_report(results, cfg.train.output_dir):
-        logger.info("Wrote %s", path)
+        logger.info("Wrote %s", printable(path))
     return results
 
 

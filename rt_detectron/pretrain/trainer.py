@@ -30,6 +30,7 @@ from rt_detectron.modeling.load import load_weights
 from rt_detectron.pretrain.export import Provenance, export
 from rt_detectron.pretrain.model import Pretraining, check_takes
 from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import printable
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def do_train(cfg, resume: bool = False) -> None:
 
     def finish(evaluated: Pretraining, results: dict) -> None:
         for path in export(cfg, evaluated, results):
-            logger.info("Wrote %s", path)
+            logger.info("Wrote %s", printable(path))
 
     train_classifier(
         cfg, model, loader, evaluate=lambda evaluated: do_eval(cfg, evaluated), finish=finish, resume=resume

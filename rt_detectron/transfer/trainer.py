@@ -27,7 +27,7 @@ from rt_detectron.transfer.evaluation import TransferEvaluator, predictions_file
 from rt_detectron.transfer.features import Features, compute_features
 from rt_detectron.transfer.head import HeadTrainer, fit_logistic_regression, fresh_linear
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import write_json
+from rt_detectron.utils.files import printable, write_json
 from rt_detectron.utils.numbers import finite
 from rt_detectron.utils.versions import versions
 
@@ -88,7 +88,7 @@ def do_transfer(cfg, resume: bool = False) -> None:
             path = os.path.join(cfg.train.output_dir, "classifier.pth")
             write_classifier(model, path, f"transfer of {cfg.transfer.weights} to {train.name}")
         path = _write_results(cfg, classifier.metadata, test, results, iterations, start, more)
-        logger.info("Wrote %s", path)
+        logger.info("Wrote %s", printable(path))
 
     methods = {"fixed_feature": fixed_feature, "last_layer": last_layer, "full_network": full_network}
     methods[cfg.transfer.method](cfg, classifier, train, test, finish, resume)

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rt_detectron.utils.errors import InputError, one_line, optional_import
-from rt_detectron.utils.files import replaced_atomically
+from rt_detectron.utils.files import printable, replaced_atomically
 from rt_detectron.utils.pictures import read_upright
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -85,7 +85,7 @@ def annotate_files(
         try:
             _make_folder(output.parent)
             (_annotate_video if _is_video(source) else _annotate_picture)(source, output, annotate)
-            print(output, flush=True)
+            print(printable(str(output)), flush=True)
         except InputError as error:
             problems.append(str(error))
     return problems
