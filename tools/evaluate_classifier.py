@@ -22,11 +22,11 @@ import argparse
 import os
 
 import _environment  # noqa: F401  (first, since it checks this Python)
-from detectron2.engine import default_argument_parser, default_setup
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from detectron2.engine import default_argument_parser
 
 from rt_detectron.engine.launch import launch
+from rt_detectron.engine.lazy_config import save_lazy_config
+from rt_detectron.engine.setup import set_up
 from rt_detectron.pretrain.evaluation import evaluate_classifier
 from rt_detectron.pretrain.recipe import load_pretrain_config
 from rt_detectron.utils.errors import one_line_errors
@@ -35,9 +35,9 @@ from rt_detectron.utils.errors import one_line_errors
 def main(args: argparse.Namespace) -> None:
     cfg = load_pretrain_config(args.config_file, args.opts)
     cfg.train.output_dir = args.output or f"{os.path.splitext(args.weights)[0]}_evaluation"
-    default_setup(cfg, args)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")
+    set_up(args, cfg.train.output_dir, cfg.train.seed, cfg.train.get("cudnn_benchmark", False))
     evaluate_classifier(cfg, args.weights, args.attacks.split(","), args.images)
+    save_lazy_config(cfg, cfg.train.output_dir)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ examples:
 import argparse
 
 import _environment  # noqa: F401  (first, since it checks this Python)
-from detectron2.engine import default_argument_parser, default_setup
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from detectron2.engine import default_argument_parser
 
 from rt_detectron.engine.launch import launch
+from rt_detectron.engine.lazy_config import save_lazy_config
 from rt_detectron.engine.loop import sole_training
+from rt_detectron.engine.setup import set_up
 from rt_detectron.transfer.recipe import load_transfer_config
 from rt_detectron.transfer.trainer import do_transfer, is_finished
 from rt_detectron.utils.errors import one_line_errors
@@ -37,9 +37,9 @@ def main(args: argparse.Namespace) -> None:
         if is_finished(cfg, args.resume):
             print(f"{cfg.train.output_dir}/results.json exists: nothing to do")
             return
-        default_setup(cfg, args)
-        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="rt_detectron")
+        set_up(args, cfg.train.output_dir, cfg.train.seed, cfg.train.get("cudnn_benchmark", False))
         do_transfer(cfg, resume=args.resume)
+        save_lazy_config(cfg, cfg.train.output_dir)
 
 
 if __name__ == "__main__":

@@ -17,24 +17,28 @@ from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.files import printable
 from rt_detectron.utils.pictures import to_rgb
 
+PNG = b"\x89PNG"
+
 
 def decode(encoded: bytes) -> torch.Tensor:
     """An image file's bytes to uint8 RGB (3, H, W).
 
-    Decoded by torchvision, or by PIL if torchvision does not know the format (BMP, TIFF), and if a channel
-    has more than 8 bits.
+    Decoded by torchvision, but by PIL if torchvision does not know the format (BMP, TIFF), if a channel has
+    more than 8 bits, and for PNG: on a damaged one torchvision ends the process with a segmentation fault
+    (0.29.1), and PIL compares the checksums.
 
     Raises:
         DepthError: as :func:`rt_detectron.utils.pictures.to_rgb`.
         OSError, SyntaxError: if it is not an image, or truncated.
     """
-    try:
-        image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
-        image = image[0] if image.dim() == 4 else image  # the first picture of an animated GIF, as with PIL
-        if image.dtype == torch.uint8:
-            return image
-    except (RuntimeError, ValueError):
-        pass
+    if not encoded.startswith(PNG):
+        try:
+            image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
+            image = image[0] if image.dim() == 4 else image  # the first picture of a GIF, as with PIL
+            if image.dtype == torch.uint8:
+                return image
+        except (RuntimeError, ValueError):
+            pass
     with Image.open(io.BytesIO(encoded)) as opened:
         return pil_to_tensor(to_rgb(opened))
 

@@ -35,6 +35,13 @@ class TestDecode:
         expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1)
         assert np.array_equal(decode(content).numpy(), expected)
 
+    def test_a_damaged_png_is_an_error(self, pixels):  # torchvision's decoder ends the process
+        content = bytearray(encoded(Image.fromarray(pixels).resize((64, 64)), "PNG"))
+        for position in range(len(content) // 3, len(content), len(content) // 50):
+            content[position] ^= 0xFF
+        with pytest.raises((OSError, SyntaxError)):
+            decode(bytes(content))
+
     def test_an_animation_is_its_first_picture(self, pixels):
         first, second = (
             Image.fromarray(part).convert("P") for part in (pixels[..., :3], pixels[::-1, :, 1:])

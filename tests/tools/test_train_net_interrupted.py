@@ -61,7 +61,7 @@ def killed_at_random_moments(command, folder: Path, iterations: int, kills: int,
         # Soon after it has saved, or at any moment of its start.
         while number % 2 == 0 and tag.read_text() == before and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(generator.uniform(0, duration / (20 if number % 2 == 0 else 2)))
+        time.sleep(generator.uniform(0, duration / kills / (5 if number % 2 == 0 else 1)))
         if process.poll() is not None:
             break  # it was faster
         process.kill()
