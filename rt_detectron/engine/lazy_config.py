@@ -81,7 +81,7 @@ def _value(cfg, key: str):
 
 
 def _check_value(key: str, shipped, given) -> None:
-    """A number must stay one, a text a text or texts, a list a list.
+    """A number must stay one, a text a text (or several names or urls), a list a list.
 
     Only null, which recipes use for "none" or "all", is left to whoever reads the key.
     """
@@ -93,8 +93,8 @@ def _check_value(key: str, shipped, given) -> None:
         is_number = isinstance(given, int | float) and not isinstance(given, bool)
         is_right, expected = is_number and math.isfinite(given), "a finite number"
     elif isinstance(shipped, str):
-        texts = given if OmegaConf.is_list(given) else [given]
-        is_right, expected = all(isinstance(text, str) for text in texts), "a text"
+        several = OmegaConf.is_list(given) and key.endswith(("names", "urls"))
+        is_right, expected = all(isinstance(text, str) for text in (given if several else [given])), "a text"
     elif OmegaConf.is_list(shipped):
         is_right, expected = OmegaConf.is_list(given), "a list"
     else:

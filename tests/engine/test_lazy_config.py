@@ -23,6 +23,7 @@ def read(*overrides):
         ),
         ("train.sync_bn=1", "train.sync_bn is 1; it must be true or false"),
         ("threat_model.norm=2", "threat_model.norm is 2; it must be a text, as 'l2' is"),
+        ("model.classifier.arch=[]", "model.classifier.arch is []; it must be a text"),
         ("train.output_dir=''", "train.output_dir is ''; it must be the name of a folder"),
         ("train.device=gpu", "train.device is 'gpu'; it must be cpu, cuda or cuda:N"),
     ],
