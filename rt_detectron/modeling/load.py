@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from rt_detectron.checkpoint import zoo
-from rt_detectron.checkpoint.architectures import Architecture, is_counter
+from rt_detectron.checkpoint.architectures import Architecture, get_architecture, is_counter
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.convert import read_network
 from rt_detectron.checkpoint.formats import WRITERS, file_architecture, file_name, read_pickle
@@ -76,7 +76,8 @@ def load_backbone(
     return backbone
 
 
-def _config(architecture: Architecture, detector: str | None, norm: str, freeze_at: int):
+def _config(architecture: str | Architecture, detector: str | None, norm: str, freeze_at: int):
+    architecture = get_architecture(architecture)
     stages = ["res3", "res4", "res5"] if detector == "retinanet" else ["res2", "res3", "res4", "res5"]
     cfg = get_cfg()
     add_robust_config(cfg)
