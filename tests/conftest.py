@@ -1,6 +1,7 @@
 """What several rooms' tests share: a real photograph, a tiny detection set, and networks that cost little."""
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,18 @@ from rt_detectron.study.run import ray_session
 
 DETECTOR_CONFIG = "configs/demo/mask_rcnn_r18_fpn.yaml"
 POOL_SIZE = 100_003  # prime, so that no two filters get the same stretch of it
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were():
+    """A tool that a test runs in its own process logs to that test's output, which is closed after it."""
+    loggers = [logging.getLogger(name) for name in ("fvcore", "detectron2", "rt_detectron")]
+    before = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+        logger.propagate = propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
