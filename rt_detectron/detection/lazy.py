@@ -92,10 +92,8 @@ def do_test(cfg, model: nn.Module) -> dict:
     """The metrics of ``cfg.dataloader.evaluator`` on ``cfg.dataloader.test``, printed and returned."""
     if "evaluator" not in cfg.dataloader:
         return {}
-    loader, evaluator = (
-        build_lazy_loader(cfg, "test"),
-        build(cfg.dataloader.evaluator, "dataloader.evaluator"),
-    )
+    loader = build_lazy_loader(cfg, "test")
+    evaluator = build(cfg.dataloader.evaluator, "dataloader.evaluator")
     results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
         print_csv_format(results)

@@ -22,6 +22,7 @@ from rt_detectron.data.loader import TrainLoader
 from rt_detectron.engine.base_trainer import BaseTrainer
 from rt_detectron.engine.lazy_config import build
 from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
+from rt_detectron.engine.processes import share_buffers
 from rt_detectron.engine.train_hooks import ExponentialMovingAverage
 from rt_detectron.layers.small_maps import use_small_maps
 from rt_detectron.layers.sync_bn import use_sync_bn
@@ -164,21 +165,11 @@ def do_eval(cfg, model: Pretraining) -> dict:
 
 def evaluate(model: Pretraining, loader: DataLoader, evaluator: DatasetEvaluator) -> dict:
     """The results of ``evaluator`` for ``model`` on the images of ``loader``, printed and returned."""
-    _share_buffers(model)
+    share_buffers(model)
     results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
         print_csv_format(results)
     return results
-
-
-def _share_buffers(model: Pretraining) -> None:
-    """Give every process the BN statistics of the first one, which are the ones that are saved.
-
-    Since the last step the processes' statistics differ, and evaluation divides the images among them.
-    """
-    if comm.get_world_size() > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
 
 
 class ClassifierTrainer(BaseTrainer):

@@ -1,6 +1,5 @@
 """ViTDet's simple pyramid on timm's plain vision transformers."""
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -9,7 +8,7 @@ from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 
 from rt_detectron.checkpoint.weights import check_config
 from rt_detectron.modeling.backbone.fpn import bottom_up
-from rt_detectron.modeling.backbone.timm import build_robust_timm_backbone, is_plain, timm_features
+from rt_detectron.modeling.backbone.timm import build_robust_timm_backbone, is_plain
 from rt_detectron.modeling.backbone.trunk import chosen_arch
 from rt_detectron.utils.errors import InputError
 
@@ -36,13 +35,11 @@ def build_robust_timm_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Simp
     """
     net = bottom_up(build_robust_timm_backbone, cfg, input_shape, ["res4"])
     check_config(cfg)
-    arch = chosen_arch(cfg)
-    with torch.device("meta"):
-        if not is_plain(timm_features(arch).feature_info.info):
-            raise InputError(
-                f"{arch} is no plain vision transformer: "
-                "set MODEL.BACKBONE.NAME to build_robust_timm_fpn_backbone"
-            )
+    if not is_plain(net.trunk.feature_info.info):
+        raise InputError(
+            f"{chosen_arch(cfg)} is no plain vision transformer: "
+            "set MODEL.BACKBONE.NAME to build_robust_timm_fpn_backbone"
+        )
     return SimplePyramid(
         net=net,
         in_feature="res4",
