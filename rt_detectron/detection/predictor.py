@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
@@ -33,8 +35,21 @@ class Predictor(DefaultPredictor):
         RobustCheckpointer(self.model, trained=True, input_format=cfg.INPUT.FORMAT).load(cfg.MODEL.WEIGHTS)
         self.class_names = class_names(cfg)
 
-    def __call__(self, original_image) -> Instances:
-        predictions = super().__call__(original_image)
+    @torch.no_grad()
+    def __call__(self, original_image: np.ndarray) -> Instances:
+        return self.detect(self.inputs(original_image))
+
+    def inputs(self, original_image: np.ndarray) -> dict:
+        """What the model takes: the image resized, (3, H, W) floats in 0..255 in its order of colours."""
+        height, width = original_image.shape[:2]
+        ordered = original_image[:, :, ::-1] if self.input_format == "RGB" else original_image
+        image = self.aug.get_transform(ordered).apply_image(ordered)
+        image = torch.as_tensor(image.astype("float32").transpose(2, 0, 1))
+        return {"image": image, "height": height, "width": width}
+
+    def detect(self, inputs: dict) -> Instances:
+        """The detections for :meth:`inputs`, in pixels of the original image."""
+        (predictions,) = self.model([inputs])
         if "instances" not in predictions:
             raise InputError(f"MODEL.META_ARCHITECTURE {self.cfg.MODEL.META_ARCHITECTURE} gives no instances")
         return predictions["instances"]

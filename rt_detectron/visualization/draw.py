@@ -70,6 +70,17 @@ def panel(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Ima
     return row
 
 
+def stacked(rows: Sequence[Image.Image]) -> Image.Image:
+    """The pictures below each other, in their own sizes, at the left."""
+    height = sum(row.height for row in rows) + _GAP * (len(rows) - 1)
+    column = Image.new("RGB", (max(row.width for row in rows), height), _CAPTION_COLORS[0])
+    top = 0
+    for row in rows:
+        column.paste(row, (0, top))
+        top += row.height + _GAP
+    return column
+
+
 def _paint_mask(picture: Image.Image, mask: np.ndarray, color_index: int) -> None:
     alpha = Image.fromarray(mask.astype(np.uint8) * round(255 * _MASK_OPACITY))
     picture.paste(color_of(color_index), mask=alpha.resize(picture.size, Image.Resampling.BILINEAR))

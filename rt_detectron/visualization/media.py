@@ -59,7 +59,7 @@ def output_paths(sources: Sequence[Path], folder: str | Path) -> list[Path]:
     common = os.path.commonpath([source.parent for source in sources])
     paths = []
     for source in sources:
-        ending, written = source.suffix.lower(), ".mp4" if _is_video(source) else ".jpg"
+        ending, written = source.suffix.lower(), ".mp4" if is_video(source) else ".jpg"
         keeps = ending == ".mp4" or ending in _WRITTEN_IMAGES
         below = source.relative_to(common)
         paths.append(Path(folder) / (below if keeps else below.with_name(below.name + written)))
@@ -84,7 +84,7 @@ def annotate_files(
     for source, output in jobs:
         try:
             _make_folder(output.parent)
-            (_annotate_video if _is_video(source) else _annotate_picture)(source, output, annotate)
+            (_annotate_video if is_video(source) else _annotate_picture)(source, output, annotate)
             print(printable(str(output)), flush=True)
         except InputError as error:
             problems.append(str(error))
@@ -103,7 +103,8 @@ def load_picture(path: str | Path) -> Image.Image:
         raise InputError(f"{path}: cannot be read as a picture ({one_line(error)})") from None
 
 
-def _is_video(path: Path) -> bool:
+def is_video(path: Path) -> bool:
+    """Whether a file is taken for a video, by its ending."""
     return path.suffix.lower() in VIDEO_ENDINGS
 
 

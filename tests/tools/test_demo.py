@@ -82,12 +82,35 @@ def test_bad_inputs_are_lines_and_the_others_go_on(run_here, inputs, weights, op
     assert "Traceback" not in err
 
 
+def test_explanations_of_two_detectors_in_one_picture(run_here, inputs, weights, opts):
+    out = inputs / "out"
+    detectors = ["--config-file", CONFIG, "--weights", weights[0], "--weights", weights[1]]
+    places = ["--input", str(inputs / "day"), "--output", str(out), "--threshold", "0.05"]
+    explain = ["--explain", "--steps", "2", "--feature", "res3"]
+    status, printed, err = run_here(*detectors, *places, *explain, *opts)
+    assert (status, printed) == (1, f"{out}/china.png\n")
+    assert f"error: {inputs}/day/film.mp4: --explain takes pictures, not videos" in err
+    pixels = np.asarray(Image.open(out / "china.png"))
+    assert pixels.shape == (2 * (360 + 32) + 6, 3 * 480 + 2 * 6, 3)
+    rows = pixels[32:392], pixels[-360:]
+    for left in (0, 486, 972):
+        upper, lower = (row[:, left : left + 480] for row in rows)
+        assert (upper != lower).any()  # the detectors differ in all of it
+        assert upper.std() > 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--input", "nowhere", "--config-file", CONFIG], "nowhere: there is no such file or folder"),
         (["--input", ".", "--config-file", "nowhere.yaml"], "--config-file nowhere.yaml: no such file"),
         (["--input", ".", "--config-file", CONFIG, "--weights", "x.pth"], "there is no weights file x.pth"),
+        (["--input", ".", "--config-file", CONFIG, "--steps", "5"], "--steps are for --explain"),
+        (
+            ["--input", ".", "--config-file", CONFIG, "--explain", "--steps", "0"],
+            "--steps 0: give at least 1",
+        ),
+        (["--input", "film.mp4", "--config-file", CONFIG, "--explain"], "takes pictures, not videos"),
     ],
 )
 def test_mistakes_are_one_line(run_here, inputs, monkeypatch, arguments, words):
@@ -97,3 +120,13 @@ def test_mistakes_are_one_line(run_here, inputs, monkeypatch, arguments, words):
     assert err.splitlines()[-1].startswith("error: ")
     assert words in err
     assert "Traceback" not in err
+
+
+def test_a_wrong_feature_is_one_line_before_anything_is_computed(run_here, inputs, weights, opts):
+    arguments = ["--config-file", CONFIG, "--weights", weights[0], "--input", str(inputs / "day/china.png")]
+    status, printed, err = run_here(
+        *arguments, "--output", str(inputs / "out"), "--explain", "--feature", "res6", *opts
+    )
+    assert (status, printed) == (2, "")
+    assert "no feature 'res6'; it has res2, res3, res4, res5, p2" in err.splitlines()[-1]
+    assert not (inputs / "out").exists()
