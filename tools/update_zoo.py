@@ -18,6 +18,7 @@ from rt_detectron.checkpoint.zoo import TABLE
 from rt_detectron.utils.errors import InputError, one_line_errors
 from rt_detectron.utils.files import file_sha256, replaced_atomically
 
+ENDINGS = (".bin", ".ckpt", ".pt", ".pth", ".tar")
 DOCUMENT = Path(__file__).parents[1] / "docs" / "MODEL_ZOO.md"
 INTRODUCTION = """\
 # Model zoo
@@ -70,69 +71,116 @@ SHA-256 is recorded.
 """
 
 
-ROBUSTBENCH = """\
+OTHERS = """\
 
-## RobustBench
+## Newer networks
 
-{count} networks of the ImageNet leaderboard of [RobustBench](https://github.com/RobustBench/robustbench),
-trained for Linf 4/255, whose files you bring: `robust://NAME.pkl` looks for `NAME.pt` in the folder
-`RT_DETECTRON_ZOO`, in `imagenet/Linf` below it, and in `models/imagenet/Linf` of the current folder, where
-RobustBench's `load_model` puts it. Nobody has published hashes of these files, so they are used as they
-are, and the log says so. They are read without running any code in them. Each has a licence of its own.
+{count} networks of {sources} other sources, by name as those above: `robust://NAME.pkl`. They need
+`pip install "timm>=1.0.31"` unless they are ResNets.
 
-"wrap": ImageNet's mean and std belong in front of the network. "raw": it takes images in [0, 1] as they
-are, so set `MODEL.PIXEL_MEAN [0, 0, 0] MODEL.PIXEL_STD [255, 255, 255]`. The two accuracies are
-RobustBench's, in percent.
+- **The file**: where the last column says "Hub", it is downloaded from there, and checked against the
+  SHA-256 that the Hub announces. All others you bring: `robust://NAME.pkl` looks for the file that the
+  column names in the folder `RT_DETECTRON_ZOO`. RobustBench's are also found in `imagenet/Linf` below it,
+  and where RobustBench's `load_model` puts them: in `models/imagenet/Linf` of the current folder, or in
+  torch's hub cache.
+- **Hashes**: nobody has published hashes of most of these files. Without a recorded SHA-256 a file that you
+  bring is used as it is, and the log says so. It must be that network, and it must not contradict the
+  input below. It is read without running any code in it. Where no licence is named below, none is known.
+- **input**: "wrap": ImageNet's mean and std belong in front of the network. "raw": it takes images in [0, 1]
+  as they are: `MODEL.PIXEL_MEAN [0, 0, 0] MODEL.PIXEL_STD [255, 255, 255]`. "clip": CLIP's mean and std:
+  `MODEL.PIXEL_MEAN [122.7709, 116.746, 104.0937] MODEL.PIXEL_STD [68.5005, 66.6322, 70.3232]`.
+- **Accuracies** are in percent, clean and under AutoAttack for Linf of that eps, as each source gives them:
+  compare them within a source only.
+- **Transformers without stages** (ViT, DeiT, XCiT, CLIP) need ViTDet's pyramid,
+  `build_robust_timm_sfp_backbone`; all others take an FPN, `build_robust_timm_fpn_backbone` or, for the
+  ResNets, `build_robust_resnet_fpn_backbone`.
+"""
 
-| name | network | input | clean | AutoAttack | Google Drive |
-|---|---|---|--:|--:|---|
+HEAD = """\
+| name | network | input | eps | clean | AutoAttack | SHA-256 | file |
+|---|---|---|--:|--:|--:|---|---|
 """
 
 
 def document(table: dict) -> str:
     """The text of docs/MODEL_ZOO.md for the content of zoo.json."""
-    hub, revision, entries = table["hub"], table["revision"], table["checkpoints"]
+    first, *others = table["sources"]
+    hub, revision, entries = first["hub"], first["revision"], first["checkpoints"]
     recorded = sum(entry["sha256"] is not None for entry in entries)
     parts = [INTRODUCTION.format(hub=hub, short=revision[:7], count=len(entries), recorded=recorded)]
     for family, members in itertools.groupby(entries, lambda entry: re.split("[^a-z_]", entry["arch"])[0]):
         parts += [f"\n## {family}\n\n| name | eps | top-1 | file | SHA-256 |\n|---|--:|--:|---|---|\n"]
         for entry in members:
             eps = f"{entry['eps']:g}" + ("/255" if entry["norm"] == "linf" else "")
-            top1 = "" if entry["top1"] is None else f"{entry['top1']:.2f}"
             link = f"[{entry['file']}](https://huggingface.co/{hub}/blob/{revision}/{entry['file']})"
-            is_recorded = "recorded" if entry["sha256"] else ""
-            parts.append(f"| `{entry['name']}` | {eps} | {top1} | {link} | {is_recorded} |\n")
-    parts.append(ROBUSTBENCH.format(count=len(table["robustbench"])))
-    for entry in table["robustbench"]:
-        drive = f"[link](https://drive.google.com/uc?id={entry['drive']})" if entry["drive"] else ""
-        parts.append(
-            f"| `{entry['name']}` | `{entry['arch']}` | {entry['pixels']} | {entry['top1']:.2f} | "
-            f"{entry['robust']:.2f} | {drive} |\n"
-        )
+            parts.append(
+                f"| `{entry['name']}` | {eps} | {_percent(entry['top1'])} | {link} | {_hash_state(entry)} |\n"
+            )
+    count = sum(len(source["checkpoints"]) for source in others)
+    parts.append(OTHERS.format(count=count, sources=len(others)))
+    for source in others:
+        licence = f" Licence: {source['licence']}." if source["licence"] else ""
+        page = f"[{source['page'].removeprefix('https://')}]({source['page']})"
+        parts += [f"\n### {source['title']}\n\n{page}. {source['about']}{licence}\n\n", HEAD]
+        parts += map(_row, source["checkpoints"])
     return "".join(parts)
+
+
+def _row(entry: dict) -> str:
+    """A newer network's row: what it is, how good, and where its file comes from."""
+    where = "Hub" if entry.get("hub") and entry.get("revision") else f"`{entry['file']}`"
+    cells = (
+        f"`{entry['name']}`",
+        f"`{entry['arch']}`",
+        entry["pixels"],
+        f"{entry['eps']:g}/255",
+        _percent(entry["top1"]),
+        _percent(entry["robust"]),
+        _hash_state(entry),
+        f"[{where}]({entry['link']})" if entry["link"] else where,
+    )
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _hash_state(entry: dict) -> str:
+    return "recorded" if entry["sha256"] else ""
 
 
 def dumped(table: dict) -> str:
     """The text of zoo.json: a checkpoint a line, so that changes can be read."""
-    parts = []
-    for key, value in table.items():
-        text = json.dumps(value)
-        if isinstance(value, list):
-            text = "[\n" + ",\n".join(f"    {json.dumps(entry)}" for entry in value) + "\n  ]"
-        parts.append(f"  {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+    sources = []
+    for source in table["sources"]:
+        fields = [
+            f'"checkpoints": [\n{_lines(value)}\n      ]' if key == "checkpoints" else _field(key, value)
+            for key, value in source.items()
+        ]
+        sources.append("    {\n      " + ",\n      ".join(fields) + "\n    }")
+    return '{\n  "sources": [\n' + ",\n".join(sources) + "\n  ]\n}\n"
+
+
+def _lines(entries: list[dict]) -> str:
+    return ",\n".join(f"        {json.dumps(entry)}" for entry in entries)
+
+
+def _field(key: str, value: object) -> str:
+    return f"{json.dumps(key)}: {json.dumps(value)}"
 
 
 def record(table: dict, mirror: str, overwrite: bool) -> None:
     """Put size and SHA-256 of the checkpoints in the folder ``mirror`` into ``table``."""
     if not os.path.isdir(mirror):
         raise InputError(f"{mirror} is no folder: give one with the published files in it")
-    entries = {entry["file"]: entry for key in ("checkpoints", "robustbench") for entry in table[key]}
-    for path in sorted(path for path in Path(mirror).rglob("*") if path.suffix in (".ckpt", ".pt")):
-        if path.name not in entries:
+    entries = [entry for source in table["sources"] for entry in source["checkpoints"]]
+    for path in sorted(path for path in Path(mirror).rglob("*") if path.suffix in ENDINGS):
+        # A file's name alone says which it is, unless the table wants it in a folder of its own.
+        entry = next((entry for entry in entries if path.match(entry["file"])), None)
+        if entry is None:
             print(f"unknown   {path}")
             continue
-        entry = entries[path.name]
         read_network(path, entry["arch"])  # it is whole
         sha256 = file_sha256(path)
         if entry["sha256"] not in (None, sha256) and not overwrite:
@@ -148,9 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--mirror", metavar="FOLDER", help="where published files (.ckpt, .pt) lie, at any depth"
-    )
+    parser.add_argument("--mirror", metavar="FOLDER", help="where published files lie, at any depth")
     parser.add_argument("--overwrite", action="store_true", help="change hashes that are already recorded")
     args = parser.parse_args(argv)
     with one_line_errors():

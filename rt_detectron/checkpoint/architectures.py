@@ -17,7 +17,9 @@ from rt_detectron.utils.errors import InputError, did_you_mean, one_line, option
 
 TIMM = "timm/"  # before the name of a network of timm's
 CONV_STEM = "stem=conv"  # behind that name: see rt_detectron.checkpoint.conv_stem
-TIMM_LAYERS = ("act_layer", "norm_layer", "aa_layer")  # what may be chosen behind that name
+# What may be chosen behind that name: kinds of layers, and numbers.
+TIMM_LAYERS = ("act_layer", "norm_layer", "aa_layer")
+TIMM_NUMBERS = ("depth", "window_size")
 
 # What torchvision's and the published classifiers subtract and divide by. RGB, 0..255.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -101,11 +103,28 @@ def _timm_names(architecture: "Architecture", names: list[str]) -> dict[str, str
     return {name: f"trunk.{flat[key]}" for name in names if (key := name.replace(".", "_")) in flat}
 
 
+# What timm resamples where a file is of another image, patch or window size.
+_RESAMPLED = ("pos_embed", "patch_embed.proj.weight", "relative_position_bias_table")
+
+
 def _current_timm_names(architecture: "Architecture", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's own translation of files of its earlier releases and of a network's original authors."""
+    """timm's own translation of files of its earlier releases and of a network's original authors.
+
+    It also resamples tensors of another image, patch or window size, so that the network would compute
+    something else: then the tensors stay as they are, and do not fit.
+    """
     network = architecture.skeleton
     translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    return tensors if translate is None else dict(translate(dict(tensors), network))
+    if translate is None:
+        return tensors
+    if "class_embedding" in tensors:  # CLIP's image encoder by itself, of which timm knows the whole CLIP
+        tensors = {f"visual.{name}": tensor for name, tensor in tensors.items()}
+    found = dict(translate(dict(tensors), network))
+    sizes = {tensor.numel() for tensor in tensors.values()}
+    if "pos_embed" in tensors:  # DINOv2's with registers loses its class token's
+        sizes.add(tensors["pos_embed"][:, 1:].numel())
+    resampled = [n for n, tensor in found.items() if n.endswith(_RESAMPLED) and tensor.numel() not in sizes]
+    return tensors if resampled else found
 
 
 def _current_torchvision_names(architecture: "Architecture", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -311,8 +330,9 @@ ARCHITECTURES = {architecture.name: architecture for architecture in _TABLE}
 def get_architecture(name: "str | Architecture") -> Architecture:
     """The table's entry for ``name``, or timm's network for ``timm/NAME``; an architecture is itself.
 
-    ``timm/NAME:KEY=VALUE`` has timm build it of other layers: ``timm/resnet50:act_layer=gelu``. With
-    ``stem=conv`` it has the convolutional stem of Singh et al. (2023): ``timm/convnext_tiny:stem=conv``.
+    ``timm/NAME:KEY=VALUE`` has timm build it of other layers, or of more or fewer:
+    ``timm/resnet50:act_layer=gelu``, ``timm/xcit_medium_24_p16_224:depth=12``. With ``stem=conv`` it has the
+    convolutional stem of Singh et al. (2023): ``timm/convnext_tiny:stem=conv``.
 
     Raises:
         InputError: for an unknown name, listing the known; for a timm name without timm installed.
@@ -336,7 +356,7 @@ def import_timm():
 
 
 def split_timm(arch: str) -> tuple[str, dict[str, str]]:
-    """timm's name and the layers it is built of: ``timm/resnet50:act_layer=gelu`` has {"act_layer": "gelu"}.
+    """timm's name and what is built otherwise: ``timm/resnet50:act_layer=gelu`` has {"act_layer": "gelu"}.
 
     Besides timm's own arguments there is ``stem=conv``, see :mod:`rt_detectron.checkpoint.conv_stem`.
 
@@ -347,17 +367,20 @@ def split_timm(arch: str) -> tuple[str, dict[str, str]]:
     arguments = {}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
-        if part != CONV_STEM and (key not in TIMM_LAYERS or not value.isidentifier()):
-            known = ", ".join([CONV_STEM, *(f"{key}=NAME" for key in TIMM_LAYERS)])
-            raise InputError(f"{arch}: {part!r} is none of {known}")
+        is_layer = key in TIMM_LAYERS and value.isidentifier()
+        is_number = key in TIMM_NUMBERS and re.fullmatch("[1-9][0-9]?", value)
+        if part != CONV_STEM and not is_layer and not is_number:
+            layers, numbers = (f"{'=NAME, '.join(TIMM_LAYERS)}=NAME", f"{'=N, '.join(TIMM_NUMBERS)}=N")
+            raise InputError(f"{arch}: {part!r} is none of {CONV_STEM}, {layers}, {numbers}")
         arguments[key] = value
     return name, arguments
 
 
 def build_timm(arch: str, **kwargs) -> nn.Module:
     """timm's network ``timm/NAME`` or ``timm/NAME:act_layer=gelu``, randomly initialised."""
-    name, arguments = split_timm(arch)
-    has_conv_stem = bool(arguments.pop("stem", ""))
+    name, chosen = split_timm(arch)
+    has_conv_stem = bool(chosen.pop("stem", ""))
+    arguments = {key: _timm_argument(key, value) for key, value in chosen.items()}
     is_classifier = not kwargs.get("features_only")
     if has_conv_stem and not is_classifier:
         kwargs["feature_cls"] = "getter"  # keeps the classifier's modules, so that the stem is one of them
@@ -365,6 +388,17 @@ def build_timm(arch: str, **kwargs) -> nn.Module:
     if has_conv_stem:
         put_conv_stem(network if is_classifier else network.model, name)
     return network
+
+
+def _timm_argument(key: str, value: str) -> object:
+    """What timm takes for ``value``; of norms the class, since not all of its networks know them by name."""
+    if key in TIMM_NUMBERS:
+        return int(value)
+    if key == "norm_layer":
+        from timm.layers import get_norm_layer
+
+        return get_norm_layer(value)
+    return value
 
 
 @functools.cache

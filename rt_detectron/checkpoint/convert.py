@@ -31,6 +31,7 @@ from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import file_sha256, replaced_atomically
 
 ANY = Choice()
+HALF_PRECISION = 0.1  # of 0..255; what a mean stored in half precision may be away from the published one
 UNIT_PIXELS: Pixels = ((0.0,) * 3, (255.0,) * 3)  # of a network that takes images in [0, 1] as they are
 
 
@@ -98,6 +99,7 @@ def convert_checkpoint(
     input_format: str = "RGB",
     choice: Choice = ANY,
     pixels: Pixels | None = None,
+    published: Pixels | None = None,
 ) -> Conversion:
     """Write the network in ``source`` in the format that the ending of ``output`` names.
 
@@ -106,7 +108,7 @@ def convert_checkpoint(
         output: ``.pkl`` (Detectron2 backbone), ``.pth`` (torchvision's state dict), ``.ckpt`` (the layout of
             the robustness package) or ``.safetensors``; replaced atomically. Only a ``.pkl`` leaves out
             the classifier's own layers.
-        arch, norm, eps, choice, pixels: see :func:`read_network`.
+        arch, norm, eps, choice, pixels, published: see :func:`read_network`.
         input_format: "RGB", or "BGR" to fold Detectron2's default preprocessing into the stem of a ``.pkl``.
 
     Raises:
@@ -119,7 +121,7 @@ def convert_checkpoint(
         raise InputError(f"unknown input format {input_format!r}: {' or '.join(INPUT_FORMATS)}")
     if input_format == "BGR" and ending != ".pkl":
         raise InputError(f"BGR weights are for Detectron2: give a .pkl to write instead of {output}")
-    weights = read_network(source, arch, norm, eps, choice, pixels)
+    weights = read_network(source, arch, norm, eps, choice, pixels, published)
     if input_format == "BGR":
         weights = _folded(weights, source)
     state_dict = weights.state_dict
@@ -140,6 +142,7 @@ def read_network(
     eps: float | None = None,
     choice: Choice = ANY,
     pixels: Pixels | None = None,
+    published: Pixels | None = None,
 ) -> Weights:
     """The network in ``source``, and what is known of it.
 
@@ -152,7 +155,8 @@ def read_network(
         eps: of that threat model, of images in [0, 1], for "linf" in 1/255.
         choice: what to read where the file holds several networks.
         pixels: mean and std, RGB in 0..255, that the network subtracts and divides by; None takes what the
-            file says, or else what is usual for ``arch``.
+            file says, or else ``published``, or else what is usual for ``arch``.
+        published: the same as the source of the file gives them, which the file must not contradict.
 
     Raises:
         InputError: for a file that cannot be read, tensors that are not those of ``arch``, and a file that
@@ -171,6 +175,16 @@ def read_network(
     elif file.metadata is None and architecture.family is not TIMM_FAMILY and (doubt := lookalike(file)):
         guesses.append(f"the network is taken for {architecture.name} as you say, but {doubt}")
     said = pixels or _pixels(file, network)
+    if (
+        said
+        and published
+        and not all(_close(*both, HALF_PRECISION) for both in zip(said, published, strict=True))
+    ):
+        raise InputError(
+            f"{file.path} holds {_in_words(said)}, but {_in_words(published)} was published with it: replace "
+            "it by the published file"
+        )
+    said = published or said
     pixels = said or (architecture.pixel_mean, architecture.pixel_std)
     if said is None:
         guesses.append(f"the file holds no mean and std: taken for {_in_words(pixels)}; or {SAY_PIXELS}")
@@ -243,8 +257,8 @@ def _pixels(file: WeightsFile, network: Network) -> Pixels | None:
     return known or stored
 
 
-def _close(some: Sequence[float], others: Sequence[float]) -> bool:
-    return all(abs(a - b) <= TOLERANCE for a, b in zip(some, others, strict=True))
+def _close(some: Sequence[float], others: Sequence[float], tolerance: float = TOLERANCE) -> bool:
+    return all(abs(a - b) <= tolerance for a, b in zip(some, others, strict=True))
 
 
 def _in_words(pixels: Pixels) -> str:

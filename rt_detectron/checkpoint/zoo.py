@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from iopath.common.file_io import PathHandler
 
 from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD
@@ -22,11 +23,15 @@ logger = logging.getLogger(__name__)
 
 TABLE = Path(__file__).with_name("zoo.json")
 PREFIX = "robust://"
-ROBUSTBENCH = "https://github.com/RobustBench/robustbench"
-IN_ROBUSTBENCH = os.path.join(
-    "imagenet", "Linf"
-)  # where its cache, by default the folder "models", has a file
+# Where RobustBench's cache, by default the folder "models", has a file.
+IN_ROBUSTBENCH = os.path.join("imagenet", "Linf")
 BGR = "-bgr"  # ends the names of weights that absorb Detectron2's default preprocessing
+# What an image is normalised by, mean and std of RGB in 0..255, by what the table calls it.
+PIXELS = {
+    "wrap": (IMAGENET_MEAN, IMAGENET_STD),
+    "raw": ((0.0,) * 3, (255.0,) * 3),
+    "clip": ((122.7709, 116.746, 104.0937), (68.5005, 66.6322, 70.3232)),
+}
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,21 @@ class Entry:
 
     Attributes:
         name: e.g. "resnet50_l2_eps3", for ``robust://resnet50_l2_eps3.pkl``.
-        arch: a name of :data:`rt_detectron.checkpoint.architectures.ARCHITECTURES`.
+        arch: a name of :data:`rt_detectron.checkpoint.architectures.ARCHITECTURES`, or ``timm/NAME``.
         norm, eps: the threat model of its training: "l2" with eps in [0,1] pixels, or "linf" in 1/255.
-        file: its name on the Hugging Face Hub and in a mirror.
-        top1: accuracy on clean ImageNet, in percent as published (Salman et al. 2020, RobustBench).
+        file: where it is in a mirror; its last part is the name that it was published under.
+        top1: accuracy on clean ImageNet, in percent as its source gives it; None if it does not.
         input_format: the order of the colours that it takes.
-        size, sha256: of the file, in bytes and hexadecimal; None where not recorded yet.
+        size, sha256: of the file, in bytes and hexadecimal; None where not recorded.
+        source: whose file it is, such as "robustbench".
         robust: accuracy under AutoAttack of that norm and eps, in percent; None where not published.
-        pixels: "wrap": ImageNet's mean and std belong in front; "raw": it takes images in [0, 1] as they are.
-        drive: the file's id on Google Drive, of RobustBench's. None of others.
-        source: "hub" or "robustbench", whose files users bring.
+        pixels: a key of :data:`PIXELS`. "wrap": ImageNet's mean and std belong in front; "raw": it takes
+            images in [0, 1] as they are; "clip": CLIP's mean and std.
+        hub, revision: the repository on the Hugging Face Hub, and its commit; a file without both is
+            brought by users.
+        link: where users get such a file.
         licence: of the file, as its source states it; None if it does not.
+        kind: "classifier", or "encoder" for one without classes.
     """
 
     name: str
@@ -57,57 +66,69 @@ class Entry:
     input_format: str
     size: int | None
     sha256: str | None
+    source: str
     robust: float | None = None
     pixels: str = "wrap"
-    drive: str | None = None
-    source: str = "hub"
+    hub: str | None = None
+    revision: str | None = None
+    link: str | None = None
     licence: str | None = None
+    kind: str = "classifier"
 
     @property
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """What an image is normalised by, RGB in 0..255."""
-        return ((0.0,) * 3, (255.0,) * 3) if self.pixels == "raw" else (IMAGENET_MEAN, IMAGENET_STD)
+        return PIXELS[self.pixels]
 
     @property
-    def unsaid(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """:attr:`mean_and_std` where the file itself does not state them, else None."""
-        return self.mean_and_std if self.source == "robustbench" else None
+    def is_downloaded(self) -> bool:
+        """Whether we download the file, since a hash of it can be had; else users bring it."""
+        return self.hub is not None and self.revision is not None
 
     @property
     def url(self) -> str:
         """Where the file can be had; ``$HF_ENDPOINT`` names another server than the Hub."""
-        if self.source == "robustbench":
-            return f"https://drive.google.com/uc?id={self.drive}" if self.drive else ROBUSTBENCH
+        if not self.is_downloaded:
+            return self.link or _sources()[self.source]["page"]
         endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        return f"{endpoint}/{_table()['hub']}/resolve/{_table()['revision']}/{self.file}"
+        return f"{endpoint}/{self.hub}/resolve/{self.revision}/{self.published_name}"
+
+    @property
+    def published_name(self) -> str:
+        """The file's name at its source."""
+        return self.file.rpartition("/")[2]
 
 
 @functools.cache
-def _table() -> dict:
-    return json.loads(TABLE.read_text(encoding="utf-8"))
+def _sources() -> dict[str, dict]:
+    sources = json.loads(TABLE.read_text(encoding="utf-8"))["sources"]
+    return {source["name"]: source for source in sources}
 
 
 @functools.cache
 def _entries() -> dict[str, Entry]:
-    table = _table()
-    entries = [Entry(**fields, licence=table["licence"]) for fields in table["checkpoints"]]
-    entries += [Entry(**fields, source="robustbench") for fields in table["robustbench"]]
+    shared = ("hub", "revision", "licence")  # of a source, unless a checkpoint has its own
+    entries = [
+        Entry(**{**{key: source[key] for key in shared}, "source": name, **fields})
+        for name, source in _sources().items()
+        for fields in source["checkpoints"]
+    ]
     return {entry.name: entry for entry in entries}
 
 
 def list(
-    norm: str | None = None, arch: str | None = None, eps: float | None = None
+    norm: str | None = None, arch: str | None = None, eps: float | None = None, source: str | None = None
 ) -> "builtins.list[Entry]":
-    """The published checkpoints, all or those of a norm ("l2", "linf"), an architecture, an eps.
+    """The published checkpoints, all or those of a norm ("l2", "linf"), an architecture, an eps, a source.
 
     Raises:
-        InputError: for a norm or an architecture that the publication does not have.
+        InputError: for a norm, an architecture or a source that the table does not have.
     """
-    for key, wanted in (("norm", norm), ("arch", arch)):
+    for key, wanted in (("norm", norm), ("arch", arch), ("source", source)):
         known = dict.fromkeys(getattr(entry, key) for entry in _entries().values())
         if wanted is not None and wanted not in known:
             raise InputError(f"the zoo has no {key} {wanted!r}: {', '.join(known)}")
-    filters = {"norm": norm, "arch": arch, "eps": eps}
+    filters = {"norm": norm, "arch": arch, "eps": eps, "source": source}
     return [
         entry
         for entry in _entries().values()
@@ -132,10 +153,11 @@ def find(name: str) -> Entry:
 def checkpoint(name: str) -> str:
     """The local path of a published classifier's own file, verified.
 
-    RobustBench's are taken from the folder ``$RT_DETECTRON_ZOO`` or RobustBench's own cache alone. All others
-    are taken from the folder ``$RT_DETECTRON_ZOO`` if they are there, else from huggingface_hub's cache or
-    the Hub, at the revision that the table pins. Its size and SHA-256 must be those of the table. Where these
-    are not recorded, a download must have the SHA-256 that the Hub announces.
+    It is taken from the folder ``$RT_DETECTRON_ZOO`` if it is there. Else RobustBench's are taken from its
+    own cache, and those that the Hub has from huggingface_hub's cache or the Hub, at the revision that the
+    table pins; the others are brought by users alone. Size and SHA-256 must be those of the table. Where
+    these are not recorded, a download must have the SHA-256 that the Hub announces, and the log says that a
+    file that a user brings is used as it is.
 
     Raises:
         InputError: for an unknown name, a file that cannot be read or downloaded, and one with another hash.
@@ -191,7 +213,7 @@ def backbone(name: str, force: bool = False) -> str:
             logger.info("converting %s to %s", source, output)
             input_format = "BGR" if name.endswith(BGR) else "RGB"
             convert_checkpoint(
-                source, output, entry.arch, entry.norm, entry.eps, input_format, pixels=entry.unsaid
+                source, output, entry.arch, entry.norm, entry.eps, input_format, published=entry.mean_and_std
             )
     return output
 
@@ -253,7 +275,7 @@ def metadata(name: str) -> Metadata:
         pixel_mean=pixel_mean,
         pixel_std=pixel_std,
         stride_in_1x1=False,
-        source=entry.file,
+        source=entry.published_name,
         sha256=entry.sha256,
     )
     if not name.endswith(BGR):
@@ -309,15 +331,17 @@ def _local(entry: Entry) -> str | None:
     """The path of the entry's file in ``$RT_DETECTRON_ZOO`` or RobustBench's cache, if it is there."""
     path = _in_mirror(entry.file)
     if path is None and entry.source == "robustbench":
-        own = os.path.join("models", IN_ROBUSTBENCH, entry.file)
-        path = _in_mirror(os.path.join(IN_ROBUSTBENCH, entry.file)) or (own if os.path.isfile(own) else None)
+        path = _in_mirror(os.path.join(IN_ROBUSTBENCH, entry.file))
+        caches = (os.path.join("models", IN_ROBUSTBENCH), os.path.join(torch.hub.get_dir(), "checkpoints"))
+        found = (os.path.join(cache, entry.file) for cache in caches)
+        path = path or next(filter(os.path.isfile, found), None)
     return path
 
 
 def _verified(entry: Entry, force: bool = False) -> tuple[str, str]:
     """The local path of ``entry``'s file and its SHA-256."""
     path = _local(entry)
-    if path is None and entry.source == "robustbench":
+    if path is None and not entry.is_downloaded:
         raise InputError(f"there is no {entry.file}: {_by_hand(entry)}")
     if path is None:
         return _download(entry, force)
@@ -345,7 +369,7 @@ def _problem(path: str, entry: Entry, sha256: str | None) -> str:
 
 def _known_sha256(entry: Entry) -> str | None:
     """The file's SHA-256: as recorded in the table, or as announced when it was downloaded first."""
-    if entry.sha256 is not None or entry.source == "robustbench":
+    if entry.sha256 is not None or not entry.is_downloaded:
         return entry.sha256
     try:
         return Path(_note(entry)).read_text().strip()
@@ -355,7 +379,7 @@ def _known_sha256(entry: Entry) -> str | None:
 
 def _note(entry: Entry) -> str:
     """A file for what the Hub announced: its pinned revision never changes, and may be needed offline."""
-    return os.path.join(cache_folder("zoo"), f"{_table()['revision']}-{entry.file}.sha256")
+    return os.path.join(cache_folder("zoo"), f"{entry.revision}-{entry.published_name}.sha256")
 
 
 def _download(entry: Entry, force: bool) -> tuple[str, str]:
@@ -363,7 +387,7 @@ def _download(entry: Entry, force: bool) -> tuple[str, str]:
         huggingface_hub = optional_import("huggingface_hub", "huggingface_hub>=0.30", "downloads")
     except InputError as error:
         raise InputError(f"cannot download {entry.file}: {error}; or {_by_hand(entry)}") from None
-    where = {"repo_id": _table()["hub"], "filename": entry.file, "revision": _table()["revision"]}
+    where = {"repo_id": entry.hub, "filename": entry.published_name, "revision": entry.revision}
     sha256 = _known_sha256(entry)
     # Networks, servers and disks fail in every way there is, and under the names of whichever HTTP package
     # this huggingface_hub is made on: hence the broad `except`.
@@ -414,17 +438,14 @@ def _discard(path: str) -> bool:
 
 def _by_hand(entry: Entry) -> str:
     folder = os.environ.get("RT_DETECTRON_ZOO", "")
-    if entry.source == "robustbench":
-        return (
-            f"get it from {entry.url} or by RobustBench's load_model, and export RT_DETECTRON_ZOO=FOLDER "
-            f"with FOLDER/{entry.file} or FOLDER/{os.path.join(IN_ROBUSTBENCH, entry.file)} "
-            f"(RT_DETECTRON_ZOO is {folder or 'not set'})"
-        )
-    if folder:
+    if folder and entry.is_downloaded:
         return f"download {entry.url} to {os.path.join(folder, entry.file)}"
+    other = ""
+    if entry.source == "robustbench":
+        other = ", or get it by RobustBench's load_model"
     return (
-        f"download {entry.url} to FOLDER/{entry.file} and export RT_DETECTRON_ZOO=FOLDER "
-        "(RT_DETECTRON_ZOO is not set)"
+        f"download {entry.url} to FOLDER/{entry.file} and export RT_DETECTRON_ZOO=FOLDER{other} "
+        f"(RT_DETECTRON_ZOO is {folder or 'not set'})"
     )
 
 

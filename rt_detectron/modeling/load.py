@@ -116,7 +116,7 @@ def load_classifier(
         weights = read_network(path, arch)
     else:
         norm, eps = published.norm, published.eps
-        weights = read_network(path, arch or published.arch, norm, eps, pixels=published.unsaid)
+        weights = read_network(path, arch or published.arch, norm, eps, published=published.mean_and_std)
     architecture, state_dict, metadata = weights.architecture, weights.state_dict, weights.metadata
     for line in (*weights.remarks, *weights.guesses):
         logger.warning("%s: %s", path, line)
@@ -125,6 +125,8 @@ def load_classifier(
         raise InputError(
             f"{path} is a backbone without the classifier's last layer: give the classifier's file"
         )
+    if published is not None and published.kind == "encoder" and num_classes is None:
+        raise InputError(f"{published.name} is an encoder without classes: give num_classes for a last layer")
     classifier = Classifier(
         architecture, num_classes or len(logits[-1]), metadata.pixel_mean, metadata.pixel_std
     )
@@ -150,8 +152,8 @@ def load_weights(classifier: Classifier, name: str, fresh_head: bool = False) ->
             number of classes, and for weights that expect another normalisation.
     """
     path, published = _weights_file(file_name(name))
-    pixels = None if published is None else published.unsaid
-    weights = read_network(path, classifier.architecture, pixels=pixels)
+    pixels = None if published is None else published.mean_and_std
+    weights = read_network(path, classifier.architecture, published=pixels)
     for remark in weights.remarks:
         logger.warning("%s: %s", path, remark)
     state_dict = weights.state_dict

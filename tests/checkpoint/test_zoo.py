@@ -16,21 +16,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from detectron2.utils.file_io import PathManager
 from tool_process import ToolProcess
 
 from rt_detectron import load_classifier
 from rt_detectron.checkpoint import zoo
-from rt_detectron.checkpoint.architectures import ARCHITECTURES, get_architecture
+from rt_detectron.checkpoint.architectures import ARCHITECTURES, get_architecture, split_timm
 from rt_detectron.checkpoint.convert import convert_checkpoint, parse_threat_model
 from rt_detectron.utils.errors import InputError
 
 HUB = "madrylab/robust-imagenet-models"
 NAME = "shufflenet_l2_eps0"  # the smallest of the published networks; its SHA-256 is not recorded
-COMMIT = zoo._table()["revision"]
-ROBUSTBENCH = [entry for entry in zoo.list() if entry.source == "robustbench"]
-ON_THE_HUB = [entry for entry in zoo.list() if entry.source == "hub"]
+COMMIT = zoo.find(NAME).revision
+ON_THE_HUB = zoo.list(source="madrylab")
+NEWER = [entry for entry in zoo.list() if entry not in ON_THE_HUB]
 FILE = f"{NAME}.ckpt"
 ON_HUB = f"{HUB}/{FILE}"
 
@@ -139,7 +140,7 @@ def files(folder: Path) -> set[str]:
 
 class TestTable:
     def test_counts(self):
-        assert len(zoo.list()) == len({entry.name for entry in zoo.list()}) == 89
+        assert len(zoo.list()) == len({entry.name for entry in zoo.list()}) == 136
         entries = ON_THE_HUB
         assert len(entries) == 68
         assert {entry.licence for entry in entries} == {"MIT"}
@@ -173,7 +174,7 @@ class TestTable:
 
     def test_recorded_hashes(self):
         recorded = [entry.sha256 for entry in zoo.list() if entry.sha256 is not None]
-        assert len(set(recorded)) == len(recorded) == 38
+        assert len(set(recorded)) == len(recorded) == 42
         eps4 = zoo.find("resnet50_linf_eps4.0")
         assert (eps4.size, eps4.sha256[:8]) == (204818947, "9e622169")
 
@@ -215,10 +216,17 @@ class TestTable:
         ]
         assert zoo.list(eps=7) == []
 
-    @pytest.mark.parametrize(("key", "value"), [("norm", "l1"), ("norm", "L2"), ("arch", "resnet34")])
-    def test_unknown_filters(self, key, value):
-        message = one_line_error(lambda: zoo.list(**{key: value}), match=f"no {key} '{value}'")
-        assert {"norm": "l2, linf", "arch": "resnet18, resnet50, wide_resnet50_2"}[key] in message
+    @pytest.mark.parametrize(
+        ("key", "value", "known"),
+        [
+            ("norm", "l1", "l2, linf"),
+            ("norm", "L2", "l2, linf"),
+            ("arch", "resnet34", "resnet18, resnet50, wide_resnet50_2"),
+            ("source", "hub", "madrylab, robustbench, ares"),
+        ],
+    )
+    def test_unknown_filters(self, key, value, known):
+        assert known in one_line_error(lambda: zoo.list(**{key: value}), match=f"no {key} '{value}'")
 
     def test_url(self, monkeypatch):
         monkeypatch.delenv("HF_ENDPOINT", raising=False)
@@ -248,24 +256,42 @@ class TestTable:
         one_line_error(zoo.find, "xyz", match=r"no xyz; docs/MODEL_ZOO.md lists all names$")
 
 
-class TestRobustBench:
-    """Files that users bring, under RobustBench's names."""
+class TestNewer:
+    """Networks of other sources, whose files users bring, or the Hub has under one name for all."""
 
     @pytest.fixture(autouse=True)
     def here(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch_hub"))
 
     def test_the_table(self):
-        assert len(ROBUSTBENCH) == 21
-        for entry in ROBUSTBENCH:
-            assert (entry.file, entry.norm, entry.eps) == (f"{entry.name}.pt", "linf", 4)
-            assert entry.robust < entry.top1 < 100
-            assert entry.pixels in ("wrap", "raw")
-            assert get_architecture(entry.arch).name == entry.arch
+        assert Counter(entry.source for entry in NEWER) == {
+            "robustbench": 25,
+            "ares": 12,
+            "easyrobust": 16,
+            "light-recipe": 5,
+            "revisiting-at": 3,
+            "robust-clip": 7,
+        }
+        assert len({entry.file for entry in NEWER}) == len(NEWER)  # a mirror has room for all
+        for entry in NEWER:
+            assert (entry.norm, entry.input_format) == ("linf", "RGB")
+            assert entry.pixels in zoo.PIXELS
+            assert entry.link.startswith(("https://", "http://alisec-competition.oss-cn-shanghai"))
+            known = timm.list_models() if entry.arch.startswith("timm/") else ARCHITECTURES
+            assert split_timm(entry.arch)[0] in known
+            assert (entry.kind == "encoder") == (entry.top1 is None) == (entry.robust is None)
+            assert entry.kind == "encoder" or 15 < entry.robust < entry.top1 < 85
         ours, theirs = zoo.find("resnet50_linf_eps4.0"), zoo.find("Salman2020Do_R50")
         assert abs(ours.top1 - theirs.top1) < 0.5  # the same network, on another part of ImageNet
 
-    @pytest.mark.parametrize("folder", ["mirror", "mirror/imagenet/Linf", "models/imagenet/Linf"])
+    def test_clips_pixels_are_timms(self):
+        architecture = get_architecture("timm/vit_base_patch16_clip_224")
+        assert zoo.PIXELS["clip"] == (architecture.pixel_mean, architecture.pixel_std)
+
+    @pytest.mark.parametrize(
+        "folder", ["mirror", "mirror/imagenet/Linf", "models/imagenet/Linf", "torch_hub/checkpoints"]
+    )
     def test_files_are_found_and_used_as_they_are(
         self, mirror, tmp_path, monkeypatch, random_classifier, caplog, folder
     ):
@@ -292,9 +318,43 @@ class TestRobustBench:
             )
 
     def test_a_missing_file(self, mirror):
-        message = one_line_error(zoo.backbone, "Liu2023Comprehensive_Swin-B", match="there is no Liu2023")
-        assert "https://drive.google.com/uc?id=1-4mtxQCkThJUVdS3wvQ6NnmMZuySqR3c" in message
-        assert f"FOLDER/{os.path.join('imagenet', 'Linf', 'Liu2023Comprehensive_Swin-B.pt')}" in message
+        file = "Liu2023Comprehensive_Swin-B.pt"
+        message = one_line_error(zoo.backbone, "Liu2023Comprehensive_Swin-B", match=f"there is no {file}: ")
+        drive = "https://drive.google.com/uc?id=1-4mtxQCkThJUVdS3wvQ6NnmMZuySqR3c"
+        assert f"download {drive} to FOLDER/{file} and export RT_DETECTRON_ZOO=FOLDER, or " in message
+        assert "RobustBench's load_model" in message
+        message = one_line_error(zoo.backbone, "ARES_ResNet50_AT", match=r"download https://.*_AT\.pth to")
+        assert "RobustBench" not in message
+
+    def test_a_file_that_contradicts_the_table(self, mirror, random_classifier):
+        tensors = {f"1.{key}": t for key, t in random_classifier("resnet50").state_dict().items()}
+        tensors |= {"0.mean": torch.full((3,), 0.5), "0.std": torch.full((3,), 0.5)}
+        torch.save(tensors, mirror / "ARES_ResNet50_AT.pth")
+        for function in (zoo.backbone, load_classifier):
+            one_line_error(function, "ARES_ResNet50_AT", match=r"127.5 and .*, but 123.675 .* was published")
+
+    def test_a_recorded_hash_is_checked(self, mirror):
+        name = "convnext_tiny_cvst_robust"
+        (mirror / f"{name}.pt").write_bytes(saved({"x": torch.zeros(1)}))
+        one_line_error(zoo.backbone, name, match="bytes, but 114579981 were published")
+
+    def test_an_encoder_has_no_classes(self, mirror, monkeypatch):
+        name = "TeCoA4-ViT-B-16-laion2B-s34B-b88K"
+        entries = {**zoo._entries(), name: replace(zoo.find(name), arch="timm/vit_tiny_patch16_224")}
+        monkeypatch.setattr(zoo, "_entries", lambda: entries)
+        path = mirror / entries[name].file
+        path.parent.mkdir()
+        torch.save(get_architecture("timm/vit_tiny_patch16_224").build(64).state_dict(), path)
+        one_line_error(load_classifier, name, match="an encoder without classes: give num_classes")
+        assert load_classifier(name, num_classes=3)(torch.rand(1, 3, 224, 224)).shape == (1, 3)
+
+    def test_files_of_one_name_on_the_hub(self):
+        pinned = [entry for entry in NEWER if entry.is_downloaded]
+        assert {entry.published_name for entry in pinned} == {"open_clip_pytorch_model.bin"}
+        assert len({zoo._note(entry) for entry in pinned}) == len({entry.url for entry in pinned}) == 4
+        one_line_error(
+            zoo.checkpoint, "fare2-clip", match="download https://huggingface.co/chs20/fare2-clip to"
+        )
 
     def test_another_network(self, mirror, random_classifier):
         path = mirror / "Salman2020Do_R18.pt"

@@ -24,7 +24,7 @@ def tool():
 def written(tool, tmp_path, monkeypatch):
     """The tool's two files, elsewhere; no hash is recorded in them."""
     table = json.loads(tool.TABLE.read_text())
-    for entry in table["checkpoints"]:
+    for entry in table["sources"][0]["checkpoints"]:
         entry.update(size=None, sha256=None)
     folder = tmp_path / "written"
     folder.mkdir()
@@ -44,7 +44,8 @@ def mirror(tmp_path, random_classifier):
 
 
 def entries(folder: Path) -> dict[str, dict]:
-    return {entry["name"]: entry for entry in json.loads((folder / "zoo.json").read_text())["checkpoints"]}
+    sources = json.loads((folder / "zoo.json").read_text())["sources"]
+    return {entry["name"]: entry for source in sources for entry in source["checkpoints"]}
 
 
 def error(tool, capsys, *arguments: str) -> str:
@@ -65,17 +66,20 @@ def test_the_repository_is_up_to_date(tool):
 
 def test_the_document(tool):
     table = json.loads(tool.TABLE.read_text())
-    for entry in table["checkpoints"]:
+    for entry in table["sources"][0]["checkpoints"]:
         entry.update(sha256="0" * 64 if entry["name"] == "resnet50_l2_eps0" else None)
     text = tool.document(table)
-    hub, robustbench = text.split("## RobustBench")
-    assert (
-        "| `Mo2022When_ViT-B` | `timm/vit_base_patch16_224` | wrap | 68.38 | 34.40 | [link](https"
-        in robustbench
+    hub, newer = text.split("## Newer networks")
+    vit = (
+        "| `Mo2022When_ViT-B` | `timm/vit_base_patch16_224` | wrap | 4/255 | 68.38 | 34.40 |  | [`Mo2022When"
     )
+    assert vit in newer
+    fare = "| `fare4-clip` | `timm/vit_large_patch14_clip_quickgelu_224` | clip | 4/255 |  |  |  | [Hub]("
+    assert fare in newer
+    assert newer.startswith("\n\n68 networks of 6 other sources")
     rows = [line for line in hub.splitlines() if line.startswith("| `")]
     assert len(rows) == 68
-    base = f"https://huggingface.co/madrylab/robust-imagenet-models/blob/{table['revision']}"
+    base = f"https://huggingface.co/madrylab/robust-imagenet-models/blob/{table['sources'][0]['revision']}"
     for row in (
         "| `resnet50_l2_eps0` | 0 | 75.80 | [resnet50_l2_eps0.ckpt]"
         f"({base}/resnet50_l2_eps0.ckpt) | recorded |",

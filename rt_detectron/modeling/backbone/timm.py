@@ -24,13 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Multiples of 32 that no window, patch grid or pretraining size of another number divides.
 PROBE = (96, 160)
-# What lets a network take images of any size, tried in this order. always_partition is Swin's: its res5 at
-# 224 pixels is one window, so unless told it would shift none of the many that it has in a detector.
-ANY_SIZE: tuple[dict[str, bool], ...] = (
-    {"dynamic_img_size": True, "always_partition": True},
-    {"dynamic_img_size": True},
-    {},
-)
+# What lets a network take images of any size, tried in this order.
+ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {})
 
 
 PLAIN_STRIDE = 16  # of the one feature of plain vision transformers, as the detectors have it
@@ -124,7 +119,9 @@ def timm_features(arch: str, **kwargs) -> nn.Module:
     try:
         for settings in ANY_SIZE:
             try:
-                return build_timm(arch, features_only=True, **settings, **kwargs)
+                network = build_timm(arch, features_only=True, **settings, **kwargs)
+                _shift_windows(network)
+                return network
             except TypeError as error:
                 if not any(key in str(error) for key in settings):
                     raise
@@ -132,6 +129,16 @@ def timm_features(arch: str, **kwargs) -> nn.Module:
         raise InputError(
             f"timm has no features of {arch} ({one_line(error)}): choose another network"
         ) from None
+
+
+def _shift_windows(network: nn.Module) -> None:
+    """Have Swin shift the windows of every second block, in place.
+
+    At 224 pixels its res5 is one window, which it does not shift; in a detector it has many.
+    """
+    for block in network.modules():
+        if any(getattr(block, "target_shift_size", ())):
+            block.shift_size = tuple(side // 2 for side in block.window_size)
 
 
 def _indices(arch: str, info: list[dict], wanted: list[str]) -> list[int]:

@@ -5,10 +5,15 @@ import sys
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
+from rt_detectron.checkpoint import zoo
+from rt_detectron.checkpoint.architectures import get_architecture
+from rt_detectron.config import add_robust_config
+from rt_detectron.modeling.backbone.timm import build_robust_timm_backbone, is_plain, timm_features
 from rt_detectron.utils.errors import InputError
 
 timm = pytest.importorskip("timm")
@@ -226,3 +231,25 @@ def test_settings_that_make_no_backbone(timm_cfg, make_cfg, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match='pip install "timm'):
         build_backbone(timm_cfg("resnet18"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arch", sorted({entry.arch for entry in zoo.list() if entry.arch.startswith("timm/")})
+)
+def test_the_zoos_networks_make_backbones(arch):
+    """With the tensors of the classifier, at the strides of a detector; without numbers, in no time."""
+    known = get_architecture(arch).shapes
+    with torch.device("meta"):
+        trunk = timm_features(arch)
+        wanted = ["res4"] if is_plain(trunk.feature_info.info) else STAGES
+        cfg = get_cfg()
+        add_robust_config(cfg)
+        cfg.MODEL.ROBUST.ARCH = arch
+        cfg.MODEL.RESNETS.OUT_FEATURES = wanted
+        cfg.MODEL.ROI_HEADS.NAME = ""
+        backbone = build_robust_timm_backbone(cfg, ShapeSpec(channels=3))
+    assert list(backbone.output_shape()) == wanted
+    own = {name.replace(".", "_"): shape for name, shape in known.items()}
+    for name, tensor in trunk.state_dict().items():
+        assert own[name.removeprefix("model.").replace(".", "_")] == tensor.shape
