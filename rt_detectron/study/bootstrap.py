@@ -178,17 +178,27 @@ def precision_at_recall(matches: Matches) -> np.ndarray:
 
     NaN without objects. Its mean is AP50.
     """
-    curves = []
-    for category in matches.categories:
-        if not (objects := category.objects.sum()):
-            continue
-        hit, counted = category.hit[0], ~category.ignored[0]
-        hits = np.cumsum(hit)
-        precision = hits / np.maximum(np.cumsum(counted), 1)
-        precision = np.maximum.accumulate(precision[::-1])[::-1]
-        at = np.searchsorted(hits / objects, RECALL_THRESHOLDS, side="left")
-        curves.append(np.append(precision, 0.0)[np.minimum(at, len(precision))])
+    curves = [
+        interpolated_precision(category.hit[0], ~category.ignored[0], objects)
+        for category in matches.categories
+        if (objects := category.objects.sum())
+    ]
     return np.mean(curves, axis=0) if curves else np.full(len(RECALL_THRESHOLDS), np.nan)
+
+
+def interpolated_precision(hit: np.ndarray, counted: np.ndarray, objects: int) -> np.ndarray:
+    """(101,) precision of one category at RECALL_THRESHOLDS, in 0..1.
+
+    Args:
+        hit: (D,) bool, whether each detection is right, by falling score.
+        counted: (D,) bool, whether it is right or wrong, and not ignored.
+        objects: their number, at least 1.
+    """
+    hits = np.cumsum(hit)
+    precision = hits / np.maximum(np.cumsum(counted), 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    at = np.searchsorted(hits / objects, RECALL_THRESHOLDS, side="left")
+    return np.append(precision, 0.0)[np.minimum(at, len(precision))]
 
 
 def image_counts(names: Sequence[Any], resamples: int = RESAMPLES) -> np.ndarray:

@@ -14,10 +14,17 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
+from rt_detectron.study.error_types import ERROR_TYPES
 from rt_detectron.study.examples import evaluation_pictures
 from rt_detectron.study.figures import SIZES, Charts, Figure
 from rt_detectron.study.grid import FINAL, Study
-from rt_detectron.study.images import UNREADABLE, clean_on_resamples, condition_on_resamples, one_reason
+from rt_detectron.study.images import (
+    UNREADABLE,
+    clean_on_resamples,
+    condition_on_resamples,
+    errors_of,
+    one_reason,
+)
 from rt_detectron.study.record import Outcome, by_test_set, mean_if_defined
 from rt_detectron.study.statistics import (
     CLEAN,
@@ -65,12 +72,14 @@ class Evaluation(ABC):
         title: of its chapter in the report.
         question: what its answer in the report is about, such as "Under attack".
         main_kind: the kind of the number that answers the question, in each task's main metric.
+        lower_is_better: the kinds of its numbers of which less is better.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     question: ClassVar[str]
     main_kind: ClassVar[str]
+    lower_is_better: ClassVar[tuple[str, ...]] = ()
 
     def part(self, outcome: Outcome) -> Any:
         """Its part of the trial's result files; empty or None if it was not run."""
@@ -157,6 +166,42 @@ class Clean(Evaluation):
 
     def details(self, charts: Charts) -> list[Figure]:
         return [*charts.sizes(), *charts.categories()]
+
+
+class Errors(Evaluation):
+    """What goes wrong on clean images, by type of error. It answers no question by itself."""
+
+    name, title, question, main_kind = "error types", "Types of error", "", "error"
+    lower_is_better = ("error",)
+
+    def part(self, outcome: Outcome) -> Any:
+        if outcome.trial.stage != FINAL or not outcome.results:
+            return None
+        try:
+            return errors_of(outcome)
+        except UNREADABLE:  # the report names these where it says what the intervals lack
+            return None
+
+    def numbers(self, part: Any) -> Numbers:
+        return dict(_numbers(self.main_kind, part))
+
+    def main_lines(self, scores: pd.DataFrame, task: str) -> pd.DataFrame:
+        return scores[:0]
+
+    def tables(self, scores: pd.DataFrame, task: str) -> list[Table]:
+        lines = select(scores, kind=self.main_kind, task=task)
+        columns = {kind: select(lines, metric=kind) for kind in ERROR_TYPES}
+        return score_table(f"{_title(task)}50 that mending each type of error would gain", columns)
+
+    def text(self, outcomes: Sequence[Outcome]) -> str:
+        return (
+            "As in TIDE (Bolya et al. 2020), at IoU 0.5: the right place with the wrong class, the right "
+            "class in the wrong place (IoU 0.1 to 0.5), both wrong, an object found twice, background, and "
+            "missed objects. Less is better. Gains overlap, so they do not add up."
+        )
+
+    def details(self, charts: Charts) -> list[Figure]:
+        return list(charts.errors(self.main_kind, ERROR_TYPES))
 
 
 class Attack(Evaluation):
@@ -310,7 +355,7 @@ class Corruption(Evaluation):
         )
 
 
-EVALUATIONS: list[Evaluation] = [Clean(), Attack(), Corruption()]  # in the order of the report
+EVALUATIONS: list[Evaluation] = [Clean(), Attack(), Corruption(), Errors()]  # in the order of the report
 
 
 def tidy_table(outcomes: Iterable[Outcome]) -> pd.DataFrame:
@@ -343,7 +388,8 @@ def compared(study: Study, outcomes: Sequence[Outcome]) -> Comparison:
                 reasons[trial.arm, trial.target] = one_reason(error)
     notes = [f"{arm}, {target}: {reason}." for (arm, target), reason in reasons.items()]
     kinds = [evaluation.main_kind for evaluation in EVALUATIONS]
-    return compare(study, outcomes, tidy_table(outcomes), draws, kinds, notes)
+    lower = [kind for evaluation in EVALUATIONS for kind in evaluation.lower_is_better]
+    return compare(study, outcomes, tidy_table(outcomes), draws, kinds, lower, notes)
 
 
 def attack_name(condition: str) -> str:

@@ -172,18 +172,30 @@ class Charts:
 
     def sizes(self) -> Iterator[Figure]:
         """AP by object size."""
+        return self._side_by_side("sizes", CLEAN, SIZES, "AP", "by object size")
+
+    def errors(self, kind: str, types: Sequence[str]) -> Iterator[Figure]:
+        """The AP50 that mending each type of error would gain."""
+        what = "that mending each type of error would gain"
+        return self._side_by_side("errors", kind, dict(zip(types, types, strict=True)), "AP50", what)
+
+    def _side_by_side(
+        self, name: str, kind: str, metrics: Mapping[str, str], measure: str, what: str
+    ) -> Iterator[Figure]:
+        """Several metrics side by side, a figure for each baseline. ``metrics``: label -> metric."""
         for (target, task, _), _ in self.groups(CLEAN):
-            lines = select(self.scores, target=target, task=task, kind=CLEAN)
-            columns = {size: select(lines, metric=metric) for size, metric in SIZES.items()}
+            lines = select(self.scores, target=target, task=task, kind=kind)
+            columns = {label: select(lines, metric=metric) for label, metric in metrics.items()}
+            measured = TASKS[task].replace("AP", measure)
             for baseline, series in self.families.items():
-                values = {size: _by_arm(series, column) for size, column in columns.items()}
+                values = {label: _by_arm(series, column) for label, column in columns.items()}
                 if any(numbers for column in values.values() for numbers in column):
                     by_arm = list(zip(*values.values(), strict=True))
                     yield svg_figure(
-                        f"sizes-{target}-{task}{self._suffix(baseline)}",
-                        f"{target}: {TASKS[task]} by object size; a dot per seed, a bar at the mean.",
-                        "; ".join(f"{size}: {_in_words(series, column)}" for size, column in values.items()),
-                        plots.group_plot(series, list(SIZES), by_arm, f"{TASKS[task]} (%)"),
+                        f"{name}-{target}-{task}{self._suffix(baseline)}",
+                        f"{target}: {measured} {what}; a dot per seed, a bar at the mean.",
+                        "; ".join(f"{key}: {_in_words(series, column)}" for key, column in values.items()),
+                        plots.group_plot(series, list(metrics), by_arm, f"{measured} (%)"),
                         target,
                     )
 

@@ -17,6 +17,7 @@ from rt_detectron.study.bootstrap import (
     resampled_accuracy,
     resampled_precision,
 )
+from rt_detectron.study.error_types import ERROR_TYPES, error_gains
 from rt_detectron.study.record import Outcome, by_test_set
 from rt_detectron.study.statistics import TASKS
 from rt_detectron.utils.files import replaced_atomically
@@ -24,12 +25,13 @@ from rt_detectron.utils.numbers import is_number
 from rt_detectron.visualization.coco import load_coco, load_detections
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError)  # what missing or broken files raise
-CACHE = "resampled.npz"  # beside the file that it is made of
+RESAMPLED, ERRORS = "resampled.npz", "errors.npz"  # each beside the file that it is made of
 MATCHES = "matches.npz"
 _TOLERANCE = 0.01  # of AP in percent, since results.json may be rounded
 
 Metrics = Mapping[str, Mapping[str, Any]]
 Resampled = dict[str, dict[str, np.ndarray]]  # task -> metric -> (B,) values, as results.json has numbers
+_TESTED = ("bbox", "segm")
 
 
 def clean_on_resamples(outcome: Outcome) -> Resampled:
@@ -45,7 +47,7 @@ def clean_on_resamples(outcome: Outcome) -> Resampled:
     predictions = Path(dataset["predictions"])
     if "accuracy" in metrics:
         return _kept(predictions, lambda: _accuracy(dataset))
-    tasks = [task for task in ("bbox", "segm") if is_number(metrics.get(task, {}).get("AP"))]
+    tasks = [task for task in _TESTED if is_number(metrics.get(task, {}).get("AP"))]
 
     def resampled() -> Resampled:
         found = {task: load_matches(dataset["json_file"], str(predictions), task) for task in tasks}
@@ -53,6 +55,30 @@ def clean_on_resamples(outcome: Outcome) -> Resampled:
 
     source = predictions.with_name(MATCHES)
     return _kept(source if source.is_file() else predictions, resampled)
+
+
+def errors_of(outcome: Outcome) -> dict[str, dict[str, float]]:
+    """Task -> type of error -> the AP50 that mending it would gain, of boxes or else of masks; {} without.
+
+    They are kept beside the trial's predictions.
+
+    Raises:
+        UNREADABLE: predictions or annotations cannot be read, or belong to another evaluation.
+    """
+    metrics = by_test_set((outcome.results or {})["metrics"])[0]
+    task = next((task for task in _TESTED if task in metrics), None)
+    if task is None:
+        return {}
+    dataset = datasets_of(outcome)[0]
+    predictions = Path(dataset["predictions"] or "")
+
+    def gains() -> Resampled:
+        found = error_gains(load_coco(dataset["json_file"]), load_detections(predictions), task)
+        _check("AP50", np.nan_to_num(found["AP50"]), metrics[task].get("AP50"), str(predictions), task)
+        return {task: {kind: np.array(found[kind]) for kind in ERROR_TYPES}}
+
+    found = _kept(predictions, gains, ERRORS)[task]
+    return {task: {kind: float(found[kind]) for kind in ERROR_TYPES}}
 
 
 def condition_on_resamples(outcome: Outcome, matches: str | None, metrics: Metrics) -> Resampled:
@@ -79,8 +105,14 @@ def check_ap(matches: Matches, expected: float, file: str, task: str) -> None:
     """Raises a ValueError if the matches have another AP than the results say."""
     once = np.ones((len(matches.image_ids), 1), dtype=np.int32)
     (ap,) = np.nan_to_num(average_precision(matches, once)["AP"])
-    if not abs(ap - expected) < _TOLERANCE:
-        raise ValueError(f"{file} has a {TASKS[task]} of {ap:.2f}, not {expected:.2f}")
+    _check("AP", ap, expected, file, task)
+
+
+def _check(metric: str, found: float, expected: float | None, file: str, task: str) -> None:
+    expected = 0.0 if expected is None else expected  # undefined where nothing was found
+    if not abs(found - expected) < _TOLERANCE:
+        name = TASKS[task].replace("AP", metric)
+        raise ValueError(f"{file} has a {name} of {found:.2f}, not {expected:.2f}")
 
 
 def _accuracy(dataset: Mapping[str, Any]) -> Resampled:
@@ -90,14 +122,14 @@ def _accuracy(dataset: Mapping[str, Any]) -> Resampled:
     return {"accuracy": {"accuracy": resampled[dataset["metric"]], **resampled}}
 
 
-def _kept(source: Path, resampled: Callable[[], Resampled]) -> Resampled:
-    """What ``resampled`` gives, computed once for each state of the file ``source`` and kept beside it."""
+def _kept(source: Path, make: Callable[[], Resampled], name: str = RESAMPLED) -> Resampled:
+    """What ``make`` gives, computed once for each state of the file ``source`` and kept beside it."""
     stamp = source.stat()
     key = json.dumps([source.name, stamp.st_size, stamp.st_mtime_ns, RESAMPLES])
-    path = source.with_name(CACHE)
+    path = source.with_name(name)
     found = _read(path, key)
     if found is None:
-        found = resampled()
+        found = make()
         _write(path, key, found)
     return found
 

@@ -157,6 +157,7 @@ def compare(
     table: pd.DataFrame,
     draws: Draws | None = None,
     main_kinds: Sequence[str] = (CLEAN,),
+    lower_is_better: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Comparison:
     """Summarise the final trials over their runs, and compare each arm with its baseline.
@@ -167,6 +168,7 @@ def compare(
         table: the tidy table of ``outcomes``.
         draws: values on resampled test images, as far as they are known.
         main_kinds: the kinds of the quantities that answer the study's questions.
+        lower_is_better: the kinds of the quantities of which less is better.
     """
     table = zero_where_nothing_was_found(table)
     final = select(table, stage=FINAL)
@@ -193,7 +195,7 @@ def compare(
     scores = scores.iloc[np.argsort(places, kind="stable")].reset_index(drop=True)
     scores = scores.astype({"level": object, **dict.fromkeys(_NUMBERS, float)})
     scores["level"] = [None if pd.isna(level) else level for level in scores["level"]]
-    scores["verdict"] = verdicts(scores, study.margin)
+    scores["verdict"] = verdicts(scores, study.margin, lower_is_better)
     return Comparison(study, outcomes, table, scores, main_samples, _test_sets(outcomes), list(notes))
 
 
@@ -371,14 +373,17 @@ def verdict(low: float, high: float, margin: float | None = None) -> str:
     return WORSE if high <= -_SHOWN else UNDECIDED
 
 
-def verdicts(scores: pd.DataFrame, margin: float | None = None) -> list[str]:
+def verdicts(
+    scores: pd.DataFrame, margin: float | None = None, lower_is_better: Sequence[str] = ()
+) -> list[str]:
     """The verdict of each line of the table of scores; "" without a difference.
 
     An exploratory line is only decided if it is a discovery among all exploratory lines.
     """
-    found = [
-        "" if math.isnan(line.change) else verdict(line.low, line.high, margin) for line in lines_of(scores)
-    ]
+    found = []
+    for line in lines_of(scores):
+        ends = (-line.high, -line.low) if line.kind in lower_is_better else (line.low, line.high)
+        found.append("" if math.isnan(line.change) else verdict(*ends, margin))
     exploratory = ~scores["main"].to_numpy(bool)
     chosen = discoveries(np.where(exploratory, scores["p"].to_numpy(float), math.nan))
     return [

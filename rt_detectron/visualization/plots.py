@@ -31,6 +31,7 @@ _INK_BY_PAGE = (
 _LEGEND_LETTERS = 52  # that fit beside each other, with the handles counted as five
 _NAMED_DOTS = 8  # names of more would cover each other
 _UPRIGHT_TICKS = 7  # so many fit beside each other on a logarithmic axis
+_LEVEL_GROUPS = 4  # with more groups side by side, their names are tilted
 _VERDICTS = {
     "better": ("#{:02x}{:02x}{:02x}".format(*GAIN), "^"),
     "worse": ("#{:02x}{:02x}{:02x}".format(*LOSS), "v"),
@@ -194,7 +195,8 @@ def group_plot(
                     name = None  # one legend entry is enough
                     ends = [x - 0.4 * width, x + 0.4 * width]
                     axes.plot(ends, [fmean(numbers)] * 2, color=_hex(arm.color_index), lw=2.5)
-        axes.set_xticks(range(len(groups)), groups)
+        tilt = {"rotation": 25, "ha": "right"} if len(groups) > _LEVEL_GROUPS else {}
+        axes.set_xticks(range(len(groups)), groups, **tilt)
         axes.tick_params(axis="x", length=0)
         axes.grid(axis="y", alpha=0.2)
         axes.set_ylim(bottom=0)

@@ -88,6 +88,19 @@ def test_seeds_that_change_nothing_leave_the_choice_of_images(scores):
     assert (line.over, line.verdict) == ("seeds and images", "undecided")
 
 
+def test_less_may_be_better(write_study, make_table):
+    lost, kept = Quantity("error", "bbox", "missed"), Quantity("kept", "bbox", "missed")
+    table = {
+        ("mask", arm): {
+            quantity: {seed: value + 0.1 * seed for seed in (1, 2, 3)} for quantity in (lost, kept)
+        }
+        for arm, value in (("standard", 9.0), ("l2", 4.0))
+    }
+    found = compare(load_study(write_study()), [], make_table(table), lower_is_better=["error"]).scores
+    verdicts = dict(zip(found["kind"], found["verdict"], strict=True))  # those of l2, the second arm
+    assert verdicts == {"error": "better", "kept": "worse"}
+
+
 def test_a_single_run_has_an_interval_over_images_only(scores):
     drawn = {"robust": np.linspace(21, 23, 101), "standard": np.linspace(20, 22, 101)}  # they go together
     (line,) = select(
