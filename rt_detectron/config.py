@@ -31,6 +31,12 @@ def _keys() -> CN:
     # The network's name in rt_detectron.checkpoint.architectures, such as "resnet50", "densenet" or
     # "timm/convnext_tiny". "": a ResNet given by MODEL.RESNETS (DEPTH, NUM_GROUPS, ...), as in Detectron2.
     cfg.MODEL.ROBUST.ARCH = ""
+    # timm's networks: "LN" puts a fresh layer norm between each stage and the pyramid, as published detectors
+    # on Swin and ConvNeXt have it. "": none.
+    cfg.MODEL.ROBUST.OUT_NORM = ""
+    # Plain vision transformers (ViT, DeiT, DINOv2, CLIP): the side of the windows, in patches, in which all
+    # but four blocks attend, such as ViTDet's 14. 0: all attend to the whole image, as in the classifier.
+    cfg.MODEL.ROBUST.WINDOW = 0
 
     # What a training does with an image that cannot be read: "stop", or "skip" to train without it.
     cfg.INPUT.ON_CORRUPT = "stop"

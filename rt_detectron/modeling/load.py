@@ -34,6 +34,8 @@ def load_backbone(
     input_format: str | None = None,
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
+    out_norm: str = "",
+    window: int = 0,
 ) -> Backbone:
     """A pretrained Detectron2 backbone. Serves as a LazyConfig node: ``L(load_backbone)(name=...)``.
 
@@ -46,6 +48,7 @@ def load_backbone(
         freeze_at: 1 freezes the stem, 2 also res2, ... 5 everything; 0 nothing.
         input_format, pixel_mean, pixel_std: what the detector gives it, to be compared with what it was
             trained on; None is not compared. In a LazyConfig ``pixel_mean="${..pixel_mean}"`` and the like.
+        out_norm, window: of timm's networks, as MODEL.ROBUST.OUT_NORM and MODEL.ROBUST.WINDOW.
 
     Returns:
         A module from images (N, 3, H, W) to a dict of features: "res2" ... "res5" at strides 4 to 32,
@@ -70,6 +73,7 @@ def load_backbone(
     given = {"INPUT.FORMAT": input_format, "MODEL.PIXEL_MEAN": pixel_mean, "MODEL.PIXEL_STD": pixel_std}
     compare(given, metadata)
     cfg = _config(file_architecture(metadata, path), detector, norm, freeze_at)
+    cfg.MODEL.ROBUST.OUT_NORM, cfg.MODEL.ROBUST.WINDOW = out_norm, window
     backbone = build_backbone(cfg, ShapeSpec(channels=3))
     RobustCheckpointer(backbone).load(path)
     backbone.metadata = metadata

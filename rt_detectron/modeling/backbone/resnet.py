@@ -25,6 +25,16 @@ RESNETS = {name: known for name, known in ARCHITECTURES.items() if known.family 
 # 7x7 convolution of 64 channels (DeepLab's configs ask for another).
 ALWAYS = {"STRIDE_IN_1X1": False, "STEM_OUT_CHANNELS": 64}
 
+TIMM_KEYS = {"OUT_NORM": "", "WINDOW": 0}  # of MODEL.ROBUST, and what switches them off
+
+
+def refuse_timm_keys(cfg: CfgNode, arch: str) -> None:
+    """Raise :class:`InputError` for keys of MODEL.ROBUST that only timm's networks can follow."""
+    robust = cfg.MODEL.ROBUST if "ROBUST" in cfg.MODEL else {}
+    for key, off in TIMM_KEYS.items():
+        if robust.get(key, off) != off:
+            raise InputError(f"MODEL.ROBUST.{key} is for timm's networks, {arch} is none: set it to {off!r}")
+
 
 def resolve_resnet(cfg: CfgNode) -> CfgNode:
     """A copy of ``cfg`` whose ``MODEL.RESNETS`` describes the chosen network.
@@ -40,6 +50,7 @@ def resolve_resnet(cfg: CfgNode) -> CfgNode:
     architecture = _chosen(cfg) or _described(cfg)
     architecture.check_family(RESNET)
     arch, needed = architecture.name, architecture.resnets
+    refuse_timm_keys(cfg, arch)
     _refuse_disagreement(cfg, arch, needed)
     if (cfg.MODEL.RESNETS.RES5_DILATION != 1 or _is_deeplab(cfg)) and not _has_bottlenecks(needed):
         raise InputError(

@@ -5,11 +5,12 @@ import logging
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
 from rt_detectron.checkpoint.architectures import TIMM_FAMILY, build_timm, get_architecture
+from rt_detectron.modeling.backbone.resnet import TIMM_KEYS
 from rt_detectron.modeling.backbone.trunk import (
     STAGES,
     STRIDES,
@@ -18,12 +19,14 @@ from rt_detectron.modeling.backbone.trunk import (
     chosen_arch,
     set_norms,
 )
+from rt_detectron.modeling.backbone.windows import put_windows, set_grid
 from rt_detectron.utils.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
 # Multiples of 32 that no window, patch grid or pretraining size of another number divides.
 PROBE = (96, 160)
+OUT_NORMS = ("", "LN")
 # What lets a network take images of any size, tried in this order.
 ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {})
 
@@ -36,20 +39,38 @@ class TimmTrunk(Trunk):
 
     Args:
         trunk, shapes: as for :class:`Trunk`.
+        out_norm: "LN" for a layer norm behind each feature, of its own and with fresh numbers; "" for none.
         patch: side of a plain vision transformer's patches. Images are resized by ``patch / 16`` in front of
             it, so that a patch covers 16 pixels of the image and the weights stay as they are.
     """
 
-    def __init__(self, trunk: nn.Module, shapes: dict[str, ShapeSpec], patch: int = PLAIN_STRIDE):
+    def __init__(
+        self,
+        trunk: nn.Module,
+        shapes: dict[str, ShapeSpec],
+        patch: int = PLAIN_STRIDE,
+        out_norm: str = "",
+    ):
         super().__init__(trunk, shapes)
         self.patch = patch
+        # A list, whose names hold no stage: the checkpointer asks for all of a stage in a backbone's file.
+        channels = [shapes[name].channels for name in self._stages] if out_norm else []
+        self.out_norms = nn.ModuleList(get_norm(out_norm, number) for number in channels)
+
+    @property
+    def _stages(self) -> list[str]:
+        return sorted(self._out_features, key=STAGES.index)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return super().forward(resized(images, self.patch))
+        images = resized(images, self.patch)
+        set_grid(self.trunk, images)
+        return super().forward(images)
 
     def features(self, output: list[Tensor]) -> dict[str, Tensor]:
-        names = sorted(self._out_features, key=STAGES.index)
-        return dict(zip(names, _channels_first(self.trunk, output), strict=True))
+        features = _channels_first(self.trunk, output)
+        if self.out_norms:
+            features = [norm(feature) for norm, feature in zip(self.out_norms, features, strict=True)]
+        return dict(zip(self._stages, features, strict=True))
 
 
 @BACKBONE_REGISTRY.register()
@@ -74,11 +95,16 @@ def build_robust_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmTrun
         shapes = _shapes(arch, timm_features(arch, out_indices=indices), wanted, patch)
     trunk = timm_features(arch, out_indices=indices)
     _drop_unused_blocks(trunk)
+    out_norm, window = (cfg.MODEL.ROBUST.get(key, off) for key, off in TIMM_KEYS.items())
+    if out_norm not in OUT_NORMS:
+        raise InputError(f"MODEL.ROBUST.OUT_NORM {out_norm!r}: LN, or nothing for none")
+    if window:
+        put_windows(trunk, arch, window)
     stages = _stage_modules(arch, trunk, info[: indices[-1] + 1]) if cfg.MODEL.BACKBONE.FREEZE_AT > 0 else {}
     set_norms(trunk, stages, cfg)
     if patch != PLAIN_STRIDE:
         logger.info("%s has patches of %d pixels: images are resized by %d/16", arch, patch, patch)
-    return TimmTrunk(trunk, shapes, patch)
+    return TimmTrunk(trunk, shapes, patch, out_norm)
 
 
 def resized(images: Tensor, patch: int) -> Tensor:

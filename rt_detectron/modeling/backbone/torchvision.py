@@ -7,7 +7,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import fx
 
 from rt_detectron.checkpoint.architectures import RESNET, TORCHVISION, Architecture, get_architecture
-from rt_detectron.modeling.backbone.resnet import build_robust_resnet_backbone
+from rt_detectron.modeling.backbone.resnet import build_robust_resnet_backbone, refuse_timm_keys
 from rt_detectron.modeling.backbone.trunk import STAGES, Trunk, checked_features, chosen_arch, set_norms
 
 
@@ -25,6 +25,7 @@ def build_robust_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> B
     architecture.check_family(RESNET, TORCHVISION)
     if architecture.family is RESNET:
         return build_robust_resnet_backbone(cfg, input_shape)
+    refuse_timm_keys(cfg, architecture.name)
     wanted = checked_features(cfg, architecture.name)
     depth = max(map(STAGES.index, wanted)) + 1
     trunk = _extractor(architecture, {stage: architecture.taps[stage] for stage in STAGES[:depth]})

@@ -12,6 +12,7 @@ from torch import nn
 
 from rt_detectron.checkpoint import zoo
 from rt_detectron.checkpoint.architectures import get_architecture
+from rt_detectron.checkpoint.checkpointer import TRUNK
 from rt_detectron.config import add_robust_config
 from rt_detectron.modeling.backbone.timm import build_robust_timm_backbone, is_plain, timm_features
 from rt_detectron.utils.errors import InputError
@@ -128,6 +129,58 @@ def test_swin_in_a_detector_of_odd_images(make_cfg, photograph):
     with torch.no_grad():
         (output,) = build_model(cfg).eval()([{"image": photograph[:, :67, :101]}])
     assert output["instances"].image_size == (67, 101)
+
+
+def test_a_layer_norm_behind_each_stage(timm_cfg, photograph):
+    cfg = timm_cfg("convnext_atto")
+    images = (photograph[None, :, :64, :96].float() - 120) / 60
+    network = random_network("convnext_atto")
+    features = []
+    for cfg.MODEL.ROBUST.OUT_NORM in ("", "LN"):
+        backbone = build_backbone(cfg).eval()
+        load(backbone.trunk, network)
+        with torch.no_grad():
+            features.append(backbone(images))
+    plain, normed = features
+    for stage in STAGES:
+        expected = nn.functional.layer_norm(plain[stage].movedim(1, -1), plain[stage].shape[1:2], eps=1e-6)
+        torch.testing.assert_close(normed[stage], expected.movedim(-1, 1), rtol=1e-4, atol=1e-4)
+    own = [name for name, _ in backbone.named_parameters() if not name.startswith("trunk.")]
+    assert own == [f"out_norms.{n}.{kind}" for n in range(4) for kind in ("weight", "bias")]
+    assert not any(TRUNK.search(f"backbone.bottom_up.{name}") for name in own)  # no file has to have them
+    assert all(parameter.requires_grad for parameter in backbone.out_norms.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arch", "builder", "key", "value", "match"),
+    [
+        ("timm/convnext_atto", "timm", "OUT_NORM", "GN", "OUT_NORM 'GN': LN, or nothing"),
+        (
+            "timm/convnext_atto",
+            "timm",
+            "WINDOW",
+            7,
+            "convnext_atto does not attend in windows, ViT, .*WINDOW 0",
+        ),
+        ("timm/eva02_tiny_patch14_224", "timm_sfp", "WINDOW", 7, "does not attend in windows"),
+        (f"timm/{VIT}", "timm_sfp", "WINDOW", -1, "WINDOW is -1; it must be a number of patches"),
+        ("resnet18", "resnet", "OUT_NORM", "LN", "OUT_NORM is for timm's networks, resnet18 is none"),
+        (
+            "shufflenet",
+            "torchvision",
+            "WINDOW",
+            7,
+            "WINDOW is for timm's networks, shufflenet is none: set it to 0",
+        ),
+    ],
+)
+def test_keys_that_a_network_cannot_follow(arch, builder, key, value, match, make_cfg):
+    cfg = make_cfg(arch)
+    cfg.MODEL.BACKBONE.NAME = f"build_robust_{builder}_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res4"]
+    cfg.MODEL.ROBUST[key] = value
+    with pytest.raises(InputError, match=match):
+        build_backbone(cfg)
 
 
 STEM_AND_RES2 = {
