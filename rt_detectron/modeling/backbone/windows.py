@@ -1,6 +1,7 @@
 """Attention in windows for timm's plain vision transformers, with their weights as they are."""
 
 import functools
+from typing import Any
 
 import torch
 from detectron2.modeling.backbone.utils import window_partition, window_unpartition
@@ -25,7 +26,7 @@ def put_windows(trunk: nn.Module, arch: str, window: int) -> None:
     """
     from timm.models.vision_transformer import Block, VisionTransformer
 
-    network = getattr(trunk, "model", None)
+    network: Any = getattr(trunk, "model", None)
     blocks = list(network.blocks) if isinstance(network, VisionTransformer) else []
     if not blocks or any(type(block) is not Block for block in blocks):
         raise InputError(
@@ -63,7 +64,7 @@ def _window_block() -> type[nn.Module]:
 
 def set_grid(trunk: nn.Module, images: Tensor) -> None:
     """Tell the blocks that attend in windows how many patches ``images`` (N, 3, H, W) have."""
-    network = getattr(trunk, "model", None)
+    network: Any = getattr(trunk, "model", None)
     for block in getattr(network, "blocks", ()):
         if hasattr(block, "window"):
             block.grid = network.patch_embed.dynamic_feat_size(images.shape[2:])
