@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNN, SemanticSegmentor
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import EventStorage
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from rt_detectron.attacks.apgd import APGD
 from rt_detectron.attacks.pgd import PGD, Objective
+from rt_detectron.attacks.sem_seg import preprocess, sem_seg_losses
 from rt_detectron.attacks.threat_model import ThreatModel
 from rt_detectron.utils.errors import InputError, did_you_mean
 
@@ -58,8 +59,9 @@ class DetectorAttack(ABC):
 
     Attributes:
         name: what TEST.ATTACK.LOSSES and results call it.
-        needs_masks: whether it only works on detectors that predict masks.
+        task: of the metrics that it aims to lower, such as "segm"; "" for the detector's first one.
         needs_object_counts: whether it takes ``object_counts``.
+        needs_pixel_counts: whether it takes ``pixel_counts``.
         targetable: whether it can be ``targeted``.
         clippable: whether it has a loss for each proposal, which can be clipped.
         pgd: threat model, steps, step size, start and restarts.
@@ -70,11 +72,13 @@ class DetectorAttack(ABC):
         clip: what a proposal's loss counts at most; 0 for no limit.
         padding: whether the ball holds the padding, too, which makes the sides of an image multiples of 32.
         object_counts: the number of objects of each class in the data set.
+        pixel_counts: the number of pixels of each class of its semantic segmentation.
     """
 
     name: ClassVar[str]
-    needs_masks: ClassVar[bool] = False
+    task: ClassVar[str] = ""
     needs_object_counts: ClassVar[bool] = False
+    needs_pixel_counts: ClassVar[bool] = False
     targetable: ClassVar[bool] = False
     clippable: ClassVar[bool] = False
 
@@ -84,6 +88,7 @@ class DetectorAttack(ABC):
     clip: float = 0.0
     padding: bool = False
     object_counts: tuple[int, ...] = ()
+    pixel_counts: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.targeted and not self.targetable:
@@ -100,9 +105,10 @@ class DetectorAttack(ABC):
         """Attack a batch. The model and the global random state are unchanged afterwards.
 
         Args:
-            model: a GeneralizedRCNN or a DenseDetector (RetinaNet, FCOS) of Detectron2.
+            model: a GeneralizedRCNN, a DenseDetector (RetinaNet, FCOS) or a SemanticSegmentor of Detectron2.
             inputs: as Detectron2's test mappers give them, but with the ground truth: "image", (C, H, W) in
-                0..255, uint8 or float, in the model's channel order, and "instances" of the image's size.
+                0..255, uint8 or float, in the model's channel order, and "instances" and "sem_seg" of the
+                image's size, whichever the model learns from.
 
         Returns:
             The same dicts with other images: float32, in [0, 255], not rounded, on the model's device. They
@@ -110,7 +116,7 @@ class DetectorAttack(ABC):
             "image_size", the (height, width) without the padding, for :func:`detect`.
 
         Raises:
-            InputError: for a detector that the attack does not work on, images without "instances", or
+            InputError: for a detector that the attack does not work on, images without the ground truth, or
                 images that are not in 0..255.
         """
 
@@ -135,6 +141,7 @@ class DetectorAttack(ABC):
             "padding": self.padding,
             "seed": self.seed,
             **({"object_counts": list(self.object_counts)} if self.object_counts else {}),
+            **({"pixel_counts": list(self.pixel_counts)} if self.pixel_counts else {}),
         }
 
     @property
@@ -169,6 +176,14 @@ class LossAttack(DetectorAttack):
             raise InputError(f"attack: this detector has no {self.name} loss; it has {', '.join(losses)}")
         return sum(chosen)
 
+    def losses_function(self, model: nn.Module) -> Callable[..., list[dict[str, Tensor]]]:
+        """What gives the training losses of each image by name: such a function as :func:`_rcnn_losses`.
+
+        Raises:
+            InputError: for a model that this attack does not work on.
+        """
+        return _losses_function(model)
+
     def replaced_losses(self, model: nn.Module) -> dict[nn.Module, Callable]:
         """By module of the detector, what is called with it and the arguments of its ``losses`` instead."""
         return {}
@@ -201,10 +216,12 @@ class LossAttack(DetectorAttack):
     @contextmanager
     def _objective(self, model: nn.Module, inputs: Sequence[dict]) -> Iterator[Objective]:
         """The objective as a function of the images in [0, 1], within the block."""
-        losses_of = _losses_function(model)
-        if any("instances" not in each for each in inputs):
-            raise InputError("attack: the test set has no annotations, which the detector's loss needs")
-        targets = [self.ground_truth(each["instances"].to(model.device)) for each in inputs]
+        losses_of = self.losses_function(model)
+        targets: list[Instances] = []
+        if losses_of is not segmentor_losses:
+            if any("instances" not in each for each in inputs):
+                raise InputError("attack: the test set has no annotations, which the detector's loss needs")
+            targets = [self.ground_truth(each["instances"].to(model.device)) for each in inputs]
         if self.targeted:
             targets = [_of_other_classes(each, model, self.seed) for each in targets]
         seeds = [image_seed(self.seed, each) for each in inputs]
@@ -248,7 +265,14 @@ class Localization(LossAttack):
 class Mask(LossAttack):
     """Raises the mask loss."""
 
-    name, terms, needs_masks = "mask", ("mask",), True
+    name, terms, task = "mask", ("mask",), "segm"
+
+
+@register_detector_attack
+class Keypoint(LossAttack):
+    """Raises the keypoint loss."""
+
+    name, terms, task = "keypoint", ("keypoint",), "keypoints"
 
 
 @register_detector_attack
@@ -286,7 +310,10 @@ class Vanishing(LossAttack):
         return instances[:0]
 
     def objective(self, losses: dict[str, Tensor]) -> Tensor:
-        return -sum(value for name, value in losses.items() if "cls" in name and "rpn" not in name)
+        found = [value for name, value in losses.items() if "cls" in name and "rpn" not in name]
+        if not found:
+            raise InputError(f"attack: this detector has no classes that could vanish: drop {self.name}")
+        return -sum(found)
 
 
 def detect(model: nn.Module, inputs: list[dict]) -> list[dict]:
@@ -320,8 +347,11 @@ def _losses_function(model: nn.Module) -> Callable[..., list[dict[str, Tensor]]]
         return _rcnn_losses
     if isinstance(model, DenseDetector):
         return _dense_losses
+    if isinstance(model, SemanticSegmentor):
+        return segmentor_losses
     raise InputError(
-        f"attack: {type(model).__name__} is no GeneralizedRCNN and no DenseDetector; others are not supported"
+        f"attack: {type(model).__name__} is no GeneralizedRCNN, DenseDetector or SemanticSegmentor; others "
+        "are not supported"
     )
 
 
@@ -343,7 +373,10 @@ def _rcnn_losses(
                 proposals, losses = [inputs[i]["proposals"].to(model.device)], {}
             else:
                 proposals, losses = model.proposal_generator(image, feature, [target])
-            found.append({**losses, **model.roi_heads(image, feature, proposals, [target])[1]})
+            losses = {**losses, **model.roi_heads(image, feature, proposals, [target])[1]}
+        if hasattr(model, "sem_seg_head"):  # a PanopticFPN
+            losses |= sem_seg_losses(model, feature, inputs[i], images.tensor.shape[-2:])
+        found.append(losses)
     return found
 
 
@@ -365,12 +398,28 @@ def _dense_losses(
     return found
 
 
+def segmentor_losses(
+    model: nn.Module, inputs: list[dict], targets: list[Instances], seeds: list[int]
+) -> list[dict[str, Tensor]]:
+    """As :func:`_rcnn_losses`, of the semantic segmentation alone; ``targets`` and ``seeds`` have no say."""
+    images = preprocess(model, inputs)
+    features = model.backbone(images.tensor)
+    return [
+        sem_seg_losses(
+            model, {name: maps[i : i + 1] for name, maps in features.items()}, given, images.tensor.shape[-2:]
+        )
+        for i, given in enumerate(inputs)
+    ]
+
+
 def _one_of(images: ImageList, i: int) -> ImageList:
     return ImageList(images.tensor[i : i + 1], images.image_sizes[i : i + 1])
 
 
 def _padded(model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
     """The inputs with the padding that the detector adds, as pixels, and the "image_size" without it."""
+    if not hasattr(model, "preprocess_image"):
+        raise InputError(f"attack: the padding of a {type(model).__name__} stays as it is: PADDING is False")
     padded = []
     for each in inputs:
         image = each["image"].to(model.device).float()
@@ -385,6 +434,9 @@ def _padded(model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
 @contextmanager
 def _sizes_known(model: nn.Module) -> Iterator[None]:
     """Where an input has an "image_size", the detector takes its image for so large, and padded."""
+    if not hasattr(model, "preprocess_image"):  # a SemanticSegmentor, whose padding is left alone
+        yield
+        return
     original = model.preprocess_image
 
     def preprocess(inputs: list[dict]) -> ImageList:
@@ -494,6 +546,8 @@ def _giving_losses(model: nn.Module, all_proposals: bool) -> Iterator[None]:
     for module in model.modules():
         if next(module.children(), None) is None:
             module.eval()
+    if hasattr(model, "sem_seg_head"):  # DeepLab's has dropout that is no module
+        model.sem_seg_head.eval().training = True
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)

@@ -192,6 +192,20 @@ def _check_classes(cfg: CfgNode, name: str) -> None:
     part = parts.get(cfg.MODEL.META_ARCHITECTURE)
     count = cfg.MODEL[part].NUM_CLASSES if part else None
     check_classes(name, f"MODEL.{part}.NUM_CLASSES", count, cfg.DATASETS.TRAIN)
+    if cfg.MODEL.META_ARCHITECTURE in ("SemanticSegmentor", "PanopticFPN"):
+        _check_segments(name, cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+
+
+def _check_segments(name: str, kind: str, count: int) -> None:
+    """Check that a dataset has the classes of a model of this kind with semantic segmentation."""
+    classes = MetadataCatalog.get(name).get("stuff_classes")
+    if classes is None:
+        raise InputError(f"{name} has no semantic segmentation, which a {kind} needs")
+    if count != len(classes):
+        raise InputError(
+            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {count}, but {name} has {len(classes)} classes; a test set "
+            "needs the model's classes in the same order"
+        )
 
 
 def check_classes(name: str, key: str, count: int | None, training: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Detectron2's DefaultTrainer with safe checkpoints, and its configuration, for tools/train_net.py."""
 
 import ast
+import importlib
 import logging
 import os
 import re
@@ -57,6 +58,7 @@ def load_detector_config(path: str, opts: list[str]) -> CfgNode:
         raise InputError(f"--config-file {path or '(none)'}: no such file; configs/ holds the shipped ones")
     cfg = _default_keys()
     try:
+        _add_deeplab_keys(cfg, path)
         cfg.merge_from_file(path)
         cfg.merge_from_list(_names_as_tuples(opts))
     except (KeyError, ValueError, AssertionError, OSError, YAMLError, AttributeError, TypeError) as error:
@@ -73,6 +75,26 @@ def load_detector_config(path: str, opts: list[str]) -> CfgNode:
     set_num_classes(cfg)
     cfg.freeze()
     return cfg
+
+
+def _add_deeplab_keys(cfg: CfgNode, path: str) -> None:
+    """The keys of Detectron2's projects/DeepLab, if the file at ``path`` asks for one of its heads.
+
+    Raises:
+        InputError: if this install of Detectron2 is without its projects.
+    """
+    content = CfgNode.load_yaml_with_base(path) or {}
+    head = ((content.get("MODEL") or {}).get("SEM_SEG_HEAD") or {}).get("NAME", "")
+    if not str(head).startswith("DeepLab"):
+        return
+    try:
+        deeplab = importlib.import_module("detectron2.projects.deeplab")
+    except ImportError:
+        raise InputError(
+            f"{path}: {head} is in detectron2.projects.deeplab, which this install of Detectron2 lacks: "
+            "install it from its repository"
+        ) from None
+    deeplab.add_deeplab_config(cfg)
 
 
 def _default_keys() -> CfgNode:

@@ -2,23 +2,23 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
-    COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
     PascalVOCDetectionEvaluator,
-    SemSegEvaluator,
 )
 from detectron2.utils.logger import log_first_n
 
 from rt_detectron.data import folder_name, load_test_set
 from rt_detectron.evaluation.coco import COCOEvaluator
 from rt_detectron.evaluation.lvis import LVISEvaluator
+from rt_detectron.evaluation.panoptic import COCOPanopticEvaluator
+from rt_detectron.evaluation.sem_seg import SemSegEvaluator
 from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -110,4 +110,12 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, folder: str | None = None) 
         )
     folder = folder or inference_folder(cfg, dataset_name)
     evaluators = [build(cfg, dataset_name, folder) for build in _EVALUATORS[evaluator_type]]
-    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+    return evaluators[0] if len(evaluators) == 1 else SeveralEvaluators(evaluators)
+
+
+class SeveralEvaluators(DatasetEvaluators):
+    """Detectron2's DatasetEvaluators, of such that can all score some images only."""
+
+    def evaluate(self, img_ids: Sequence | None = None) -> dict | None:
+        found = [evaluator.evaluate(img_ids=img_ids) for evaluator in self._evaluators]
+        return {task: metrics for each in found if each for task, metrics in each.items()}

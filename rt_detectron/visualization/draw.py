@@ -1,4 +1,4 @@
-"""Draw boxes and masks on an image, and images side by side."""
+"""Draw boxes, masks and segments on an image, and images side by side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +51,18 @@ def draw_instances(image: Image.Image, instances: Sequence[Instance], long_side:
     taken: list[tuple[float, float, float, float]] = []
     for instance in ordered:
         taken.append(_draw_label(draw, instance, scale, size, taken))
+    return picture
+
+
+def draw_segments(image: Image.Image, labels: np.ndarray, long_side: int = 480) -> Image.Image:
+    """A copy of ``image``, scaled as by :func:`draw_instances`, with each class of its pixels in a colour.
+
+    Args:
+        labels: (H, W) the class of each pixel; class 0 is left as it is.
+    """
+    picture = draw_instances(image, [], long_side)
+    for number in np.unique(labels[labels > 0]).tolist():
+        _paint_mask(picture, labels == number, number)
     return picture
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,21 @@ def loaded(cfg) -> torch.nn.Module:
     return model
 
 
+def deeplab_file(folder: Path) -> str:
+    path = folder / "deeplab.yaml"
+    head = {"NAME": "DeepLabV3PlusHead", "PROJECT_CHANNELS": [48], "IN_FEATURES": ["res2", "res5"]}
+    path.write_text(json.dumps({"MODEL": {"META_ARCHITECTURE": "SemanticSegmentor", "SEM_SEG_HEAD": head}}))
+    return str(path)
+
+
 class TestLoadConfig:
+    def test_deeplab_has_the_keys_of_its_project(self, tmp_path, monkeypatch):
+        path = deeplab_file(tmp_path)
+        assert load_detector_config(path, []).MODEL.SEM_SEG_HEAD.PROJECT_CHANNELS == [48]
+        monkeypatch.setitem(sys.modules, "detectron2.projects.deeplab", None)
+        with pytest.raises(InputError, match=r"DeepLabV3PlusHead is in detectron2\.projects\.deeplab, which"):
+            load_detector_config(path, [])
+
     @pytest.mark.parametrize("path", SHIPPED, ids=str)
     def test_shipped_configs_load_and_build(self, path):
         cfg = load_detector_config(str(path), []).clone()

@@ -7,7 +7,15 @@ from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
 
-from rt_detectron.attacks import APGD, PGD, DetectorAttack, RandomNoise, ThreatModel, build_detector_attack
+from rt_detectron.attacks import (
+    APGD,
+    PGD,
+    DetectorAttack,
+    LossAttack,
+    RandomNoise,
+    ThreatModel,
+    build_detector_attack,
+)
 from rt_detectron.attacks.detection import DETECTOR_ATTACKS
 from rt_detectron.evaluation.robustness import masking
 from rt_detectron.evaluation.robustness.evaluation import (
@@ -88,21 +96,41 @@ class AttackEvaluation(Evaluation):
     def is_requested(self) -> bool:
         return bool(self.attacks)
 
+    def check(self, session: Session) -> None:
+        for attack in self.attacks:
+            if isinstance(attack, LossAttack):
+                attack.losses_function(session.model)
+            if attack.task == "sem_seg" and not all(
+                "sem_seg_file_name" in each for each in session.test_set.dicts
+            ):
+                raise InputError(
+                    f"TEST.ATTACK.LOSSES has {attack.name!r}, but {session.dataset} has no semantic "
+                    "segmentation: drop it"
+                )
+
     def measure(self, session: Session) -> list[dict]:
         if not self.attacks:
             return []
         images = session.images(self.max_images)
         clean = session.clean(images)
         images = replace(images, mapper=annotated_test_mapper(session.cfg))
-        counts = session.object_counts()
+        objects = session.object_counts() if self._need("object") else ()
+        pixels = session.pixel_counts() if self._need("pixel") else ()
         results = []
         for ball, group in groupby(self.attacks, key=lambda attack: attack.pgd.threat_model):
             attacks = [
-                replace(attack, object_counts=counts) if attack.needs_object_counts else attack
+                replace(
+                    attack,
+                    object_counts=objects if attack.needs_object_counts else (),
+                    pixel_counts=pixels if attack.needs_pixel_counts else (),
+                )
                 for attack in group
             ]
             results += self._entries(session, images, clean, ball, attacks)
         return results
+
+    def _need(self, what: str) -> bool:
+        return any(getattr(attack, f"needs_{what}_counts") for attack in self.attacks)
 
     def _entries(
         self,
@@ -128,14 +156,15 @@ class AttackEvaluation(Evaluation):
             {**attack.settings, **common, **_outcome(measured), "passes": attack.passes}
             for attack, measured in zip(attacks, found, strict=True)
         ]
-        for entry, measured in zip(entries, found, strict=True):
-            entry["checks"] = masking.of_one(measured, noise, alone=len(attacks) == 1)
+        for attack, entry, measured in zip(attacks, entries, found, strict=True):
+            entry["checks"] = masking.of_one(measured, noise, len(attacks) == 1, attack.task)
+        task = attacks[0].task if len({attack.task for attack in attacks}) == 1 else ""
         if len(attacks) > 1:
             worst = session.worst(f"worst-{_size(ball)}", images, found)
             passes = {kind: sum(attack.passes[kind] for attack in attacks) for kind in attacks[0].passes}
             of_all = {**attacks[0].settings, "loss": WORST, "losses": [attack.name for attack in attacks]}
             entries.append({**of_all, **common, **_outcome(worst), "passes": passes})
-            entries[-1]["checks"] = masking.of_one(worst, noise, alone=True)
+            entries[-1]["checks"] = masking.of_one(worst, noise, True, task)
         largest = max(
             attack.pgd.threat_model.eps
             for attack in self.attacks
@@ -143,7 +172,7 @@ class AttackEvaluation(Evaluation):
         )
         if self.check_images and ball.eps == largest > 0:
             strongest = min(
-                zip(attacks, found, strict=True), key=lambda pair: masking.first_ap(pair[1]) or 0
+                zip(attacks, found, strict=True), key=lambda pair: masking.main_value(pair[1], task) or 0
             )[0]
             some = replace(images.spread(self.check_images), mapper=images.mapper)
             entries[-1]["checks"] += masking.of_some_images(session, some, strongest, self.queries)
@@ -203,6 +232,7 @@ def _outcome(measured: Measured) -> dict[str, Any]:
     return {
         "metrics": measured.metrics,
         "matches": measured.matches,
+        "counts": measured.counts,
         "objective": measured.objective,
     }
 
@@ -244,8 +274,9 @@ def _attacks(cfg: CfgNode, keys: CfgNode) -> Iterator[DetectorAttack]:
                         clip=keys.CLIP,
                         padding=keys.PADDING,
                     )
-                    if attack.needs_masks and not cfg.MODEL.MASK_ON:
-                        raise InputError(f"LOSSES has {name!r}, but MODEL.MASK_ON is False: drop it")
+                    key = {"segm": "MASK_ON", "keypoints": "KEYPOINT_ON"}.get(attack.task)
+                    if key and not cfg.MODEL[key]:
+                        raise InputError(f"LOSSES has {name!r}, but MODEL.{key} is False: drop it")
                     yield attack
     except InputError as error:
         raise InputError(f"TEST.ATTACK: {error}") from None

@@ -15,7 +15,7 @@ from rt_detectron.evaluation.robustness.evaluation import (
     register_evaluation,
     unique,
 )
-from rt_detectron.evaluation.robustness.measurement import Metrics
+from rt_detectron.evaluation.robustness.measurement import Metrics, main_metric
 from rt_detectron.evaluation.robustness.session import Session
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.numbers import is_number
@@ -122,7 +122,9 @@ class CorruptionEvaluation(Evaluation):
         for result in requested:
             yield Row(f"{result['corruption']} {result['severity']}", images, result["metrics"])
         for key, label in (("mPC", "mPC"), ("rPC", "rPC (%)")):
-            yield Row(label, images, {task: {"AP": value} for task, value in results[key].items()})
+            yield Row(
+                label, images, {task: {main_metric(task): value} for task, value in results[key].items()}
+            )
 
 
 def performance_under_corruption(
@@ -130,13 +132,15 @@ def performance_under_corruption(
 ) -> tuple[dict[str, float | None], dict[str, float | None]]:
     """mPC, the mean AP over corruptions and severities, and rPC, mPC in percent of the clean AP, by task.
 
-    From Michaelis et al. (2019), https://arxiv.org/abs/1907.07484, equations 1 and 2. None where undefined.
+    For semantic and panoptic segmentation the same of mIoU and PQ. None where undefined. From Michaelis et
+    al. (2019), https://arxiv.org/abs/1907.07484, equations 1 and 2.
     """
     mean: dict[str, Any] = {}
     relative: dict[str, Any] = {}
     for task, metrics in clean.items():
-        clean_ap: Any = metrics.get("AP")
-        aps: list[Any] = [result.get(task, {}).get("AP") for result in results]
+        metric = main_metric(task)
+        clean_ap: Any = metrics.get(metric)
+        aps: list[Any] = [result.get(task, {}).get(metric) for result in results]
         mean[task] = relative[task] = None
         if aps and all(map(is_number, [clean_ap, *aps])):
             mean[task] = sum(aps) / len(aps)

@@ -12,13 +12,19 @@ from torch import nn
 
 from rt_detectron.evaluation.results import provenance
 from rt_detectron.evaluation.robustness.evaluation import EVALUATIONS, Row, robustness_evaluations, unique
-from rt_detectron.evaluation.robustness.measurement import digest
+from rt_detectron.evaluation.robustness.measurement import digest, main_metric
 from rt_detectron.evaluation.robustness.session import Session, robustness_config
 from rt_detectron.utils.files import write_json
 from rt_detectron.utils.numbers import is_number
 
 logger = logging.getLogger(__name__)
-_TASKS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}
+_TASKS = {
+    "bbox": "box AP",
+    "segm": "mask AP",
+    "keypoints": "keypoint AP",
+    "sem_seg": "mIoU",
+    "panoptic_seg": "PQ",
+}
 
 
 def evaluate_robustness(cfg: CfgNode, model: nn.Module, surrogate: nn.Module | None = None) -> dict:
@@ -114,7 +120,7 @@ def keys_help() -> str:
 
 
 def _line(row: Row, tasks: tuple[str, ...]) -> tuple:
-    values = [row.metrics.get(task, {}).get("AP") for task in tasks]
+    values = [row.metrics.get(task, {}).get(main_metric(task)) for task in tasks]
     passes = f"{row.passes['forward']} + {row.passes['backward']}" if row.passes else ""
     shown = (f"{value:.2f}" if is_number(value) else "-" for value in values)
     return (row.label, row.images, *shown, passes)

@@ -33,6 +33,7 @@ _WITHOUT_EFFECT = (
     "TEST.EXPECTED_RESULTS",
     "TEST.BEST_METRIC",
 )
+_FILES = ("file_name", "sem_seg_file_name", "pan_seg_file_name")
 
 
 def detector_identity(cfg: CfgNode, model: nn.Module, dicts: Sequence[dict]) -> dict[str, str]:
@@ -60,17 +61,17 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def _data_sha256(name: str, dicts: Sequence[dict]) -> str:
-    images: list[Any] = [
-        {
-            **each,
-            "file_name": os.path.basename(each["file_name"]),
-            "bytes": _size(each["file_name"]),
-        }
-        for each in dicts
-    ]
-    annotations = MetadataCatalog.get(name).get("json_file")  # which evaluators read
+    images = [{**each, **_files(each)} for each in dicts]
     text = json.dumps(images, sort_keys=True, default=str)
-    return text_sha256(text + (file_sha256(annotations) if annotations else ""))
+    files = (MetadataCatalog.get(name).get(key) for key in ("json_file", "panoptic_json"))
+    return text_sha256(text + "".join(file_sha256(file) for file in files if file))  # which evaluators read
+
+
+def _files(record: dict) -> dict[str, Any]:
+    """Names and sizes of an image's file and those of its segmentation."""
+    files = {key: record[key] for key in _FILES if key in record}
+    names = {key: os.path.basename(path) for key, path in files.items()}
+    return {**names, **{key.replace("file_name", "bytes"): _size(path) for key, path in files.items()}}
 
 
 def _size(path: str) -> int | None:

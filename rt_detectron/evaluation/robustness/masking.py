@@ -11,7 +11,7 @@ from typing import Any
 
 from rt_detectron.attacks import DetectorAttack, LossAttack
 from rt_detectron.attacks.random_search import RandomSearch
-from rt_detectron.evaluation.robustness.measurement import Measured
+from rt_detectron.evaluation.robustness.measurement import Measured, main_metric
 from rt_detectron.evaluation.robustness.session import Session
 from rt_detectron.evaluation.robustness.test_set import DetectionTestSet
 from rt_detectron.utils.numbers import is_number
@@ -25,7 +25,7 @@ _NEAR_0 = 0.1  # of the clean AP: what a huge eps may leave
 _HUGE = {"linf": 64.0, "l2": 32.0}  # an eps that any detector breaks at
 
 
-def of_one(measured: Measured, noise: Measured | None, alone: bool) -> list[Check]:
+def of_one(measured: Measured, noise: Measured | None, alone: bool, task: str = "") -> list[Check]:
     """The checks that cost nothing.
 
     Args:
@@ -33,6 +33,7 @@ def of_one(measured: Measured, noise: Measured | None, alone: bool) -> list[Chec
         noise: under random noise of the same size.
         alone: whether this is the number to report. One of several attacks may be weak, such as that on the
             regression: that is a warning.
+        task: whose metric counts, as for :func:`main_value`.
     """
     checks = []
     if measured.objective:
@@ -43,7 +44,8 @@ def of_one(measured: Measured, noise: Measured | None, alone: bool) -> list[Chec
         text = f"objective {_text(before)} -> {_text(after)}; it did not rise in {stuck} of {images} images"
         checks.append({"check": "objective", "level": level, "text": text})
     if noise is not None:
-        checks.append(_weaker("noise", "random noise of the same size", measured, noise, _TOLERANCE, alone))
+        what = "random noise of the same size"
+        checks.append(_weaker("noise", what, measured, noise, _TOLERANCE, alone, task))
     return checks
 
 
@@ -63,9 +65,11 @@ def of_some_images(
         clean=clean,
         perturb=replace(attack, pgd=pgd),
     )
-    ap, clean_ap = first_ap(left), first_ap(clean)
+    task = attack.task
+    ap, clean_ap = main_value(left, task), main_value(clean, task)
     broken = ap is not None and clean_ap is not None and ap <= max(1.0, _NEAR_0 * clean_ap)
-    text = f"AP {_text(ap)} at a huge eps of {huge.eps:g} ({_text(clean_ap)} clean, {count} images)"
+    text = f"{_metric(left, task)} {_text(ap)} at a huge eps of {huge.eps:g}"
+    text += f" ({_text(clean_ap)} clean, {count} images)"
     checks = [{"check": "huge eps", "level": "ok" if broken else "error", "text": text}]
     if not (queries and isinstance(attack, LossAttack)) and session.surrogate is None:
         return checks
@@ -79,7 +83,7 @@ def of_some_images(
             perturb=RandomSearch(attack, queries),
         )
         what = f"a random search of {queries} queries ({count} images)"
-        checks.append(_weaker("random search", what, measured, found, _TOLERANCE_ON_SOME, True))
+        checks.append(_weaker("random search", what, measured, found, _TOLERANCE_ON_SOME, True, task))
     if session.surrogate is not None:
         surrogate = session.surrogate
         found = session.measure(
@@ -90,25 +94,32 @@ def of_some_images(
             perturb=lambda _, inputs: attack(surrogate, inputs),
         )
         what = f"the same attack on the surrogate ({count} images)"
-        checks.append(_weaker("transfer", what, measured, found, _TOLERANCE_ON_SOME, True))
+        checks.append(_weaker("transfer", what, measured, found, _TOLERANCE_ON_SOME, True, task))
     return checks
 
 
-def first_ap(measured: Measured) -> float | None:
-    """AP of the first task: boxes, if there are any; None if undefined."""
-    for task in sorted(measured.metrics):
-        value = measured.metrics[task].get("AP")
-        return value if is_number(value) else None
-    return None
+def main_value(measured: Measured, task: str = "") -> float | None:
+    """AP, mIoU or PQ of a task; without one, of the first: boxes, if there are any. None if undefined."""
+    task = _task(measured, task)
+    value = measured.metrics.get(task, {}).get(main_metric(task))
+    return value if is_number(value) else None
+
+
+def _task(measured: Measured, task: str) -> str:
+    return task if task in measured.metrics else min(measured.metrics, default="")
+
+
+def _metric(measured: Measured, task: str) -> str:
+    return main_metric(_task(measured, task))
 
 
 def _weaker(
-    check: str, what: str, attacked: Measured, other: Measured, tolerance: float, alone: bool
+    check: str, what: str, attacked: Measured, other: Measured, tolerance: float, alone: bool, task: str
 ) -> Check:
     """That the attack leaves no more AP than something which does not know the gradient."""
-    ap, others = first_ap(attacked), first_ap(other)
+    ap, others = main_value(attacked, task), main_value(other, task)
     ok = ap is None or others is None or ap <= others + tolerance
-    text = f"AP {_text(ap)} under attack, {_text(others)} under {what}"
+    text = f"{_metric(attacked, task)} {_text(ap)} under attack, {_text(others)} under {what}"
     return {"check": check, "level": "ok" if ok else "error" if alone else "warning", "text": text}
 
 

@@ -7,6 +7,8 @@ The folder is ``OUTPUT_DIR/robustness/measured/NAME-KEY``; KEY stands for all th
 - ``matches.npz``: which detections hit which objects, for intervals over the test images; see
   :class:`rt_detectron.evaluation.matching.Matches`. Evaluators that match nothing, such as Pascal VOC's, give
   none.
+- ``counts.json``: of semantic and panoptic segmentation, task -> the counts of each image, which mIoU and PQ
+  are computed from; see :class:`rt_detectron.evaluation.counts.CountingEvaluator`.
 - ``images-RANK.jsonl``: until it is finished, the predictions of each image, so that an interrupted
   measurement goes on with the next image.
 - ``pictures.json`` and ``imageID.jpg``: pictures, if the config asks for some.
@@ -26,12 +28,25 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator
 from detectron2.utils import comm
 from torch import distributed
 
+from rt_detectron.evaluation.panoptic import COCOPanopticEvaluator
+from rt_detectron.evaluation.sem_seg import SemSegEvaluator
 from rt_detectron.utils.files import text_sha256, write_json
 from rt_detectron.utils.numbers import finite
 
 _PATIENCE = timedelta(days=7)  # how long a process waits for another one
 # {"bbox": {"AP": 38.6, ...}, "segm": {...}}, in percent; NaN or None where undefined
 Metrics = dict[str, dict[str, Any]]
+COUNTING = SemSegEvaluator | COCOPanopticEvaluator
+
+
+def main_metric(task: str) -> str:
+    """The metric of a task that tables show."""
+    return {"sem_seg": "mIoU", "panoptic_seg": "PQ"}.get(task, "AP")
+
+
+def parts_of(evaluator: DatasetEvaluator) -> list[DatasetEvaluator]:
+    """The evaluators of the tasks of a test set."""
+    return getattr(evaluator, "_evaluators", [evaluator])
 
 
 @dataclass(frozen=True)
@@ -43,12 +58,14 @@ class Measured:
         matches: the path of its ``matches.npz``, relative to OUTPUT_DIR; None without one.
         objective: of an attack what it raised, see :func:`summary`; None without one.
         seconds: how long it took, over all runs.
+        counts: the path of its ``counts.json``, relative to OUTPUT_DIR; None without one.
     """
 
     metrics: Metrics
     matches: str | None
     seconds: float
     objective: dict[str, Any] | None = None
+    counts: str | None = None
 
 
 def summary(pairs: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
@@ -103,7 +120,8 @@ def write_result(folder: str, result: dict[str, Any]) -> None:
 class ImageByImage(DatasetEvaluator):
     """An evaluator whose predictions are kept as they come, so that an interrupted evaluation can go on.
 
-    That needs an evaluator of COCO or LVIS; with others every evaluation begins with the first image.
+    That needs evaluators of COCO, LVIS or semantic segmentation; with others every evaluation begins with the
+    first image.
 
     Attributes:
         done: the ids of the images that earlier runs have finished; the same in all processes.
@@ -113,20 +131,19 @@ class ImageByImage(DatasetEvaluator):
     def __init__(self, evaluator: DatasetEvaluator, folder: str):
         self.evaluator = evaluator
         self.folder = folder
-        self.keeps = isinstance(evaluator, COCOEvaluator | LVISEvaluator)
-        self._found: list[dict] = []
+        self._parts = parts_of(evaluator)
+        self.keeps = all(isinstance(part, COCOEvaluator | LVISEvaluator | COUNTING) for part in self._parts)
+        self._found: dict[Any, list[dict]] = {}  # by image, the prediction that each part keeps of it
         self._objectives: dict[Any, tuple[float, float]] = {}
         seconds = [0.0]
         if self.keeps and comm.is_main_process():
             os.makedirs(folder, exist_ok=True)
             files = [_read_lines(path) for path in _image_files(folder)]
-            by_image = {line["image_id"]: line["prediction"] for lines in files for line in lines}
-            self._found = list(by_image.values())
+            self._found = {line["image_id"]: line["predictions"] for lines in files for line in lines}
             noted = (line for lines in files for line in lines if line.get("objective"))
             self._objectives = {line["image_id"]: line["objective"] for line in noted}
             seconds += [sum(line["seconds"] for line in lines) for lines in files]
-        found_ids = {prediction["image_id"] for prediction in self._found}
-        self.done, self.seconds = from_main((found_ids, max(seconds)))
+        self.done, self.seconds = from_main((set(self._found), max(seconds)))
         self._last = time.perf_counter()
 
     def note(self, inputs: Sequence[dict]) -> None:
@@ -143,8 +160,8 @@ class ImageByImage(DatasetEvaluator):
 
     def reset(self) -> None:
         self.evaluator.reset()
-        if self.keeps:
-            self.evaluator._predictions.extend(self._found)
+        for number, part in enumerate(self._parts if self.keeps else ()):
+            part._predictions.extend(predictions[number] for predictions in self._found.values())
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
         self.evaluator.process(inputs, outputs)
@@ -153,12 +170,12 @@ class ImageByImage(DatasetEvaluator):
             return
         lines = [
             {
-                "image_id": prediction["image_id"],
+                "image_id": predictions[0]["image_id"],
                 "seconds": seconds / len(inputs),
-                "objective": self._objectives.get(prediction["image_id"]),
-                "prediction": prediction,
+                "objective": self._objectives.get(predictions[0]["image_id"]),
+                "predictions": predictions,
             }
-            for prediction in self.evaluator._predictions[-len(inputs) :]
+            for predictions in zip(*(part._predictions[-len(inputs) :] for part in self._parts), strict=True)
         ]
         with open(os.path.join(self.folder, f"images-{comm.get_rank()}.jsonl"), "a") as file:
             # Begins with the end of the line before, which may have been cut off.
@@ -188,4 +205,4 @@ def _read_lines(path: str) -> list[dict[str, Any]]:
         for text in file:
             with suppress(ValueError):
                 lines.append(json.loads(text))
-    return lines
+    return [line for line in lines if "predictions" in line]  # an older version's have not

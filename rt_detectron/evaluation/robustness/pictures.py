@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from detectron2.data.detection_utils import convert_image_to_rgb
-from detectron2.structures import Instances
 from PIL import Image
 from torch import Tensor, nn
 
 from rt_detectron.visualization.detections import detected_instances
-from rt_detectron.visualization.draw import draw_instances, panel
+from rt_detectron.visualization.draw import draw_instances, draw_segments, panel
 
 SCORE_THRESHOLD = 0.5  # detections below it are not drawn
 _JPEG_QUALITY = 85
@@ -26,7 +25,7 @@ class BeforeAfter:
         originals: the dataset dicts of the images to draw.
         mapper: from such a dict to the unchanged input.
         image_format: of the detector's input, "RGB" or "BGR".
-        class_names: by class index.
+        class_names: of things, by class index; not needed for semantic segmentation alone.
         folder: of the pictures, ``imageID.jpg``.
         change: what happened to the images, such as "L2 eps 0.5".
         perturbation: whether to also show the difference, amplified.
@@ -56,22 +55,22 @@ class BeforeAfter:
     def __call__(self, inputs: list[dict], outputs: list[dict]) -> None:
         for given, output in zip(inputs, outputs, strict=True):
             if given["image_id"] in self.originals:
-                self._save(given, output["instances"])
+                self._save(given, output)
 
-    def _save(self, given: dict, found: Instances) -> None:
+    def _save(self, given: dict, found: dict) -> None:
         original = self.mapper(self.originals[given["image_id"]])
         height, width = original["image"].shape[1:]
         given = {**given, "image": given["image"][:, :height, :width]}  # without an attack's padding
         with torch.no_grad():
-            found_before = self.model([original])[0]["instances"]
+            found_before = self.model([original])[0]
         views, captions = [], []
-        for title, image, instances in (
+        for title, image, output in (
             ("original", original, found_before),
             (self.change, given, found),
         ):
-            shown = detected_instances(instances, self.class_names, SCORE_THRESHOLD)
-            views.append(draw_instances(self._picture(image["image"], image), shown))
-            captions.append(f"{title}: {len(shown)} detection{'s' * (len(shown) != 1)}")
+            view, count = self._drawn(self._picture(image["image"], image), output)
+            views.append(view)
+            captions.append(f"{title}: {count}")
         if self.perturbation:
             difference = given["image"].cpu() - original["image"].cpu()
             factor = 127 / max(float(difference.abs().max()), 1e-3)
@@ -80,8 +79,19 @@ class BeforeAfter:
         image_id = re.sub(r"[^A-Za-z0-9_.-]", "_", str(given["image_id"]))
         path = os.path.join(self.folder, f"image{image_id}.jpg")
         panel(views, captions).save(path, quality=_JPEG_QUALITY)
-        caption = f"image {given['image_id']}; detections of score {SCORE_THRESHOLD:g} and more; "
+        caption = f"image {given['image_id']}; "
+        if "instances" in found:
+            caption += f"detections of score {SCORE_THRESHOLD:g} and more; "
         self.saved.append({"file": path, "caption": caption + "; ".join(captions)})
+
+    def _drawn(self, picture: Image.Image, output: dict) -> tuple[Image.Image, str]:
+        """The picture with a detector's output on it, and how much that is."""
+        if "instances" in output:
+            shown = detected_instances(output["instances"], self.class_names, SCORE_THRESHOLD)
+            return draw_instances(picture, shown), f"{len(shown)} detection{'s' * (len(shown) != 1)}"
+        labels = output["sem_seg"].argmax(0).cpu().numpy()
+        classes = len(np.unique(labels))
+        return draw_segments(picture, labels), f"{classes} class{'es' * (classes != 1)}"
 
     def _picture(self, image: Tensor, source: dict) -> Image.Image:
         """From (C, H, W) in 0..255 in the detector's channel order, at the size that its output refers to."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
@@ -20,19 +21,28 @@ from rt_detectron.evaluation.coco import metrics_of
 from rt_detectron.evaluation.matching import read_matches, write_matches
 from rt_detectron.evaluation.robustness.identity import detector_identity, weights_sha256
 from rt_detectron.evaluation.robustness.measurement import (
+    COUNTING,
     ImageByImage,
     Measured,
     Metrics,
     digest,
     from_main,
+    main_metric,
+    parts_of,
     read_result,
     summary,
     wait_for_all,
     write_result,
 )
 from rt_detectron.evaluation.robustness.pictures import BeforeAfter
-from rt_detectron.evaluation.robustness.test_set import DetectionTestSet, Perturb, spread
-from rt_detectron.evaluation.robustness.worst import worst_case
+from rt_detectron.evaluation.robustness.test_set import (
+    DetectionTestSet,
+    Perturb,
+    spread,
+    with_image_ids,
+)
+from rt_detectron.evaluation.robustness.worst import worst_case, worst_counts
+from rt_detectron.evaluation.sem_seg import read_labels
 from rt_detectron.utils.files import write_json
 from rt_detectron.utils.modes import eval_mode
 from rt_detectron.utils.numbers import finite
@@ -78,7 +88,7 @@ class Session:
         os.makedirs(self.folder, exist_ok=True)
         (self.dataset,) = cfg.DATASETS.TEST
         attacked = bool(cfg.TEST.ATTACK.L2_EPS or cfg.TEST.ATTACK.LINF_EPS)
-        dicts = load_test_set(cfg, self.dataset, with_objects=attacked)
+        dicts = with_image_ids(load_test_set(cfg, self.dataset, with_objects=attacked))
         self.test_set = DetectionTestSet(
             dicts,
             build_evaluator(own, self.dataset),
@@ -115,6 +125,17 @@ class Session:
             for annotation in each.get("annotations", ()):
                 counts[annotation["category_id"]] += not annotation.get("iscrowd", 0)
         return tuple(counts)
+
+    def pixel_counts(self) -> tuple[int, ...]:
+        """The number of pixels of each class of the test set's semantic segmentation."""
+        metadata = MetadataCatalog.get(self.dataset)
+        classes = len(metadata.stuff_classes)
+        total = np.zeros(classes, np.int64)
+        for each in self.test_set.dicts:
+            labels = read_labels(each["sem_seg_file_name"])
+            labels = labels[(labels != metadata.ignore_label) & (labels >= 0) & (labels < classes)]
+            total += np.bincount(labels, minlength=classes)
+        return tuple(total.tolist())
 
     def clean(self, images: DetectionTestSet) -> Measured:
         """AP on these images as they are."""
@@ -154,10 +175,12 @@ class Session:
             result = read_result(folder) or self._evaluate(
                 name, images, folder, identity, perturb=perturb, mapper=mapper, clean=clean
             )
-            matches = os.path.join(folder, "matches.npz") if result["has_matches"] else None
-            relative = matches and os.path.relpath(matches, self.cfg.OUTPUT_DIR)
             self._measured[key] = Measured(
-                result["metrics"], relative, result["seconds"], result["objective"]
+                result["metrics"],
+                self._file(folder, "matches.npz"),
+                result["seconds"],
+                result["objective"],
+                self._file(folder, "counts.json"),
             )
             if change:
                 self.pictures += self._pictures(folder, images, change, perturb, mapper or images.mapper)
@@ -166,11 +189,17 @@ class Session:
     def worst(self, name: str, images: DetectionTestSet, parts: list[Measured]) -> Measured:
         """The worst case over measurements of the same images, see :func:`worst_case`.
 
-        Of evaluators that match nothing, it is the measurement with the least AP.
+        Semantic and panoptic segmentation each have their own, see :func:`worst_counts`. Of evaluators that
+        keep nothing of the images, it is the measurement with the least AP.
         """
-        files = [part.matches for part in parts]
+        files = [part.matches or part.counts for part in parts]
         if None in files:
-            return min(parts, key=lambda part: [values.get("AP") or 0 for values in part.metrics.values()])
+            return min(
+                parts,
+                key=lambda part: [
+                    values.get(main_metric(task)) or 0 for task, values in part.metrics.items()
+                ],
+            )
         key = digest({**self.identity, "name": name, "parts": files})
         folder = os.path.join(self.folder, "measured", f"{name}-{key}")
         result = read_result(folder)
@@ -178,15 +207,40 @@ class Session:
             if comm.is_main_process():
                 os.makedirs(folder, exist_ok=True)
                 result = {"identity": {**self.identity, "parts": files}}
-                result["metrics"] = self._combine([str(file) for file in files], folder)
+                result["metrics"] = {**self._combine(parts, folder), **self._combine_counts(parts, folder)}
                 write_result(folder, result)
             result = from_main(result)
-        matches = os.path.relpath(os.path.join(folder, "matches.npz"), self.cfg.OUTPUT_DIR)
-        return Measured(result["metrics"], matches, 0.0)
+        matches, counts = (self._file(folder, file) for file in ("matches.npz", "counts.json"))
+        return Measured(result["metrics"], matches, 0.0, counts=counts)
 
-    def _combine(self, files: list[str], folder: str) -> Metrics:
+    def _file(self, folder: str, name: str) -> str | None:
+        """Its path relative to OUTPUT_DIR, in all processes; None if the folder has none."""
+        path = os.path.join(folder, name)
+        return from_main(os.path.relpath(path, self.cfg.OUTPUT_DIR) if os.path.isfile(path) else None)
+
+    def _combine_counts(self, parts: list[Measured], folder: str) -> Metrics:
+        """As :meth:`_combine`, for the tasks whose evaluators count."""
+        if parts[0].counts is None:
+            return {}
+        read = []
+        for part in parts:
+            with open(os.path.join(self.cfg.OUTPUT_DIR, str(part.counts))) as file:
+                read.append(json.load(file))
+        counting = {
+            part.task: part for part in parts_of(self._changed.evaluator) if isinstance(part, COUNTING)
+        }
+        worst = {
+            task: worst_counts(evaluator, [each[task] for each in read])
+            for task, evaluator in counting.items()
+        }
+        write_json(os.path.join(folder, "counts.json"), worst)
+        return finite({task: counting[task].metrics_of(found) for task, found in worst.items()})
+
+    def _combine(self, parts: list[Measured], folder: str) -> Metrics:
         """Write the matches of the worst case, and give its metrics."""
-        read = [read_matches(os.path.join(self.cfg.OUTPUT_DIR, file)) for file in files]
+        if parts[0].matches is None:
+            return {}
+        read = [read_matches(os.path.join(self.cfg.OUTPUT_DIR, str(part.matches))) for part in parts]
         common = read[0][1]
         worst = worst_case(
             [matches for matches, _ in read], len(common["image_ids"]), len(common["category_ids"])
@@ -221,28 +275,28 @@ class Session:
         result = None
         if comm.is_main_process():
             for task, values in metrics.items():
-                logger.info("%s: %s AP %s", name, task, values.get("AP"))
+                logger.info("%s: %s %s %s", name, task, main_metric(task), values.get(main_metric(task)))
             os.makedirs(folder, exist_ok=True)
+            self._keep_matches(written, folder, clean)
+            _keep_counts(images, folder)
             result = {
                 "identity": identity,
                 "metrics": metrics,
                 "objective": summary(objectives),
-                "has_matches": self._keep_matches(written, folder, clean),
                 "seconds": round(kept.seconds, 3),
             }
             write_result(folder, result)
         return from_main(result)
 
-    def _keep_matches(self, path: str, folder: str, clean: Measured | None) -> bool:
-        """Whether the evaluator wrote a ``matches.npz``, which is then in the measurement's folder, too."""
+    def _keep_matches(self, path: str, folder: str, clean: Measured | None) -> None:
+        """Put the evaluator's ``matches.npz``, if it wrote one, into the measurement's folder."""
         if not os.path.isfile(path):
-            return False
+            return
         matches, common = read_matches(path)
         if clean and clean.matches:  # without any detection the evaluator only knows of boxes
             of_clean, _ = read_matches(os.path.join(self.cfg.OUTPUT_DIR, clean.matches))
             matches = {task: found.without_detections() for task, found in of_clean.items()} | matches
         write_matches(os.path.join(folder, "matches.npz"), matches, **common)
-        return True
 
     def _pictures(
         self,
@@ -268,7 +322,7 @@ class Session:
                 shown,
                 self.test_set.mapper,
                 self.cfg.INPUT.FORMAT,
-                MetadataCatalog.get(self.dataset).thing_classes,
+                MetadataCatalog.get(self.dataset).get("thing_classes", ()),
                 folder,
                 change,
                 perturbation=perturb is not None,
@@ -291,3 +345,16 @@ class Session:
             for part in comm.all_gather(pictures.saved)
             for picture in part
         ]
+
+
+def _keep_counts(images: DetectionTestSet, folder: str) -> None:
+    """Write the ``counts.json`` of the evaluators that count, in the order of the images' ids."""
+    found = {
+        part.task: [
+            {key: value for key, value in each.items() if key != "segments"} for each in part._predictions
+        ]
+        for part in parts_of(images.evaluator)
+        if isinstance(part, COUNTING)
+    }
+    if found:
+        write_json(os.path.join(folder, "counts.json"), found)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from rt_detectron.attacks.detection import detect as detect_on
 from rt_detectron.data import CheckedMapper
 from rt_detectron.evaluation.coco import COCOEvaluator
-from rt_detectron.evaluation.robustness.measurement import ImageByImage, Metrics
+from rt_detectron.evaluation.robustness.measurement import ImageByImage, Metrics, parts_of
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.modes import eval_mode
 from rt_detectron.utils.numbers import is_number
@@ -34,6 +35,17 @@ def spread(items: Sequence, count: int) -> list:
     """``count`` items, evenly spread; all if there are fewer."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def with_image_ids(dicts: Sequence[dict]) -> list[dict]:
+    """Dataset dicts that all have an "image_id".
+
+    Sets for semantic segmentation have none: it is the file's path below the folder that all are in.
+    """
+    if all("image_id" in each for each in dicts):
+        return list(dicts)
+    folder = os.path.commonpath([os.path.dirname(each["file_name"]) for each in dicts])
+    return [{"image_id": os.path.relpath(each["file_name"], folder), **each} for each in dicts]
 
 
 @dataclass(frozen=True)
@@ -60,8 +72,9 @@ class DetectionTestSet:
 
     def keep_matches(self) -> None:
         """Have the evaluator write ``matches.npz``, if it is one of COCO's."""
-        if isinstance(self.evaluator, COCOEvaluator):
-            self.evaluator.keeps_matches = True
+        for part in parts_of(self.evaluator):
+            if isinstance(part, COCOEvaluator):
+                part.keeps_matches = True
 
     def spread(self, count: int) -> "DetectionTestSet":
         """``count`` of its images, evenly spread; the set itself if ``count`` is 0 or at least its size.
