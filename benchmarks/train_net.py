@@ -1,11 +1,15 @@
 """Seconds per iteration of fine-tuning: ours against Detectron2's own trainer on the same config.
 
-    DETECTRON2_DATASETS=... python benchmarks/train_net.py [--config-file F --rounds 20] [KEY VALUE ...]
+    DETECTRON2_DATASETS=... python benchmarks/train_net.py [--config-file F --rounds 20 --threads 1,2]
+        [--size 320 --images 2] [KEY VALUE ...]
 
 Detectron2's is its DefaultTrainer, with the same backbone, seed and loader. Both train on the same
-batches with all of their hooks, and waiting for the loader counts. Their iterations alternate; the median
-over the rounds is printed. In each round ours starts from Detectron2's weights, so that the losses can be
-compared: if both do the same work, they differ by rounding alone.
+batches with all of their hooks, and waiting for the loader counts. Their iterations alternate; medians
+over the rounds are printed, and what took longest in one more iteration of each. In each round ours starts
+from Detectron2's weights, so that the losses can be compared: if both do the same work, they differ by
+rounding alone. (An untrained detector has proposals of nearly equal scores, and rounding may choose others.)
+
+On a busy machine only "CPU s" counts, the seconds that this process computed, without the loader's workers.
 """
 
 import argparse
@@ -19,6 +23,7 @@ import torch
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import rt_detectron  # noqa: F401  (registers the backbones)
@@ -48,6 +53,7 @@ class Side:
         self.storage = EventStorage()
         self.trainer.storage = self.storage
         self.times: list[float] = []
+        self.cpu_times: list[float] = []
         self.losses: list[float] = []
         seed_all_rng(SEED)
         with self.storage:
@@ -57,13 +63,14 @@ class Side:
     def step(self, iteration: int) -> None:
         with self.storage:
             self.trainer.iter = iteration
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             self.trainer.before_step()
             torch.manual_seed(iteration)  # the two draw the same proposals
             self.trainer.run_step()
             self.trainer.after_step()
             self._synchronise()
             self.times.append(time.perf_counter() - start)
+            self.cpu_times.append(time.process_time() - cpu_start)
             self.losses.append(self.storage.history("total_loss").latest())
             self.storage.step()
 
@@ -72,37 +79,82 @@ class Side:
             torch.cuda.synchronize()
 
 
-def measure(args: argparse.Namespace, folder: str) -> None:
-    sides = {
-        name: Side(trainer_class, args.config_file, args.opts, f"{folder}/{number}")
-        for number, (name, trainer_class) in enumerate(
-            {"Detectron2": Detectron2Trainer, "ours": Trainer}.items()
-        )
-    }
-    for iteration in tqdm(range(args.rounds + args.warm_up), desc="rounds", disable=None):
-        order = list(sides.values())
-        order[1].trainer.model.load_state_dict(order[0].trainer.model.state_dict())
-        for side in order if iteration % 2 else reversed(order):
+def alternate(sides: dict[str, Side], iterations: range) -> None:
+    detectron2, ours = sides.values()
+    for side in sides.values():
+        side.times, side.cpu_times, side.losses = [], [], []
+    for iteration in tqdm(iterations, desc="rounds", disable=None):
+        ours.trainer.model.load_state_dict(detectron2.trainer.model.state_dict())
+        for side in (detectron2, ours) if iteration % 2 else (ours, detectron2):
             side.step(iteration)
-    medians = {name: statistics.median(side.times[args.warm_up :]) for name, side in sides.items()}
-    print(f"{args.config_file} {' '.join(args.opts)}")
-    print(f"{torch.get_num_threads()} threads, {args.rounds} iterations of each")
-    print(f"{'':<12} {'s/iteration':>12} {'x Detectron2':>13} {'first loss':>11} {'last loss':>11}")
+
+
+def print_times(sides: dict[str, Side], warm_up: int) -> None:
+    detectron2 = sides["Detectron2"]
+    print(f"{torch.get_num_threads()} threads, {len(detectron2.times) - warm_up} iterations of each")
+    print(f"{'':<12} {'s':>8} {'CPU s':>8} {'x':>6} {'x, CPU':>7} {'first loss':>11} {'last loss':>11}")
+    first = [statistics.median(times[warm_up:]) for times in (detectron2.times, detectron2.cpu_times)]
     for name, side in sides.items():
-        faster = medians["Detectron2"] / medians[name]
-        first, last = side.losses[0], side.losses[-1]
-        print(f"{name:<12} {medians[name]:>12.3f} {faster:>13.2f} {first:>11.5f} {last:>11.5f}")
+        wall, cpu = (statistics.median(times[warm_up:]) for times in (side.times, side.cpu_times))
+        ratios = f"{first[0] / wall:>6.2f} {first[1] / cpu:>7.2f}"
+        print(
+            f"{name:<12} {wall:>8.3f} {cpu:>8.3f} {ratios} {side.losses[0]:>11.5f} {side.losses[-1]:>11.5f}"
+        )
     pairs = zip(*(side.losses for side in sides.values()), strict=True)
     print(f"largest relative difference of two losses: {max(abs(a - b) / abs(a) for a, b in pairs):.1e}")
+
+
+def print_profile(sides: dict[str, Side], iteration: int, rows: int = 12) -> None:
+    """What takes longest in one iteration, in percent of Detectron2's whole iteration."""
+    seconds = {}
+    for name, side in sides.items():
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            side.step(iteration)
+        seconds[name] = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
+    whole = sum(seconds["Detectron2"].values())
+    keys = sorted(
+        set().union(*seconds.values()), key=lambda key: -max(s.get(key, 0) for s in seconds.values())
+    )
+    print(f"{'% of an iteration of Detectron2':<45} {' '.join(f'{name:>11}' for name in sides)}")
+    for key in keys[:rows]:
+        shares = (f"{100 * seconds[name].get(key, 0) / whole:>11.1f}" for name in sides)
+        print(f"{key[:45]:<45} {' '.join(shares)}")
+    wholes = (f"{100 * sum(seconds[name].values()) / whole:>11.1f}" for name in sides)
+    print(f"{'all':<45} {' '.join(wholes)}")
+
+
+def measure(args: argparse.Namespace, folder: str) -> None:
+    opts = list(args.opts)
+    if args.size:
+        longest = args.size * 5 // 3
+        opts = ["INPUT.MIN_SIZE_TRAIN", f"({args.size},)", "INPUT.MAX_SIZE_TRAIN", str(longest), *opts]
+    if args.images:
+        opts = ["SOLVER.IMS_PER_BATCH", str(args.images), *opts]
+    trainers = {"Detectron2": Detectron2Trainer, "ours": Trainer}
+    sides = {
+        name: Side(trainer_class, args.config_file, opts, f"{folder}/{name}")
+        for name, trainer_class in trainers.items()
+    }
+    print(f"{args.config_file} {' '.join(opts)}")
+    threads = [int(number) for number in args.threads.split(",")]
+    for number, count in enumerate(threads):
+        torch.set_num_threads(count)
+        rounds = args.rounds + args.warm_up
+        alternate(sides, range(number * rounds, (number + 1) * rounds))
+        print_times(sides, args.warm_up)
+    print_profile(sides, len(threads) * rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", default="configs/coco_subset/mask_rcnn_r18_fpn.yaml")
+    parser.add_argument("--config-file", default="configs/robust_r50_eps3.yaml")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=2, help="iterations that are not counted")
+    parser.add_argument("--threads", default="1,2", help="one measurement for each of these numbers")
+    parser.add_argument("--size", type=int, default=320, help="of the short side; 0: as the config says")
+    parser.add_argument("--images", type=int, default=2, help="in a batch; 0: as the config says")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ... of the config")
     args = parser.parse_args()
     warnings.simplefilter("ignore")

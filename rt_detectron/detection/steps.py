@@ -1,5 +1,6 @@
 """The training step of a detector: Detectron2's, with checks for divergence, and its optimiser."""
 
+import functools
 import logging
 import re
 import statistics
@@ -9,16 +10,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, create_ddp_model
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.build import (
+    _generate_optimizer_class_with_gradient_clipping,
+    get_default_optimizer_params,
+    maybe_add_gradient_clipping,
+)
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rt_detectron.checkpoint.checkpointer import TRUNK
 from rt_detectron.detection.loader import batches_from
 from rt_detectron.engine.base_trainer import BaseTrainer
 from rt_detectron.layers.frozen_norm import fold_frozen_norms
+from rt_detectron.layers.roi_align import use_rows_roi_align
 from rt_detectron.utils.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
@@ -150,19 +156,12 @@ class DetectorAMPTrainer(DetectorTrainer, AMPTrainer):
 def fast(model: nn.Module) -> nn.Module:
     """Make ``model`` faster in place, without changing its function (benchmarks/train_net.py measures it).
 
-    Frozen norms are folded into their convolutions. On CPUs the backbone runs in channels_last, which saves
-    oneDNN's convolutions a conversion.
+    Frozen norms are folded into their convolutions; on CPUs ROIAlign is a sum of rows.
     """
     fold_frozen_norms(model)
-    backbone = getattr(model, "backbone", None)
-    if backbone is not None and next(model.parameters()).device.type == "cpu":
-        backbone.to(memory_format=torch.channels_last)
-        backbone.register_forward_pre_hook(_in_channels_last)
+    if next(model.parameters()).device.type == "cpu":
+        use_rows_roi_align(model)
     return model
-
-
-def _in_channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
 
 
 def build_trainer(
@@ -290,7 +289,31 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     how = "foreach" if solver.AMP.ENABLED else "fused"
     common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, how: True}
     if solver.OPTIMIZER == "ADAMW":
-        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(params, **common)
-    return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(
+        return _clipping(cfg, torch.optim.AdamW)(params, **common)
+    return _clipping(cfg, torch.optim.SGD)(
         params, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **common
     )
+
+
+def _clipping(cfg: CfgNode, optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """``optimizer`` with SOLVER.CLIP_GRADIENTS, as Detectron2 clips."""
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if not clip.ENABLED or clip.CLIP_TYPE != "norm":
+        return maybe_add_gradient_clipping(cfg, optimizer)
+    clipper = functools.partial(_clip_each_norm, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+    return _generate_optimizer_class_with_gradient_clipping(optimizer, global_clipper=clipper)
+
+
+@torch.no_grad()
+def _clip_each_norm(parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float) -> None:
+    """``clip_grad_norm_`` of each parameter by itself; on CPUs, short gradients cost no multiplication."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return
+    factors = (max_norm / (torch.stack(torch._foreach_norm(grads, norm_type)) + 1e-6)).clamp(max=1)
+    if factors.device.type == "cpu":
+        for grad, factor in zip(grads, factors.tolist(), strict=True):
+            if factor != 1:
+                grad.mul_(factor)
+    else:
+        torch._foreach_mul_(grads, list(factors.unbind()))

@@ -24,6 +24,7 @@ class BaseTrainer(SimpleTrainer):
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict({**state, "optimizer": _with_options_of(self.optimizer, state["optimizer"])})
+        _with_strides_of_parameters(self.optimizer)
 
 
 def _with_options_of(optimizer: torch.optim.Optimizer, state: dict) -> dict:
@@ -39,3 +40,16 @@ def _with_options_of(optimizer: torch.optim.Optimizer, state: dict) -> dict:
             "The learning rate is now %g, as the config says; it was %g before", max(rates), before
         )
     return {**state, "param_groups": groups}
+
+
+def _with_strides_of_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Lay momentum and the like out in memory as their parameters are.
+
+    torch's fused kernels pair the numbers by their place in memory, and say nothing if a checkpoint was
+    written in another layout, such as channels_last.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            is_like_it = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if is_like_it and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

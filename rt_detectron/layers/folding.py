@@ -69,7 +69,7 @@ class FoldedConvolution(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         convolution, _ = self.source
-        on_cpu = _on_cpu(x)
+        on_cpu = runs_on_cpu(x)
         if on_cpu and (small := small_map(x, convolution)) is not None:
             weight, bias = self._fold(small.transform)
             return _finish(small.convolve(x, weight).add_(bias.view(-1, 1, 1)), residual, self.relu)
@@ -113,7 +113,8 @@ def _blocks(x: Tensor, taps: int) -> Tensor:
     return F.pad(F.pixel_unshuffle(x, 2), (before, after, before, after))
 
 
-def _on_cpu(x: Tensor) -> bool:
+def runs_on_cpu(x: Tensor) -> bool:
+    """Whether ``x`` can go through the kernels for CPUs: float32, outside autocast."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from detectron2.layers import ROIAlign
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from detectron2.solver import build_optimizer as detectron2_build_optimizer
@@ -22,6 +23,7 @@ from rt_detectron.detection.steps import (
     fast,
 )
 from rt_detectron.layers.frozen_norm import FrozenNormConv2d
+from rt_detectron.layers.roi_align import RowsROIAlign
 from rt_detectron.utils.errors import InputError
 
 
@@ -102,6 +104,8 @@ def test_fast_computes_the_same_losses_and_gradients(make_cfg, photograph, detec
         if name.endswith(("norm.weight", "norm.bias")):
             buffer.add_(0.1 * torch.rand_like(buffer))
     ours = fast(copy.deepcopy(plain))
+    aligns = [type(module) for module in ours.modules() if isinstance(module, ROIAlign)]
+    assert aligns == [RowsROIAlign] * (8 if detector == "fpn" else 0)
     assert sum(type(module) is FrozenNormConv2d for module in ours.modules()) == 20
     found = []
     for model in (plain, ours):

@@ -18,12 +18,13 @@ def plain():
     return Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=True, norm=norm, activation=F.relu)
 
 
-def test_outputs_and_gradients_are_those_of_the_norm_behind(plain):
+@pytest.mark.parametrize("size", [(9, 7), (4, 3)], ids=["more pixels", "more weights"])
+def test_outputs_and_gradients_are_those_of_the_norm_behind(plain, size):
     folded = fold_frozen_norms(torch.nn.Sequential(copy.deepcopy(plain)))
     assert type(folded[0]) is FrozenNormConv2d
     found = []
     for module in (plain, folded):
-        x = torch.randn(2, 4, 9, 7, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+        x = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
         output = module(x)
         output.square().sum().backward()
         found.append([output, x.grad, *(parameter.grad for parameter in module.parameters())])
