@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 
@@ -132,3 +133,21 @@ def test_intervals_under_attack_and_corruption_cover_images(tmp_path, build_stud
     assert set(main["over"]) == {"seeds and images"}
     assert main["se"].tolist() == pytest.approx([main["se"].iloc[0]] * 3, rel=1e-4)
     assert 9.0 not in comparison.table["level"].tolist()  # which only an earlier evaluation asked for
+
+
+def test_types_of_error_are_of_the_predictions_that_made_the_results(tmp_path, build_study):
+    options = {"detectors": ("faster_rcnn",), "arms": ("standard", "robust"), "seeds": (1,), "rates": (0.02,)}
+    _, outcomes = build_study(tmp_path, **options)
+    for outcome in outcomes:
+        file = outcome.folder / "predictions.json"
+        found = [{**d, "category_id": 15 - d["category_id"]} for d in json.loads(file.read_text())[::2]]
+        file.write_text(json.dumps(found))  # every other object, as one of the other category
+    outcomes[0].results["metrics"]["bbox"]["AP50"] = None  # nothing is found
+    table = select(tidy_table(outcomes), kind="error")
+    assert set(table["arm"]) == {"standard"}  # the other's results have another AP50
+    gains = dict(zip(table["metric"], table["value"], strict=True))
+    assert gains["class"] > 45
+    assert gains["background"] == gains["duplicate"] == 0
+    (outcomes[0].folder / "predictions.json").touch()
+    (outcomes[0].folder / "errors.npz").write_text("no archive")  # made anew
+    assert len(select(tidy_table(outcomes), kind="error")) == 6
