@@ -93,7 +93,8 @@ def test_without_detectron2_a_tool_says_how_to_get_it(tool):
 def test_the_package_without_detectron2_says_how_to_get_it():
     code = (
         "import sys\nsys.modules['detectron2'] = None\n"
-        "try:\n    import rt_detectron\n"
+        "import rt_detectron, rt_detectron.study.report\n"
+        "try:\n    from rt_detectron import load_backbone\n"
         "except ModuleNotFoundError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

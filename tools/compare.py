@@ -13,18 +13,21 @@ import signal
 import sys
 from pathlib import Path
 
-import _environment  # noqa: F401  (first, since it checks this Python)
+from _packages import require
 
-from rt_detectron.study.evaluations import compared
-from rt_detectron.study.grid import Study
-from rt_detectron.study.load import load_study, trials_only
-from rt_detectron.study.power import describe_power
-from rt_detectron.study.record import Outcome, output_folder, remove_leftovers, with_copied_configs
-from rt_detectron.study.report import terminal_table, write_report
-from rt_detectron.study.run import describe, import_ray, missing_trials, run_study
-from rt_detectron.study.saved import save_study, saved_study
-from rt_detectron.study.selection import finished_outcomes
-from rt_detectron.utils.errors import one_line_errors
+# First, since it checks this Python. A report of what is finished needs neither of what trials need.
+require("rt_detectron", *(() if "--report" in sys.argv else ("torch", "detectron2")))
+
+from rt_detectron.study.evaluations import compared  # noqa: E402
+from rt_detectron.study.grid import Study  # noqa: E402
+from rt_detectron.study.load import load_study, trials_only  # noqa: E402
+from rt_detectron.study.power import describe_power  # noqa: E402
+from rt_detectron.study.record import Outcome, output_folder, remove_leftovers, with_copied_configs  # noqa: E402
+from rt_detectron.study.report import terminal_table, write_report  # noqa: E402
+from rt_detectron.study.run import describe, import_ray, missing_trials, run_study  # noqa: E402
+from rt_detectron.study.saved import save_study, saved_study  # noqa: E402
+from rt_detectron.study.selection import finished_outcomes  # noqa: E402
+from rt_detectron.utils.errors import one_line_errors  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parent
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rt_detectron.study.bootstrap import (
+    EXACT_DETECTIONS,
     RESAMPLES,
     Matches,
     average_precision,
@@ -86,12 +87,21 @@ def condition_on_resamples(outcome: Outcome, matches: str | None, metrics: Metri
 
     Args:
         matches: path of a matches.npz, relative to the trial's folder.
-        metrics: as robustness.json has them.
+        metrics: as robustness.json has them. Those of single categories are not resampled.
     """
     if not matches:
         return {}
     path = outcome.folder / matches
-    return _kept(path, lambda: _precision(read_matches(path, {}), metrics, str(path)))
+
+    def resampled() -> Resampled:
+        found = _precision(read_matches(path, {}), metrics, str(path))
+        # A study may have hundreds of conditions, and no report shows single categories of them.
+        return {
+            task: {metric: values for metric, values in by_metric.items() if not metric.startswith("AP-")}
+            for task, by_metric in found.items()
+        }
+
+    return _kept(path, resampled)
 
 
 def _precision(found: Mapping[str, Matches], metrics: Metrics, file: str) -> Resampled:
@@ -125,7 +135,7 @@ def _accuracy(dataset: Mapping[str, Any]) -> Resampled:
 def _kept(source: Path, make: Callable[[], Resampled], name: str = RESAMPLED) -> Resampled:
     """What ``make`` gives, computed once for each state of the file ``source`` and kept beside it."""
     stamp = source.stat()
-    key = json.dumps([source.name, stamp.st_size, stamp.st_mtime_ns, RESAMPLES])
+    key = json.dumps([source.name, stamp.st_size, stamp.st_mtime_ns, RESAMPLES, EXACT_DETECTIONS])
     path = source.with_name(name)
     found = _read(path, key)
     if found is None:

@@ -9,9 +9,12 @@ from pycocotools.cocoeval import COCOeval
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from rt_detectron.evaluation.coco import evaluate_detections, write_evaluations
+from rt_detectron.study import bootstrap
 from rt_detectron.study.bootstrap import (
     average_precision,
+    exact_precision,
     f1_per_image,
+    first_order_precision,
     image_counts,
     match,
     precision_at_recall,
@@ -175,13 +178,68 @@ def test_an_image_counts_the_same_in_every_test_set():
 def test_batches_change_nothing(monkeypatch):
     truth, detections = random_set(6)
     matches = match(index(truth), detections, "bbox")
-    whole = resampled_precision(matches, 30)
+    whole = exact_precision(matches, 30)
     assert whole["AP"].std() > 0
     expected = average_precision(matches, image_counts(matches.image_ids, 30))
     monkeypatch.setattr("rt_detectron.study.bootstrap._BATCH_CELLS", 1)
-    for metric, values in resampled_precision(matches, 30).items():
+    for metric, values in exact_precision(matches, 30).items():
         np.testing.assert_allclose(values, whole[metric], rtol=1e-12)
         np.testing.assert_allclose(values, expected[metric], rtol=1e-12)
+
+
+def area_under_precision(category, times):
+    """(T,) area under the interpolated precision when images are drawn ``times`` (I,), which may be real."""
+    areas = []
+    for hit, ignored in zip(category.hit, category.ignored, strict=True):
+        weight = times[category.image]
+        precision = np.cumsum(weight * hit) / np.cumsum(weight * ~ignored)
+        largest = [precision[rank:].max() for rank in range(len(hit))]
+        areas.append(np.sum(weight * hit * largest) / (times @ category.objects))
+    return np.array(areas)
+
+
+def test_slopes_are_those_of_the_area_under_precision():
+    truth, detections = random_set(7, images=25)
+    category = next(c for c in match(index(truth), detections, "bbox").categories if c.ignored.any())
+    category.ignored[:, 0] = False  # else precision there is 0 / 0
+    slopes, once, equal = bootstrap._slopes(category), np.ones(25), 0
+    area = area_under_precision(category, once)
+    for image in range(25):
+        # To both sides, since of two equal precisions another one may be the largest then.
+        ends = [
+            (area_under_precision(category, once + step * (np.arange(25) == image)) - area) / step
+            for step in (-1e-6, 1e-6)
+        ]
+        assert (slopes[:, image] > np.minimum(*ends) - 2e-5).all()
+        assert (slopes[:, image] < np.maximum(*ends) + 2e-5).all()
+        equal += np.isclose(*ends, atol=2e-5).sum()
+    assert equal > 0.9 * slopes.size
+    assert np.abs(slopes).max() > 0.01
+
+
+def test_first_order_resamples_have_the_spread_of_exact_ones():
+    truth, detections = random_set(8, images=300)
+    matches = match(index(truth), detections, "bbox")
+    exact, fast = exact_precision(matches), first_order_precision(matches)
+    assert exact.keys() == fast.keys()
+    for metric in exact:
+        assert fast[metric].std() == pytest.approx(exact[metric].std(), rel=0.06), metric
+        assert np.corrcoef(fast[metric], exact[metric])[0, 1] > 0.97, metric
+    assert fast["AP"].mean() == pytest.approx(exact["AP"].mean(), abs=0.5)
+    # What intervals are made of: the spread of a difference between two models on the same images.
+    others = match(index(truth), [d for d in detections if hash(d["score"]) % 3], "bbox")
+    change = exact["AP"] - exact_precision(others)["AP"]
+    assert (fast["AP"] - first_order_precision(others)["AP"]).std() == pytest.approx(change.std(), rel=0.1)
+
+
+def test_many_detections_are_resampled_to_first_order(monkeypatch):
+    truth, detections = random_set(8)
+    matches = match(index(truth), detections, "bbox")
+    assert np.array_equal(resampled_precision(matches)["AP"], exact_precision(matches)["AP"], equal_nan=True)
+    monkeypatch.setattr(bootstrap, "EXACT_DETECTIONS", len(detections) - 1)
+    found, fast = resampled_precision(matches), first_order_precision(matches)
+    assert np.array_equal(found["AP"], fast["AP"])
+    assert found["AP"].std() > 1
 
 
 @pytest.mark.parametrize(
