@@ -6,13 +6,18 @@ import pytest
 import torch
 from detectron2 import model_zoo
 
+from rt_detectron.checkpoint import zoo
+from rt_detectron.checkpoint.architectures import build_classifier, get_architecture
+from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.detection import build_lazy_model, do_train, load_lazy_config, write_lazy_results
 from rt_detectron.detection.lazy_data import dataset_names
+from rt_detectron.engine.loop import build_optimizer
 from rt_detectron.utils.errors import InputError
 
 CONFIG = "configs/lazy/mask_rcnn_robust_r50_eps3.py"
 SPLITS = {"train": "train", "test": "val"}
 BASELINE = "configs/lazy/mask_rcnn_standard_r50_eps0.py"
+VITDET = "configs/lazy/vitdet_robust_vit_s_eps4.py"
 
 
 @pytest.fixture
@@ -33,6 +38,21 @@ class TestLoadLazyConfig:
         robust, standard = (load_lazy_config(path, names) for path in (CONFIG, BASELINE))
         assert robust.model.backbone.name == "resnet50_l2_eps3"
         robust.model.backbone.name = "resnet50_l2_eps0"
+        robust.train.output_dir = standard.train.output_dir
+        assert robust == standard
+
+    def test_vitdets_baseline_has_another_mean_and_std(self, sets):
+        names = [f"dataloader.{s}.dataset.names={sets['val']}" for s in ("train", "test")]
+        paths = (VITDET, VITDET.replace("robust", "standard").replace("eps4", "eps0"))
+        robust, standard = (load_lazy_config(path, names) for path in paths)
+        assert robust.model.backbone.name == "ARES_ViT_small_patch16_224_AT"
+        assert standard.model.backbone.name == "vit_small_patch16_224.pkl"
+        known = get_architecture("timm/vit_small_patch16_224")
+        for key in ("pixel_mean", "pixel_std"):
+            assert tuple(robust.model[key]) == getattr(zoo.metadata(robust.model.backbone.name), key)
+            assert tuple(standard.model[key]) == getattr(known, key)
+            robust.model[key] = standard.model[key]
+        robust.model.backbone.name = standard.model.backbone.name
         robust.train.output_dir = standard.train.output_dir
         assert robust == standard
 
@@ -105,3 +125,31 @@ def test_detectron2s_own_config_is_taken(sets, tmp_path):
         source, [f"dataloader.{split}.dataset.names={sets['val']}" for split in ("train", "test")]
     )
     assert "ema" not in cfg.train
+
+
+def test_vitdet_trains_in_windows(sets, tiny_lazy_opts, tmp_path):
+    arch = "timm/vit_tiny_patch16_224:depth=5"
+    torch.manual_seed(0)
+    torch.save(build_classifier(arch).state_dict(), tmp_path / "vit.pth")
+    convert_checkpoint(str(tmp_path / "vit.pth"), str(tmp_path / "vit.pkl"), arch)
+    opts = [f"dataloader.{key}.dataset.names={sets[split]}" for key, split in SPLITS.items()]
+    opts += [*tiny_lazy_opts, f"model.backbone.name={tmp_path}/vit.pkl", "model.backbone.window=2"]
+    opts += ["model.roi_heads.box_head.conv_dims=[]", "model.pixel_mean=[127.5,127.5,127.5]"]
+    opts += ["model.pixel_std=[127.5,127.5,127.5]", "optimizer.params.lr_factor_func.depths=[5]"]
+    cfg = load_lazy_config(VITDET, [*opts, "train.device=cpu", f"train.output_dir={tmp_path}/run"])
+    optimizer = build_optimizer(cfg, model := build_lazy_model(cfg))
+    trunk = model.backbone.net.trunk.model
+    assert [hasattr(block, "window") for block in trunk.blocks] == [False, False, False, True, False]
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates[id(trunk.patch_embed.proj.weight)] == pytest.approx(0.001 * 0.7**6)
+    assert rates[id(trunk.blocks[4].mlp.fc1.weight)] == pytest.approx(0.001 * 0.7)
+    assert rates[id(model.backbone.simfp_2[0].weight)] == 0.001
+    assert isinstance(optimizer, torch.optim.AdamW)
+    do_train(cfg)
+    losses = [
+        json.loads(line)["total_loss"]
+        for line in (tmp_path / "run/metrics.json").open()
+        if "total_loss" in line
+    ]
+    assert losses
+    assert all(0 < loss < 100 for loss in losses)
