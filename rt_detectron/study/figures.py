@@ -26,7 +26,7 @@ from rt_detectron.study.targets import Pooled
 from rt_detectron.utils.numbers import is_number
 from rt_detectron.visualization import plots
 
-MANY_ARMS = 6  # with more, only the one that differs most has its categories shown
+MANY_ARMS = 6  # with more, only the one that differs most has its categories, sizes and errors shown
 CATEGORIES = 8  # number of categories shown that gain most, and that lose most
 MANY_ROWS = 30  # from which on differences are a heat map
 ALL_TARGETS = "all targets"
@@ -187,13 +187,18 @@ class Charts:
             lines = select(self.scores, target=target, task=task, kind=kind)
             columns = {label: select(lines, metric=metric) for label, metric in metrics.items()}
             measured = TASKS[task].replace("AP", measure)
+            which = ""
             for baseline, series in self.families.items():
+                if len(series) > MANY_ARMS:  # as many dots side by side cannot be told apart
+                    shown = {baseline, self._farthest(target, task, baseline)}
+                    series = [one for one in series if one.name in shown]
+                    which = ", baseline and the arm that differs most"
                 values = {label: _by_arm(series, column) for label, column in columns.items()}
                 if any(numbers for column in values.values() for numbers in column):
                     by_arm = list(zip(*values.values(), strict=True))
                     yield svg_figure(
                         f"{name}-{target}-{task}{self._suffix(baseline)}",
-                        f"{target}: {measured} {what}; a dot per seed, a bar at the mean.",
+                        f"{target}: {measured} {what}{which}; a dot per seed, a bar at the mean.",
                         "; ".join(f"{key}: {_in_words(series, column)}" for key, column in values.items()),
                         plots.group_plot(series, list(metrics), by_arm, f"{measured} (%)"),
                         target,
@@ -223,9 +228,10 @@ class Charts:
                     target,
                 )
 
-    def _farthest(self, target: str, task: str) -> str:
-        """The arm whose main metric differs most from its baseline."""
+    def _farthest(self, target: str, task: str, baseline: str | None = None) -> str:
+        """The arm whose main metric differs most from its baseline, of all or of those of one baseline."""
         lines = select(self.scores, kind=CLEAN, target=target, task=task, metric=main_metric(task))
+        lines = lines if baseline is None else select(lines, baseline=baseline)
         lines = lines[lines["change"].notna()]
         return max(lines_of(lines), key=lambda line: abs(line.change)).arm if len(lines) else ""
 

@@ -5,9 +5,13 @@ import json
 import re
 import shutil
 import subprocess
+import time
 
 import pytest
 from PIL import Image
+
+from rt_detectron.study.evaluations import compared
+from rt_detectron.study.report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(
@@ -20,8 +24,10 @@ WRAPPER = """<!doctype html><iframe src="{page}" style="border:0;width:{width}px
 const frame = document.querySelector("iframe");
 frame.onload = () => {{
   const page = frame.contentDocument, view = frame.contentWindow;
+  const folded = page.documentElement.scrollHeight;
   page.querySelectorAll("details").forEach(details => details.open = true);
   document.title = JSON.stringify({{
+    folded,
     screen: view.innerWidth,
     width: page.documentElement.scrollWidth,
     images: page.images.length,
@@ -104,6 +110,21 @@ def test_dark_mode_changes_page_and_plots(look, colors, whole_report):
     ink = {(58, 63, 71), (201, 206, 214)}
     assert colors(whole_report.page, dark=False) & ink == {(58, 63, 71)}
     assert colors(whole_report.page, dark=True) & ink == {(201, 206, 214)}
+
+
+@pytest.mark.slow
+def test_twenty_arms_and_two_detectors_fit_thirty_screens_of_a_phone(look, build_study, tmp_path):
+    arms = ("standard", *(f"l2_{number}" for number in range(19)))
+    study, outcomes = build_study(tmp_path, arms=arms, rates=(0.02,))
+    start = time.process_time()
+    page = write_report(compared(study, outcomes), tmp_path / "out", "python tools/compare.py --study x")
+    assert time.process_time() - start < 20
+    assert page.stat().st_size < 4e6
+    found, console = look(page)
+    assert (found["screen"], found["broken"], console) == (390, [], [])
+    assert found["folded"] < 30 * 844
+    first = page.read_text().split('<details class="target"')[0]
+    assert first.count("<img") <= 3 + 4  # the answers', and clean against changed images
 
 
 def test_this_test_would_notice(look, whole_report, tmp_path):
