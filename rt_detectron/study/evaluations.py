@@ -97,6 +97,10 @@ class Evaluation(ABC):
         """
         return None
 
+    def notes(self, outcome: Outcome) -> list[str]:
+        """What speaks against its numbers of a trial that has them, for the report's first page."""
+        return []
+
     @abstractmethod
     def tables(self, scores: pd.DataFrame, task: str) -> list[Table]:
         """Its tables of one task, from a comparison's scores."""
@@ -229,7 +233,7 @@ class Attack(Evaluation):
     def numbers(self, part: Any) -> Numbers:
         found: Numbers = {}
         for attack in part:
-            condition = f"{attack['norm']}, {attack['loss']}"
+            condition = _condition(attack)
             for kind, key in (
                 (self.UNATTACKED, "clean"), (self.ATTACKED, "metrics"), (self.NOISE, "noise"),
             ):  # fmt: skip
@@ -240,8 +244,12 @@ class Attack(Evaluation):
 
     def measure(self, scores: pd.DataFrame, task: str) -> str:
         attacks = select(scores, kind=self.ATTACKED, task=task)[["condition", "level"]].drop_duplicates()
-        attacks = attacks[attacks["condition"].isin(_answering(attacks["condition"]))]
-        return f"{TASKS[task]} under attack" + (f" (mean of {len(attacks)})" if len(attacks) > 1 else "")
+        counting = _answering(attacks["condition"])
+        count = int(attacks["condition"].isin(counting).sum())
+        kinds = {_parts(condition)[1:] for condition in counting}
+        loss, protocol = kinds.pop() if len(kinds) == 1 else ("", OURS)
+        what = f"the worst {_of(protocol)}attack" if loss == WORST else f"{_of(protocol)}attack"
+        return f"{TASKS[task]} under {what}" + (f" (mean of {count})" if count > 1 else "")
 
     def tables(self, scores: pd.DataFrame, task: str) -> list[Table]:
         mean = {"mean of all attacks": self.main_lines(scores, task)}
@@ -269,15 +277,35 @@ class Attack(Evaluation):
             "eps is in units of images in [0, 1], after resizing (Linf: in 1/255). “No attack” is AP on the "
             "same images, “noise” is AP under random noise of the same size as the attack."
         )
-        for attack in (attack for outcome in outcomes for attack in self.part(outcome) or []):
-            restarts = "" if attack["restarts"] == 1 else f", {attack['restarts']} restarts"
-            return f"PGD, {attack['steps']} steps{restarts}, on {attack['images']} images. {text}"
-        return text
+        attacks = [attack for outcome in outcomes for attack in self.part(outcome) or []]
+        if not attacks:
+            return text
+        first = attacks[0]
+        restarts = "" if first["restarts"] == 1 else f", {first['restarts']} restarts"
+        found = f"PGD, {first['steps']} steps{restarts}, on {first['images']} images. {text}"
+        if any(attack["loss"] == WORST for attack in attacks):
+            found += (
+                " The answer is the worst case of several objectives on each image; the AP of each "
+                "one is given, too."
+            )
+        if (protocol := first.get("protocol", OURS)) != OURS:
+            found += f" All is as in the protocol of {protocol}."
+        return found
+
+    def notes(self, outcome: Outcome) -> list[str]:
+        return [
+            f"{outcome.trial.arm}, {outcome.trial.target}: {attack_name(_condition(attack))} at eps "
+            f"{attack['eps']:g} may be too weak, so the detector may be less robust than this AP says: "
+            f"{check['text']}."
+            for attack in self.part(outcome)
+            for check in attack.get("checks", ())
+            if check["level"] == "error"
+        ]
 
     def figures(self, charts: Charts) -> list[Figure]:
         figures: list[Figure] = []
         for (target, task, condition), lines in charts.groups(self.ATTACKED):
-            norm, _, loss = condition.partition(", ")
+            norm, loss, _ = _parts(condition)
             others = select(charts.scores, target=target, task=task, metric="AP", condition=condition)
             figures += charts.against_level(
                 f"attack-{target}-{task}-{norm}-{loss}",
@@ -375,39 +403,64 @@ def compared(study: Study, outcomes: Sequence[Outcome]) -> Comparison:
     """Everything that is known of a study's outcomes."""
     draws: dict[tuple, Numbers] = {}
     reasons: dict[tuple[str, str], str] = {}
+    doubts: dict[str, None] = {}
     for outcome in outcomes:
         trial = outcome.trial
         if trial.stage != FINAL or not outcome.results:
             continue
         found = draws.setdefault(tuple(getattr(trial, column) for column in TRIAL), {})
         for evaluation in EVALUATIONS:
+            if not evaluation.part(outcome):
+                continue
+            doubts |= dict.fromkeys(evaluation.notes(outcome))
             try:
-                if evaluation.part(outcome) and (part := evaluation.on_resamples(outcome)):
+                if part := evaluation.on_resamples(outcome):
                     found |= evaluation.numbers(part)
             except UNREADABLE as error:
                 reasons[trial.arm, trial.target] = one_reason(error)
-    notes = [f"{arm}, {target}: {reason}." for (arm, target), reason in reasons.items()]
+    notes = [f"{arm}, {target}: {reason}." for (arm, target), reason in reasons.items()] + list(doubts)
     kinds = [evaluation.main_kind for evaluation in EVALUATIONS]
     lower = [kind for evaluation in EVALUATIONS for kind in evaluation.lower_is_better]
     return compare(study, outcomes, tidy_table(outcomes), draws, kinds, lower, notes)
 
 
+WORST, OURS = "worst", "ours"  # as tools/evaluate_robustness.py names a loss, and a protocol
+
+
+def _condition(attack: Mapping[str, Any]) -> str:
+    """``linf, A_cls``, and a published protocol: ``linf, A_cls, oddefense``."""
+    protocol = attack.get("protocol", OURS)
+    parts = (attack["norm"], attack["loss"], *(() if protocol == OURS else (protocol,)))
+    return ", ".join(parts)
+
+
+def _parts(condition: str) -> tuple[str, str, str]:
+    """Norm, loss and protocol of an attack's condition."""
+    norm, loss, *protocol = condition.split(", ")
+    return norm, loss, protocol[0] if protocol else OURS
+
+
+def _of(protocol: str) -> str:
+    return "" if protocol == OURS else f"{protocol} "
+
+
 def attack_name(condition: str) -> str:
     """``L2 attack``, and what it attacks if that is not the detector's whole loss."""
-    norm, loss = condition.split(", ")
-    if loss == "worst":
-        return f"the worst {norm.capitalize()} attack on each image"
+    norm, loss, protocol = _parts(condition)
+    named = f"{_of(protocol)}{norm.capitalize()}"
+    if loss == WORST:
+        return f"the worst {named} attack on each image"
     if loss == "vanishing":
-        return f"{norm.capitalize()} vanishing attack"
-    return f"{norm.capitalize()} attack" + ("" if loss == "all" else f" on {loss}")
+        return f"{named} vanishing attack"
+    return f"{named} attack" + ("" if loss == "all" else f" on {loss}")
 
 
 def _answering(conditions: Iterable[str]) -> set[str]:
     """The attacks that count: of several objectives their worst case alone, "linf, worst"."""
     found = set(conditions)
-    worst = {condition for condition in found if condition.endswith(", worst")}
-    norms = {condition.split(", ")[0] for condition in worst}
-    return worst | {condition for condition in found if condition.split(", ")[0] not in norms}
+    worst = {condition for condition in found if _parts(condition)[1] == WORST}
+    norms = {_parts(condition)[0] for condition in worst}
+    return worst | {condition for condition in found if _parts(condition)[0] not in norms}
 
 
 def _title(task: str) -> str:

@@ -1,11 +1,14 @@
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from rt_detectron.evaluation.coco import evaluate_detections, write_evaluations
-from rt_detectron.study.evaluations import compared, tidy_table
+from rt_detectron.study.answers import answers
+from rt_detectron.study.evaluations import Attack, attack_name, compared, tidy_table
+from rt_detectron.study.figures import Charts
 from rt_detectron.study.grid import Trial
 from rt_detectron.study.record import Outcome
 from rt_detectron.study.statistics import QUANTITY, Quantity, select
@@ -45,6 +48,52 @@ def test_of_several_objectives_the_worst_case_is_the_answer():
     found = measurements(outcome({"bbox": {"AP": 40.0}}, attack=attacks))
     assert found[Quantity("attack: mean", "bbox", "AP")] == (14 + 4) / 2
     assert found[Quantity("attack", "bbox", "AP", "l2, A_cls", 2)] == 10
+
+
+def test_a_published_protocol_is_named_and_answers_by_its_worst_case():
+    """As TEST.ATTACK.PROTOCOL oddefense leaves it in robustness.json."""
+    weak = {"check": "noise", "level": "error", "text": "AP 16.0, 12.0 under noise"}
+    attacks = [
+        {**attack(4.0, ap), "norm": "linf", "loss": loss, "protocol": "oddefense", "checks": checks}
+        | {"steps": 10, "restarts": 1, "images": 80}
+        for loss, ap, checks in (
+            ("A_cls", 20.0, []), ("A_reg", 30.0, []), ("A_cwa", 18.0, []), ("worst", 16.0, [weak]),
+        )
+    ]  # fmt: skip
+    one = outcome({"bbox": {"AP": 40.0}}, attack=attacks)
+    found, evaluation = measurements(one), Attack()
+    assert found[Quantity("attack: mean", "bbox")] == 16
+    assert found[Quantity("attack", "bbox", "AP", "linf, A_cwa, oddefense", 4)] == 18
+    assert evaluation.measure(tidy_table([one]), "bbox") == "box AP under the worst oddefense attack"
+    assert evaluation.text([one]).endswith("All is as in the protocol of oddefense.")
+    (note,) = evaluation.notes(one)
+    assert note.startswith("a, t: the worst oddefense Linf attack on each image at eps 4 may be too weak")
+    assert attack_name("l2, all, ares") == "ares L2 attack"
+    assert attack_name("linf, A_cls") == "Linf attack on A_cls"
+
+
+def test_the_verdict_and_the_scatter_under_attack_are_of_the_worst_case(tmp_path, build_study):
+    options = {"detectors": ("faster_rcnn",), "arms": ("standard", "robust"), "rates": (0.02,)}
+    study, outcomes = build_study(tmp_path, **options)
+    for one in outcomes:  # by the first objective robust wins by far, by the other it loses
+        losses = {"A_cls": 40.0, "A_reg": 4.0, "worst": 4.0} if one.trial.arm == "robust" else {
+            "A_cls": 12.0, "A_reg": 10.0, "worst": 9.0,
+        }  # fmt: skip
+        one.robustness["attack"] = [
+            {**one.robustness["attack"][0], "eps": 4.0, "loss": loss, "noise": None}
+            | {"metrics": {"bbox": {"AP": ap + 0.1 * one.trial.seed}}, "protocol": "oddefense"}
+            for loss, ap in losses.items()
+        ]
+    comparison = compared(study, outcomes)
+    answer = answers(comparison, [])[1]
+    assert answer.verdict == "worse"
+    assert (
+        "robust (eps 3) is worse than standard by 5.00 box AP under the worst oddefense"
+        in answer.sentences[0]
+    )
+    charts = Charts(study, comparison.scores)
+    (figure,) = charts.clean_against("x", "", select(comparison.scores, kind="attack: mean"), answer.measure)
+    assert re.search(r"standard: clean \S+, 9\.[12], robust: clean \S+, 4\.[12]", figure.alt)
 
 
 def test_every_number_has_its_name():
