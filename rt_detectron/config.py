@@ -52,14 +52,38 @@ def _keys() -> CN:
     cfg.SOLVER.EMA = 0.0
     # Number of periodic checkpoints to keep; older ones are deleted. 0: all.
     cfg.SOLVER.MAX_TO_KEEP = 0
-    # "Free" adversarial fine-tuning: train on each batch this many times in a row, while its images move
-    # along the gradient of the detector's loss. 0: none.
+    # Adversarial fine-tuning.
     cfg.SOLVER.ADVERSARIAL = CN()
+    # "Free": train on each batch this many times in a row, while its images move along the gradient of the
+    # detector's loss. 0: none.
     cfg.SOLVER.ADVERSARIAL.REPLAYS = 0
+    # PGD: attack each batch by so many steps on the detector in eval mode, then train on it. 0: none.
+    cfg.SOLVER.ADVERSARIAL.STEPS = 0
     # "l2" or "linf".
     cfg.SOLVER.ADVERSARIAL.NORM = "l2"
     # For an image in [0, 1] after resizing; for linf in units of 1/255.
     cfg.SOLVER.ADVERSARIAL.EPS = 0.5
+    # PGD: the size of a step, in the units of EPS. 0: 2.5 * EPS / STEPS. Replays take steps of EPS.
+    cfg.SOLVER.ADVERSARIAL.STEP_SIZE = 0.0
+    # Where PGD begins: at a "random" point of the ball, or at the "image".
+    cfg.SOLVER.ADVERSARIAL.START = "random"
+    # What the attack raises: "all" training losses, or those of the box head, "A_box" (both), "A_cls" or
+    # "A_reg". PGD takes others of TEST.ATTACK.LOSSES, too, such as "MTD".
+    cfg.SOLVER.ADVERSARIAL.LOSS = "all"
+    # What the box head's loss of a proposal counts at most, for the attack and for the weights. 0: no limit.
+    cfg.SOLVER.ADVERSARIAL.CLIP = 0.0
+    # Replays: a batch begins with the perturbation of the one before instead of clean.
+    cfg.SOLVER.ADVERSARIAL.CARRY_OVER = False
+    # The share of the training, at its beginning, that is on clean images, and the share after that in which
+    # the attack grows from 0 to EPS.
+    cfg.SOLVER.ADVERSARIAL.CLEAN = 0.0
+    cfg.SOLVER.ADVERSARIAL.WARMUP = 0.0
+    # Replays: SOLVER.MAX_ITER, STEPS, WARMUP_ITERS and CHECKPOINT_PERIOD and TEST.EVAL_PERIOD count batches,
+    # of REPLAYS iterations each.
+    cfg.SOLVER.ADVERSARIAL.COUNT_BATCHES = False
+    # With each evaluation of the training, so many images of each test set, evenly spread, are also attacked
+    # by 10 steps of PGD on A_cls within EPS: "bbox_attacked/AP", which TEST.BEST_METRIC may name. 0: none.
+    cfg.SOLVER.ADVERSARIAL.EVAL_IMAGES = 0
     # With TEST.EVAL_PERIOD, save the weights with the best value of this metric as model_best.pth. "": none.
     cfg.TEST.BEST_METRIC = "bbox/AP"
     # COCO's AP counts so many detections of a category in an image, those of the highest scores. 0: 100, as
@@ -87,9 +111,9 @@ def _keys() -> CN:
     # With more than one, each restart begins at a random point, and each image keeps the strongest.
     cfg.TEST.ATTACK.RESTARTS = 1
     # What the attacks raise. Training losses: "classification", "localization", "mask", "all" of them, or
-    # "no_regression". The box head's alone: "A_cls", "A_reg", "A_cwa" (both, rare classes count more), "MTD",
-    # "DAG". "vanishing" aims to leave no detection. Each one is evaluated; with several, "worst" takes for
-    # each image the one that does most harm.
+    # "no_regression". The box head's alone: "A_cls", "A_reg", "A_box" (both), "A_cwa" (both, rare classes
+    # count more), "MTD", "DAG". "vanishing" aims to leave no detection. Each one is evaluated; with several,
+    # "worst" takes for each image the one that does most harm.
     cfg.TEST.ATTACK.LOSSES = ("all",)
     # Aim for a wrong class instead of away from the true one: "classification" and "A_cls".
     cfg.TEST.ATTACK.TARGETED = False

@@ -1,6 +1,6 @@
 """Auto-PGD: projected gradient descent that finds its step sizes itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +33,15 @@ class APGD(PGD):
         }
 
     def _climb(
-        self, objective: Objective, batches: list[Tensor], visit: Callable | None = None
+        self,
+        objective: Objective,
+        batches: list[Tensor],
+        generators: Sequence[torch.Generator],
+        visit: Callable | None = None,
     ) -> list[Tensor]:
         """The best iterates."""
-        climbs = [_Climb(self.threat_model, images, self._start(images)) for images in batches]
+        starts = self._starts(batches, generators)
+        climbs = [_Climb(self.threat_model, *both) for both in zip(batches, starts, strict=True)]
         looks = _looks(self.steps)
         for step in range(self.steps):
             points = [climb.point.requires_grad_(True) for climb in climbs]

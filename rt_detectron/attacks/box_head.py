@@ -7,6 +7,7 @@ Object Detectors", https://arxiv.org/abs/2305.17438).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,8 @@ class BoxHeadAttack(LossAttack):
     def _losses(
         self, predictor: FastRCNNOutputLayers, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
     ) -> dict[str, Tensor]:
-        losses = proposal_losses(predictor, predictions, proposals, self.class_weights(predictor.num_classes))
-        return {name: _clipped(values, self.clip).mean() for name, values in losses.items()}
+        weights = self.class_weights(predictor.num_classes)
+        return _clipped_means(predictor, self.clip, predictions, proposals, weights)
 
     def class_weights(self, num_classes: int) -> Tensor | None:
         """(num_classes + 1,) what the classification loss of a class is multiplied by, background last."""
@@ -54,6 +55,13 @@ class BoxRegression(BoxHeadAttack):
     """Raises the regression loss of the box head."""
 
     name, terms = "A_reg", ("loss_box_reg",)
+
+
+@register_detector_attack
+class BoxLosses(BoxHeadAttack):
+    """Raises both losses of the box head."""
+
+    name, terms = "A_box", ("loss_cls", "loss_box_reg")
 
 
 @register_detector_attack
@@ -111,28 +119,31 @@ class MultiTask(DetectorAttack):
     name, clippable = "MTD", True
 
     def __call__(self, model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
+        before = self._both.value(model, inputs)
+        chosen = zip(self._chosen(model, inputs), before, strict=True)
+        return [{**found, "objective": (first, last)} for (found, last), first in chosen]
+
+    def perturb(self, model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
+        return [found for found, _ in self._chosen(model, inputs)]
+
+    @property
+    def _both(self) -> BoxLosses:
+        return BoxLosses(self.pgd, self.seed, clip=self.clip)
+
+    def _chosen(self, model: nn.Module, inputs: Sequence[dict]) -> list[tuple[dict, float]]:
+        """Each image, attacked, and the sum of its losses."""
         attacks = [
             kind(self.pgd, self.seed, clip=self.clip, padding=self.padding)
             for kind in (BoxClassification, BoxRegression)
         ]
-        both = _BoxLosses(self.pgd, self.seed, clip=self.clip)
-        before = both.value(model, inputs)
         tried = [attack.perturb(model, inputs) for attack in attacks]
-        values = [both.value(model, found) for found in tried]
-        chosen = []
-        for i, first in enumerate(before):
-            best = max(range(len(tried)), key=lambda k: values[k][i])
-            chosen.append({**tried[best][i], "objective": (first, values[best][i])})
-        return chosen
+        valued = [zip(found, self._both.value(model, found), strict=True) for found in tried]
+        return [max(pairs, key=lambda pair: pair[1]) for pairs in zip(*valued, strict=True)]
 
     @property
     def passes(self) -> dict[str, int]:
         passes = self.pgd.passes
         return {"forward": 2 * passes["forward"] + 3, "backward": 2 * passes["backward"]}
-
-
-class _BoxLosses(BoxHeadAttack):
-    name, terms = "both box losses", ("loss_cls", "loss_box_reg")
 
 
 def box_predictors(model: nn.Module, what: str) -> list[FastRCNNOutputLayers]:
@@ -180,6 +191,29 @@ def proposal_losses(
         regression = regression.index_add(0, rows, each_side.sum(1))
     losses = {"loss_cls": classification, "loss_box_reg": regression}
     return {name: values * predictor.loss_weight.get(name, 1.0) for name, values in losses.items()}
+
+
+def clip_proposal_losses(model: nn.Module, limit: float) -> None:
+    """Have the box head of ``model`` train on losses of at most ``limit`` for each proposal, in place.
+
+    So Li et al. train.
+
+    Raises:
+        InputError: as :func:`box_predictors`.
+    """
+    for predictor in box_predictors(model, "CLIP"):
+        predictor.losses = partial(_clipped_means, predictor, limit)
+
+
+def _clipped_means(
+    predictor: FastRCNNOutputLayers,
+    limit: float,
+    predictions: tuple[Tensor, Tensor],
+    proposals: list[Instances],
+    class_weights: Tensor | None = None,
+) -> dict[str, Tensor]:
+    losses = proposal_losses(predictor, predictions, proposals, class_weights)
+    return {name: _clipped(values, limit).mean() for name, values in losses.items()}
 
 
 def inverse_frequency(counts: Sequence[int], num_classes: int) -> Tensor:

@@ -97,7 +97,8 @@ class DetectorAttack(ABC):
             )
         if self.clip < 0 or (self.clip and not self.clippable):
             raise InputError(
-                f"attack: CLIP is {self.clip:g}; it takes a positive limit, and A_cls, A_reg, A_cwa or MTD"
+                f"attack: CLIP is {self.clip:g}; it takes a positive limit, and A_cls, A_reg, A_box, "
+                "A_cwa or MTD"
             )
 
     @abstractmethod
@@ -119,6 +120,10 @@ class DetectorAttack(ABC):
             InputError: for a detector that the attack does not work on, images without the ground truth, or
                 images that are not in 0..255.
         """
+
+    def perturb(self, model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
+        """The same, where nobody asks for the objective before and after it."""
+        return self(model, inputs)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -201,11 +206,11 @@ class LossAttack(DetectorAttack):
         return {**passes, "forward": passes["forward"] + 2}  # the objective before and after
 
     def perturb(self, model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
-        """:meth:`__call__` without the objective before and after."""
         if self.padding:
             inputs = _padded(model, inputs)
+        starts = [torch.Generator(model.device).manual_seed(image_seed(self.seed, each)) for each in inputs]
         with self._objective(model, inputs) as objective:
-            adversarial = self.pgd.maximize(objective, unit_images(model, inputs))
+            adversarial = self.pgd.maximize(objective, unit_images(model, inputs), starts)
         return with_images(inputs, adversarial)
 
     def value(self, model: nn.Module, inputs: Sequence[dict]) -> list[float]:
@@ -239,7 +244,6 @@ class LossAttack(DetectorAttack):
             ]
 
         with ExitStack() as stack:
-            stack.enter_context(random_state(seeds[0], model.device))
             stack.enter_context(_giving_losses(model, self.all_proposals))
             stack.enter_context(_sizes_known(model))
             for module, losses in self.replaced_losses(model).items():

@@ -107,7 +107,12 @@ class PGD:
         with eval_mode(model):
             return self.maximize(objective, [images])[0]
 
-    def maximize(self, objective: Objective, batches: Sequence[Tensor]) -> list[Tensor]:
+    def maximize(
+        self,
+        objective: Objective,
+        batches: Sequence[Tensor],
+        generators: Sequence[torch.Generator] = (),
+    ) -> list[Tensor]:
         """The attack on anything that has a loss for each image.
 
         Args:
@@ -115,6 +120,7 @@ class PGD:
                 them it gives the losses to maximise, (N,), and whether each image fools the model, (N,) bool;
                 of several restarts, one that does counts as stronger.
             batches: (N, C, H, W) each, float, in [0, 1]; images of one size make a batch.
+            generators: of the random starts, one for each of ``batches``; () takes torch's global one.
 
         Returns:
             Tensors like ``batches``, in [0, 1], detached.
@@ -124,7 +130,7 @@ class PGD:
             return batches
         with torch.enable_grad():
             if self.restarts == 1 and not self.best:
-                return self._climb(objective, batches)
+                return self._climb(objective, batches, generators)
             strongest = [_Strongest() for _ in batches]
 
             def offer(adversarial: list[Tensor], found: list[tuple[Tensor, Tensor]]) -> None:
@@ -132,16 +138,20 @@ class PGD:
                     best.offer(images, losses.detach(), fooled)
 
             for _ in range(self.restarts):
-                last = self._climb(objective, batches, offer if self.best else None)
+                last = self._climb(objective, batches, generators, offer if self.best else None)
                 with torch.no_grad():
                     offer(last, objective(last))
             return [best.images for best in strongest]
 
     def _climb(
-        self, objective: Objective, batches: list[Tensor], visit: Callable | None = None
+        self,
+        objective: Objective,
+        batches: list[Tensor],
+        generators: Sequence[torch.Generator],
+        visit: Callable | None = None,
     ) -> list[Tensor]:
         """The last iterate; ``visit`` gets each iterate before it and what the objective gave for it."""
-        adversarial = [self._start(images) for images in batches]
+        adversarial = self._starts(batches, generators)
         for _ in range(self.steps):
             for images in adversarial:
                 images.requires_grad_(True)
@@ -155,10 +165,14 @@ class PGD:
             adversarial = [self._move(*each) for each in zip(adversarial, grads, batches, strict=True)]
         return adversarial
 
-    def _start(self, images: Tensor) -> Tensor:
+    def _starts(self, batches: list[Tensor], generators: Sequence[torch.Generator]) -> list[Tensor]:
         if not self.random_start:
-            return images.detach()
-        return (images + self.threat_model.random_start(images)).clamp_(0, 1)
+            return [images.detach() for images in batches]
+        ball = self.threat_model
+        return [
+            (images + ball.random_start(images, generator)).clamp_(0, 1)
+            for images, generator in zip(batches, generators or [None] * len(batches), strict=True)
+        ]
 
     def _move(self, adversarial: Tensor, grad: Tensor, images: Tensor) -> Tensor:
         return self.threat_model.ascend(adversarial, grad, self.step_size, images)

@@ -39,16 +39,17 @@ class ThreatModel:
         """The ball's current radius, for images in [0, 1]."""
         return self.scale * (self.eps / 255 if self.norm == "linf" else self.eps)
 
-    def random_start(self, images: torch.Tensor) -> torch.Tensor:
+    def random_start(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Perturbations uniform in the ball, of the shape (N, C, H, W) of ``images``."""
         if self.norm == "linf":
-            return torch.empty_like(images).uniform_(-self.radius, self.radius)
+            return torch.empty_like(images).uniform_(-self.radius, self.radius, generator=generator)
         dimensions = images[0].numel()
-        direction = torch.randn_like(images)
+        direction = torch.empty_like(images).normal_(generator=generator)
         if self.norm == "l1":  # a Laplace vector has a uniform direction on the L1 sphere
-            direction = direction.sign() * torch.empty_like(images).exponential_()
+            direction = direction.sign() * torch.empty_like(images).exponential_(generator=generator)
         # A uniform point of a d-dimensional ball lies at the distance radius * u^(1/d), u uniform.
-        distance = self.radius * torch.rand_like(direction[:, :1, :1, :1]).pow(1 / dimensions)
+        share = torch.empty_like(direction[:, :1, :1, :1]).uniform_(generator=generator)
+        distance = self.radius * share.pow(1 / dimensions)
         return direction * (distance / _norms(direction, self.norm))
 
     def step(self, grad: torch.Tensor, size: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ from rt_detectron.detection.lazy import (
     write_lazy_results,
 )
 from rt_detectron.detection.predictor import Predictor, load_predictors
-from rt_detectron.detection.steps import backbone_factor
+from rt_detectron.detection.steps import backbone_factor, clipped_optimizer
 from rt_detectron.detection.trainer import Trainer, load_detector_config
 from rt_detectron.evaluation.results import write_results
 
@@ -17,6 +17,7 @@ __all__ = [
     "Trainer",
     "backbone_factor",
     "build_lazy_model",
+    "clipped_optimizer",
     "do_test",
     "do_train",
     "load_detector_config",

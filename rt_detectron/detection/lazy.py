@@ -13,9 +13,10 @@ from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.checkpoint.preprocessing import check_preprocessing
 from rt_detectron.data import check_datasets
-from rt_detectron.detection.adversarial import replayed
+from rt_detectron.detection.adversarial import AdversarialTraining, EvaluationUnderAttack
 from rt_detectron.detection.hooks import build_average, training_hooks
 from rt_detectron.detection.lazy_data import (
+    attackable_test_set,
     build_lazy_loader,
     check_lazy_test_set,
     dataset_names,
@@ -55,6 +56,7 @@ def load_lazy_config(path: str, overrides: list[str]):
         raise InputError(f"--config-file {path}: train has no max_iter; tools/pretrain.py takes recipes")
     check_datasets([*dataset_names(cfg, "train"), *dataset_names(cfg, "test")])
     set_num_classes(cfg)
+    _count_iterations(cfg)
     loaded = image_format(cfg)
     expected = OmegaConf.select(cfg, "model.input_format")
     if None not in (loaded, expected) and loaded != expected:
@@ -63,6 +65,23 @@ def load_lazy_config(path: str, overrides: list[str]):
             "set both to what the weights were trained on"
         )
     return cfg
+
+
+def _adversarial(cfg) -> AdversarialTraining:
+    return AdversarialTraining.from_keys(dict(cfg.train.get("adversarial", {})))
+
+
+def _count_iterations(cfg) -> None:
+    """Have a schedule that counts batches (train.adversarial.count_batches) count iterations.
+
+    lr_multiplier is in shares of the training.
+    """
+    train, factor = cfg.train, _adversarial(cfg).iterations
+    if "adversarial" in train and train.adversarial.get("count_batches"):
+        train.max_iter *= factor
+        train.eval_period *= factor
+        train.checkpointer.period *= factor
+        train.adversarial.count_batches = False
 
 
 def build_lazy_model(cfg) -> nn.Module:
@@ -114,10 +133,13 @@ def do_train(cfg, resume: bool = False) -> dict:
     model = build_lazy_model(cfg)
     optimizer = build_optimizer(cfg, model)
     train = cfg.train
-    if "adversarial" in train:
-        loader = replayed(loader, train.device, **train.adversarial)
     average = build_average(model, train.get("ema", 0.0))
     evaluated = average.averaged.module if average else model
+    adversarial = _adversarial(cfg)
+    loader = adversarial.batches(loader, model, train.max_iter, train.amp.enabled)
+    under_attack = None
+    if adversarial.eval_images and "evaluator" in cfg.dataloader:
+        under_attack = EvaluationUnderAttack(attackable_test_set(cfg), adversarial)
     trainer = build_trainer(model, loader, optimizer, train.amp.enabled, **train.ddp)
     checkpointer = RobustCheckpointer(
         evaluated, train.output_dir, input_format=image_format(cfg), trainer=trainer
@@ -134,7 +156,9 @@ def do_train(cfg, resume: bool = False) -> dict:
     results = {}
 
     def evaluate() -> dict:
-        results.update(do_test(cfg, evaluated) or {})
+        clean = do_test(cfg, evaluated) or {}
+        attacked = under_attack(evaluated, clean) if under_attack else {}
+        results.update({**clean, **attacked})
         return results
 
     trainer.register_hooks(

@@ -6,8 +6,10 @@ from omegaconf import OmegaConf
 
 from rt_detectron.data import CheckedMapper, check_classes, check_images, check_objects, count_classes
 from rt_detectron.data.annotations import annotations_of
+from rt_detectron.detection.adversarial import ATTACKED
 from rt_detectron.engine.lazy_config import build
 from rt_detectron.evaluation import COCOEvaluator, LVISEvaluator
+from rt_detectron.evaluation.robustness.test_set import DetectionTestSet
 from rt_detectron.utils.errors import InputError
 
 SKIPPING = "train.on_corrupt=skip"
@@ -64,6 +66,24 @@ def build_lazy_loader(cfg, split: str) -> Iterable:
     records = check_images(records, policy, skipping)
     checked = {**node, "dataset": records, "mapper": CheckedMapper(mapper, policy, skipping)}
     return build(checked, f"dataloader.{split}")
+
+
+def attackable_test_set(cfg) -> DetectionTestSet:
+    """The images of ``cfg.dataloader.test`` with their objects, as the training loader gives those."""
+    node = cfg.dataloader.test
+    kinds = ("use_instance_mask", "use_keypoint", "instance_mask_format", "keypoint_hflip_indices")
+    of_training = cfg.dataloader.train.mapper
+    objects = {kind: of_training[kind] for kind in kinds if kind in of_training}
+    mapper = build({**node.mapper, **objects, "is_train": True}, "dataloader.test.mapper")
+    evaluator = dict(cfg.dataloader.evaluator)
+    if evaluator.get("output_dir"):
+        evaluator["output_dir"] += ATTACKED
+    return DetectionTestSet(
+        build(node.dataset, "dataloader.test.dataset"),
+        build(evaluator, "dataloader.evaluator"),
+        mapper,
+        num_workers=node.get("num_workers", 0),
+    )
 
 
 def _mask_format(mapper) -> str:

@@ -118,12 +118,15 @@ class DetectorTrainer(BaseTrainer):
     def state_of_process(self) -> dict:
         """What this process alone needs to go on, to be saved after a step.
 
-        The moved images of a batch that is to be used again, and the running mean that dense detectors
-        (RetinaNet, FCOS) divide their losses by, which is in no state dict.
+        The moved images of a batch that is to be used again; where the detector is attacked in eval mode, its
+        batch norms' statistics, of which the checkpoint has the first process's only; and the running mean
+        that dense detectors (RetinaNet, FCOS) divide their losses by, which is in no state dict.
         """
         state = {}
         if hasattr(self.data_loader, "moved_images"):
             state["moved_images"] = self.data_loader.moved_images()
+        if hasattr(self.data_loader, "statistics") and comm.get_world_size() > 1:
+            state["statistics"] = self.data_loader.statistics()
         if hasattr(self.detector, "loss_normalizer"):
             state["loss_normalizer"] = float(self.detector.loss_normalizer)
         return state
@@ -133,6 +136,8 @@ class DetectorTrainer(BaseTrainer):
         mine = states[comm.get_rank() % len(states)] if states else {}
         if "loss_normalizer" in mine:
             self.detector.loss_normalizer = mine["loss_normalizer"]
+        if "statistics" in mine and hasattr(self.data_loader, "statistics"):
+            self.data_loader.go_on_with_statistics(mine["statistics"])
         if "moved_images" in mine and hasattr(self.data_loader, "moved_images"):
             # Process r of w has the images [r::w] of a batch.
             images = [state["moved_images"] for state in states]
@@ -296,8 +301,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _clipping(cfg: CfgNode, optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """``optimizer`` with SOLVER.CLIP_GRADIENTS, as Detectron2 clips."""
+    """``optimizer`` with SOLVER.CLIP_GRADIENTS, as Detectron2 clips; "full_model": all gradients as one."""
     clip = cfg.SOLVER.CLIP_GRADIENTS
+    if clip.ENABLED and clip.CLIP_TYPE == "full_model":
+        return _clipping_the_norm(optimizer, clip.CLIP_VALUE)
     if not clip.ENABLED or clip.CLIP_TYPE != "norm":
         return maybe_add_gradient_clipping(cfg, optimizer)
     clipper = functools.partial(_clip_each_norm, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
@@ -317,3 +324,24 @@ def _clip_each_norm(parameters: Iterable[nn.Parameter], max_norm: float, norm_ty
                 grad.mul_(factor)
     else:
         torch._foreach_mul_(grads, list(factors.unbind()))
+
+
+def clipped_optimizer(optimizer: str, max_norm: float, params, **options) -> torch.optim.Optimizer:
+    """An optimiser that clips the norm of all gradients together; for LazyConfigs.
+
+    Args:
+        optimizer: its name in torch.optim, such as "AdamW".
+        max_norm: of the gradients of all ``params``.
+    """
+    return _clipping_the_norm(getattr(torch.optim, optimizer), max_norm)(params, **options)
+
+
+def _clipping_the_norm(
+    optimizer: type[torch.optim.Optimizer], max_norm: float
+) -> type[torch.optim.Optimizer]:
+    """``optimizer``; the norm of all gradients together is at most ``max_norm``."""
+
+    def clip(parameters: Iterable[nn.Parameter]) -> None:
+        nn.utils.clip_grad_norm_(list(parameters), max_norm)
+
+    return _generate_optimizer_class_with_gradient_clipping(optimizer, global_clipper=clip)

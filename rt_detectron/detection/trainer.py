@@ -27,14 +27,21 @@ from yaml import YAMLError
 
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.config import add_robust_config
-from rt_detectron.data import CheckedMapper, check_datasets, load_training_set, set_num_classes
-from rt_detectron.detection.adversarial import replayed
+from rt_detectron.data import (
+    CheckedMapper,
+    check_datasets,
+    load_test_set,
+    load_training_set,
+    set_num_classes,
+)
+from rt_detectron.detection.adversarial import ATTACKED, AdversarialTraining, EvaluationUnderAttack
 from rt_detectron.detection.hooks import PreciseBN, build_average, training_hooks
 from rt_detectron.detection.loader import resumable
 from rt_detectron.detection.steps import DIVERGED, build_optimizer, build_trainer, check_batch_size, fast
 from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
 from rt_detectron.engine.signals import StopSignals
 from rt_detectron.evaluation.build import build_evaluator, check_test_sets, inference_folder
+from rt_detectron.evaluation.robustness.test_set import DetectionTestSet, annotated_test_mapper
 from rt_detectron.utils.errors import InputError, building, one_line
 from rt_detectron.utils.files import find_config
 
@@ -73,6 +80,7 @@ def load_detector_config(path: str, opts: list[str]) -> CfgNode:
         cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMP is for GPUs only
     _check_values(cfg)
     set_num_classes(cfg)
+    _count_iterations(cfg)
     cfg.freeze()
     return cfg
 
@@ -138,6 +146,22 @@ def _check_values(cfg: CfgNode) -> None:
         raise InputError(f"INPUT.MASK_FORMAT is {cfg.INPUT.MASK_FORMAT!r}; it must be polygon or bitmask")
 
 
+def _count_iterations(cfg: CfgNode) -> None:
+    """Have a schedule that counts batches (SOLVER.ADVERSARIAL.COUNT_BATCHES) count iterations."""
+    factor = AdversarialTraining.from_keys(cfg.SOLVER.ADVERSARIAL).iterations
+    if not cfg.SOLVER.ADVERSARIAL.COUNT_BATCHES:
+        return
+    for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
+        cfg.SOLVER[key] *= factor
+    cfg.SOLVER.STEPS = tuple(factor * step for step in cfg.SOLVER.STEPS)
+    cfg.TEST.EVAL_PERIOD *= factor
+    cfg.SOLVER.ADVERSARIAL.COUNT_BATCHES = False
+    logger.info(
+        "%d batches of %d replays: SOLVER.MAX_ITER %d, STEPS %s, WARMUP_ITERS %d",
+        cfg.SOLVER.MAX_ITER // factor, factor, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS,
+    )  # fmt: skip
+
+
 def _names_as_tuples(opts: list[str]) -> list[str]:
     """``opts`` with a bare name of a dataset, such as coco_2017_val, as the tuple that Detectron2 takes."""
     opts = list(opts)
@@ -176,6 +200,9 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         self.average = build_average(model, cfg.SOLVER.EMA)
         self.evaluated = self.average.averaged.module if self.average else model
+        adversarial = AdversarialTraining.from_keys(cfg.SOLVER.ADVERSARIAL)
+        self.under_attack = _under_attack(cfg, adversarial)
+        data_loader = adversarial.batches(data_loader, model, cfg.SOLVER.MAX_ITER, cfg.SOLVER.AMP.ENABLED)
         self._trainer = build_trainer(
             model, data_loader, optimizer, cfg.SOLVER.AMP.ENABLED, broadcast_buffers=False
         )
@@ -218,6 +245,10 @@ class Trainer(DefaultTrainer):
 
     def _evaluate(self) -> dict:
         self._last_eval_results = self.test(self.cfg, self.evaluated)
+        for name, attacked in self.under_attack.items():
+            results = self._last_eval_results
+            results = results if len(self.cfg.DATASETS.TEST) == 1 else results.setdefault(name, {})
+            results.update(attacked(self.evaluated, dict(results)))
         if self.cfg.TEST.AUG.ENABLED and self.iter >= self.max_iter:
             self._last_eval_results.update(self.test_with_tta(self.cfg, self.evaluated))
         return self._last_eval_results
@@ -256,9 +287,7 @@ class Trainer(DefaultTrainer):
         with building("the loader of the training images", "INPUT, DATASETS and DATALOADER"):
             mapper = CheckedMapper(DatasetMapper(cfg, is_train=True), cfg.INPUT.ON_CORRUPT)
             loader = build_detection_train_loader(cfg, mapper=mapper, dataset=load_training_set(cfg))
-        loader = resumable(loader)
-        adversarial = cfg.SOLVER.ADVERSARIAL
-        return replayed(loader, cfg.MODEL.DEVICE, adversarial.REPLAYS, adversarial.NORM, adversarial.EPS)
+        return resumable(loader)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -299,6 +328,8 @@ def best_metric(cfg: CfgNode) -> str:
     name = named[0] if named else cfg.DATASETS.TEST[0]
     metric = metric.removeprefix(f"{name}/")
     tasks = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+    if cfg.SOLVER.ADVERSARIAL.EVAL_IMAGES:
+        tasks |= {f"{task}{ATTACKED}": is_on for task, is_on in tasks.items()}
     if MetadataCatalog.get(name).get("evaluator_type") == "coco" and (
         not tasks.get(metric.partition("/")[0]) or not re.fullmatch(r"\w+/AP(50|75|s|m|l|-.+)?", metric)
     ):
@@ -309,6 +340,22 @@ def best_metric(cfg: CfgNode) -> str:
     if not named:
         logger.info("TEST.BEST_METRIC: %s of the first test set, %s", metric, name)
     return f"{name}/{metric}"
+
+
+def _under_attack(cfg: CfgNode, settings: AdversarialTraining) -> dict[str, EvaluationUnderAttack]:
+    """By test set, if SOLVER.ADVERSARIAL.EVAL_IMAGES asks for it."""
+    if not settings.eval_images:
+        return {}
+    found = {}
+    for name in cfg.DATASETS.TEST:
+        images = DetectionTestSet(
+            load_test_set(cfg, name, with_objects=True),
+            build_evaluator(cfg, name, inference_folder(cfg, name) + ATTACKED),
+            annotated_test_mapper(cfg),
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+        )
+        found[name] = EvaluationUnderAttack(images, settings)
+    return found
 
 
 def _check_tta(cfg: CfgNode, model: torch.nn.Module) -> None:

@@ -5,7 +5,10 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
+from rt_detectron.layers.eval_norm import EvalBatchNorm2d
 from rt_detectron.layers.folding import absorb_norm
+
+_FIXED = (FrozenBatchNorm2d, EvalBatchNorm2d)  # norms whose statistics stay
 
 
 class FrozenNormConv2d(Conv2d):
@@ -19,7 +22,7 @@ class FrozenNormConv2d(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
-        if not isinstance(norm, FrozenBatchNorm2d):  # replaced since
+        if not isinstance(norm, _FIXED):  # replaced since
             return super().forward(x)
         scale, bias = absorb_norm(norm, self.bias)
         geometry = self.stride, self.padding, self.dilation, self.groups
@@ -35,6 +38,6 @@ class FrozenNormConv2d(Conv2d):
 def fold_frozen_norms(model: nn.Module) -> nn.Module:
     """Turn the convolutions of ``model`` that have a frozen norm into :class:`FrozenNormConv2d`, in place."""
     for module in model.modules():
-        if type(module) is Conv2d and isinstance(module.norm, FrozenBatchNorm2d):
+        if type(module) is Conv2d and isinstance(module.norm, _FIXED):
             module.__class__ = FrozenNormConv2d
     return model

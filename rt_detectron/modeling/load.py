@@ -44,7 +44,7 @@ def load_backbone(
         detector: None for the bare network, "fpn" or "retinanet" for the pyramid of that detector, "sfp" for
             ViTDet's simple pyramid on a plain vision transformer. A pyramid's own layers are randomly
             initialised.
-        norm: "FrozenBN", "BN" or "SyncBN".
+        norm: "FrozenBN", "EvalBN" (fixed statistics, but scale and shift train), "BN" or "SyncBN".
         freeze_at: 1 freezes the stem, 2 also res2, ... 5 everything; 0 nothing.
         input_format, pixel_mean, pixel_std: what the detector gives it, to be compared with what it was
             trained on; None is not compared. In a LazyConfig ``pixel_mean="${..pixel_mean}"`` and the like.

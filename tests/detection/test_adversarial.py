@@ -3,10 +3,11 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from small_detectors import SMALL
 from torch import nn
 
 from rt_detectron.attacks import ThreatModel
-from rt_detectron.detection.adversarial import FreeReplays, replayed
+from rt_detectron.detection.adversarial import AdversarialTraining, AttackedBatches, FreeReplays
 from rt_detectron.utils.errors import InputError
 
 MODELS = [ThreatModel("l2", 0.5), ThreatModel("linf", 8)]
@@ -110,15 +111,135 @@ def test_a_detector_gives_gradients_and_its_loss_rises(make_cfg, photograph):
     assert losses[1] > losses[0]
 
 
-def test_without_replays_the_loader_is_itself():
+class TwoLosses(Squares):
+    """A second loss pulls the other way, and is larger."""
+
+    def forward(self, batch):
+        return {"loss_cls": super().forward(batch), "loss_rpn": -3 * super().forward(batch)}
+
+
+def test_the_perturbation_follows_the_chosen_losses_and_the_weights_all():
+    model, (batch,) = TwoLosses(), batches(1)
+    settings = AdversarialTraining(replays=2, norm="linf", eps=8.0, loss="A_cls")
+    (_, both), (_, chosen) = (
+        (each.loss, list(_moves(TwoLosses(), batch, each)))
+        for each in (AdversarialTraining(replays=2, norm="linf", eps=8.0), settings)
+    )
+    for one, other, inputs in zip(both, chosen, batch, strict=True):
+        inside = ((inputs["image"] > 8) & (inputs["image"] < 247)).float()
+        torch.testing.assert_close(one * inside, -other * inside, atol=1e-3, rtol=0)
+        assert (one * inside).abs().max() > 7
+    for moved in settings.batches([batch], model, max_iter=2):
+        sum(model(moved).values()).backward()
+        expected = -2 * sum((x["image"].detach() / 255 - 0.3).sum() for x in moved) * (1 - 3)
+        torch.testing.assert_close(model.target.grad, expected)
+        model.zero_grad()
+
+
+def _moves(model, batch, settings):
+    """By how much each image has moved in the second step on it."""
+    for moved in settings.batches([batch], model, max_iter=2):
+        sum(model(moved).values()).backward()
+    return [found["image"].detach() - inputs["image"] for found, inputs in zip(moved, batch, strict=True)]
+
+
+@pytest.mark.parametrize("threat_model", MODELS, ids=lambda model: model.norm)
+def test_the_next_batch_begins_where_the_last_one_ended(threat_model):
+    model, data = Squares(), batches(2)
+    data[1].reverse()  # so that the images in a place differ in size
+    loader = FreeReplays(data, threat_model, replays=2, carry_over=True)
+    for number, batch in enumerate(loader):
+        step(model, batch)
+        if number == 1:
+            left = loader.moved_images()
+    for first, inputs, moved in zip(model.seen[2], data[1], left, strict=True):
+        resized = nn.functional.interpolate(moved[None], first.shape[1:], mode="bilinear")[0]
+        norm = resized.norm() if threat_model.norm == "l2" else resized.abs().max()
+        resized = resized * (threat_model.radius / norm).clamp(max=1)
+        torch.testing.assert_close(first, (inputs["image"] + 255 * resized).clamp(0, 255))
+        assert (first != inputs["image"]).any()
+
+
+def test_the_attack_comes_late_and_grows():
+    settings = AdversarialTraining(replays=2, norm="linf", eps=8.0, clean=0.25, warmup=0.5, carry_over=True)
+    model, data = Squares(), batches(4)
+    for batch in settings.batches(data, model, max_iter=8):
+        step(model, batch, rate=0)
+    largest = [
+        max((image - inputs["image"]).abs().max() for image, inputs in zip(seen, data[i // 2], strict=True))
+        for i, seen in enumerate(model.seen)
+    ]
+    assert [float(x) for x in largest] == pytest.approx([0, 0, 0, 2, 4, 6, 8, 8], abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def two_images(photograph):
+    instances = Instances((32, 48))
+    instances.gt_boxes = Boxes(torch.tensor([[5.0, 5.0, 30.0, 30.0]]))
+    instances.gt_classes = torch.tensor([1])
+    images = [photograph[:, :32, :48], photograph[:, 40:72, 50:98]]
+    return [{"image": x, "instances": instances, "image_id": i} for i, x in enumerate(images)]
+
+
+@pytest.fixture
+def small_detector(make_cfg):
+    torch.manual_seed(0)
+    cfg = make_cfg("resnet18")
+    cfg.merge_from_list([part for pair in SMALL.items() for part in pair])
+    cfg.MODEL.MASK_ON = False
+    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 20
+    return build_model(cfg).train()
+
+
+@pytest.mark.parametrize("loss", ["A_box", "MTD"])
+def test_pgd_raises_the_loss_and_does_not_depend_on_the_batch(small_detector, two_images, loss):
+    settings = AdversarialTraining(steps=2, norm="linf", eps=8.0, loss=loss)
+    data = [two_images, two_images[1:], two_images]
+    whole, _, again = settings.batches(data, small_detector, max_iter=10**6)
+    assert all(module.training for module in small_detector.modules() if list(module.children()))
+    assert all(parameter.grad is None for parameter in small_detector.parameters())
+    box = AdversarialTraining(steps=1, loss="A_box").attack
+    before, after = box.value(small_detector, two_images), box.value(small_detector, whole)
+    assert all(last > first for first, last in zip(before, after, strict=True))
+    assert not torch.equal(whole[0]["image"], again[0]["image"])  # each iteration begins elsewhere
+    loader = AttackedBatches([two_images[1:]], small_detector, settings.attack)
+    (alone,) = loader
+    torch.testing.assert_close(alone[0]["image"], whole[1]["image"], atol=1e-3, rtol=0)
+    for moved, inputs in zip(whole, two_images, strict=True):
+        assert 7 < (moved["image"] - inputs["image"]).abs().max() <= 8.001
+
+
+def test_pgd_on_clean_batches_is_none(small_detector, two_images):
+    settings = AdversarialTraining(steps=2, norm="linf", eps=8.0, clean=0.5)
+    first, second = settings.batches([two_images, two_images], small_detector, max_iter=2)
+    assert first is two_images
+    assert second[0]["image"].dtype == torch.float32
+
+
+def test_without_either_the_loader_is_itself():
     loader = batches(1)
-    assert replayed(loader, "cpu", 0, "l2", 0.5) is loader
-    assert isinstance(replayed(loader, "cpu", 2, "l2", 0.5), FreeReplays)
+    assert AdversarialTraining().batches(loader, Squares(), 1) is loader
 
 
 @pytest.mark.parametrize(
-    ("norm", "replays", "words"), [("l1", 2, "norm 'l1' is not l2 or linf"), ("l2", -1, "-1 replays")]
+    ("keys", "words"),
+    [
+        ({"norm": "l1"}, "NORM is 'l1'; it must be l2 or linf"),
+        ({"REPLAYS": -1}, "REPLAYS is -1; it must be a whole number >= 0"),
+        ({"replays": 2, "steps": 1}, "two methods: set one of them to 0"),
+        ({"replays": 2, "loss": "MTD"}, "LOSS MTD is for STEPS; with REPLAYS take one of all"),
+        ({"replays": 2, "step_size": 1.0}, "leave STEP_SIZE at 0"),
+        ({"steps": 2, "loss": "A_cwa"}, "A_cwa is for evaluation"),
+        ({"steps": 2, "loss": "A_clf"}, "'A_clf' is unknown"),
+        ({"steps": 2, "carry_over": True}, "are for REPLAYS"),
+        ({"steps": 2, "start": "noise"}, "START is 'noise'"),
+        ({"clip": -1.0}, "CLIP is -1.0"),
+        ({"clean": 2.0}, "clean is 2.0"),
+        ({"replay": 2}, "no key replay; did you mean replays"),
+        ({"steps": 2, "norm": "linf", "eps": 0.03}, "did you mean"),
+    ],
 )
-def test_bad_options_are_refused(norm, replays, words):
-    with pytest.raises(InputError, match=words):
-        replayed([], "cpu", replays, norm, 0.5)
+def test_bad_options_are_one_line(keys, words):
+    with pytest.raises(InputError, match=words) as error:
+        AdversarialTraining.from_keys(keys)
+    assert "\n" not in str(error.value)

@@ -5,11 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2 import model_zoo
+from detectron2.config import instantiate
 
 from rt_detectron.checkpoint import zoo
 from rt_detectron.checkpoint.architectures import build_classifier, get_architecture
 from rt_detectron.checkpoint.convert import convert_checkpoint
-from rt_detectron.detection import build_lazy_model, do_train, load_lazy_config, write_lazy_results
+from rt_detectron.detection import (
+    build_lazy_model,
+    do_train,
+    load_detector_config,
+    load_lazy_config,
+    write_lazy_results,
+)
+from rt_detectron.detection.adversarial import AdversarialTraining
 from rt_detectron.detection.lazy_data import dataset_names
 from rt_detectron.engine.loop import build_optimizer
 from rt_detectron.utils.errors import InputError
@@ -80,6 +88,30 @@ class TestLoadLazyConfig:
             tiny("dataloader.train.mapper.image_format=BGR")
 
 
+def test_the_published_recipe_is_the_yaml_files(sets):
+    """In both, MAX_ITER, the drop of the rate and the warm-up scale with the replays."""
+    path = "configs/{}oddefense_faster_rcnn_r50.{}"
+    names = [f"dataloader.{split}.dataset.names={sets['val']}" for split in ("train", "test")]
+    for replays in (4, 8):
+        lazy = load_lazy_config(path.format("lazy/", "py"), [*names, f"train.adversarial.replays={replays}"])
+        cfg = load_detector_config(path.format("", "yaml"), ["SOLVER.ADVERSARIAL.REPLAYS", str(replays)])
+        keys = {key.lower(): value for key, value in cfg.SOLVER.ADVERSARIAL.items()}
+        assert AdversarialTraining.from_keys(keys) == AdversarialTraining.from_keys(lazy.train.adversarial)
+        assert not keys["count_batches"]
+        assert cfg.SOLVER.MAX_ITER == lazy.train.max_iter == 43974 * replays
+        assert cfg.SOLVER.CHECKPOINT_PERIOD == lazy.train.checkpointer.period == 1250 * replays
+        assert cfg.TEST.EVAL_PERIOD == lazy.train.eval_period == 7329 * replays
+        factors = instantiate(lazy.lr_multiplier)
+        (drop,) = cfg.SOLVER.STEPS
+        for step, factor in ((0, 0.001), (cfg.SOLVER.WARMUP_ITERS, 1), (drop - 1, 1), (drop + 1, 0.1)):
+            assert factors(step / cfg.SOLVER.MAX_ITER) == pytest.approx(factor, rel=0.02)
+    optimizer = instantiate({**lazy.optimizer, "params": [torch.nn.Parameter(torch.ones(4))]})
+    assert isinstance(optimizer, torch.optim.AdamW)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY)
+    assert lazy.optimizer.max_norm == cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE
+
+
 def test_wrong_preprocessing_stops_before_training(tiny):
     cfg = tiny("model.input_format=BGR", "dataloader.train.mapper.image_format=BGR")
     with pytest.raises(InputError, match=r'set INPUT.FORMAT "RGB"'):
@@ -98,15 +130,17 @@ def test_the_backbone_may_have_its_own_rate(tiny, monkeypatch, tmp_path):
 
 
 def test_a_training_with_every_option_is_evaluated_reported_and_resumed(tiny, tmp_path):
-    cfg = tiny("train.max_iter=3", "train.ema=0.5", "train.adversarial.replays=2", "train.eval_period=2")
+    cfg = tiny("train.max_iter=3", "train.ema=0.5", "train.adversarial.replays=2", "train.eval_period=2",
+               "train.adversarial.loss=A_box", "train.adversarial.eval_images=1",
+               "train.best_metric=bbox_attacked/AP")  # fmt: skip
     before = copy.deepcopy(cfg)
     results = do_train(cfg)
     assert cfg == before
-    assert set(results) == {"bbox", "segm"}
+    assert set(results) == {"bbox", "segm", "bbox_attacked", "segm_attacked"}
     final = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert (final["iteration"], final["rt_detectron"]["arch"]) == (2, "resnet18")
     assert "AveragedWeights" in final["trainer"]["hooks"]
-    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["best"]["metric"] == "bbox/AP"
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["best"]["metric"] == "bbox_attacked/AP"
     path = write_lazy_results(cfg, results, 1.26, 3)
     content = json.loads(Path(path).read_text())
     assert content["weights"] == cfg.model.backbone.name

@@ -16,6 +16,14 @@ EVERYTHING = {
     "SOLVER.ADVERSARIAL.REPLAYS": 3,
     "SOLVER.ADVERSARIAL.NORM": "linf",
     "SOLVER.ADVERSARIAL.EPS": 8.0,
+    "SOLVER.ADVERSARIAL.LOSS": "A_box",
+    "SOLVER.ADVERSARIAL.CLIP": 6.0,
+    "SOLVER.ADVERSARIAL.CARRY_OVER": True,
+    "SOLVER.ADVERSARIAL.WARMUP": 0.5,
+    "SOLVER.ADVERSARIAL.EVAL_IMAGES": 1,
+    "SOLVER.OPTIMIZER": "ADAMW",
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",
+    "TEST.BEST_METRIC": "bbox_attacked/AP",
     "DATALOADER.ASPECT_RATIO_GROUPING": True,
     "TEST.PRECISE_BN.ENABLED": True,
     "TEST.PRECISE_BN.NUM_ITER": 1,
@@ -61,6 +69,10 @@ def test_a_resumed_training_is_bit_equal(tiny_cfg, tmp_path, monkeypatch, chosen
     assert differences(whole, load(tmp_path / "cut", "model_0000001.pth"))
     train(tiny_cfg(tmp_path / "cut", *opts), resume=True)
     assert not differences(whole, load(tmp_path / "cut"))
+    if chosen is EVERYTHING:
+        for folder in ("whole", "cut"):
+            best = load(tmp_path / folder, "model_best.pth")["best"]
+            assert (best["metric"], best["iteration"]) == ("bbox_attacked/AP", 3)
 
 
 @pytest.fixture

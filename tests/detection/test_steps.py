@@ -20,6 +20,7 @@ from rt_detectron.detection.steps import (
     backbone_factor,
     build_optimizer,
     build_trainer,
+    clipped_optimizer,
     fast,
 )
 from rt_detectron.layers.frozen_norm import FrozenNormConv2d
@@ -178,6 +179,17 @@ def test_without_a_multiplier_it_steps_as_detectron2s(make_cfg, clip):
             optimizer.step()
     for (name, ours), reference in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_norm_of_all_gradients_is_clipped(make_cfg):
+    keys = {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 1.0}
+    cfg = solver(make_cfg("resnet18"), **{f"CLIP_GRADIENTS.{key}": value for key, value in keys.items()})
+    network = torch.nn.Linear(2, 1)
+    for optimizer in (build_optimizer(cfg, network), clipped_optimizer("SGD", 1.0, network.parameters())):
+        network.weight.grad, network.bias.grad = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
+        optimizer.step()
+        torch.testing.assert_close(network.weight.grad, torch.tensor([[0.6, 0.0]]))
+        torch.testing.assert_close(network.bias.grad, torch.tensor([0.8]))
 
 
 def test_mixed_precision_has_its_gradients_unscaled_ahead_of_the_clipping(make_cfg):

@@ -67,7 +67,7 @@ class AttackEvaluation(Evaluation):
         "TEST.ATTACK.RESTARTS 1": "random restarts; each image keeps the strongest",
         "TEST.ATTACK.BEST True": "keep the strongest iterate, not the last",
         "TEST.ATTACK.TARGETED True": "aim for a wrong class: classification and A_cls",
-        "TEST.ATTACK.CLIP 6": "what a proposal's loss counts at most: A_cls, A_reg, A_cwa, MTD",
+        "TEST.ATTACK.CLIP 6": "what a proposal's loss counts at most: A_cls, A_reg, A_box, A_cwa, MTD",
         "TEST.ATTACK.PADDING True": "change the padding, too",
         "TEST.ATTACK.NOISE True": "also AP under random noise of the same size",
         "TEST.ATTACK.CHECK_IMAGES 10": "check for gradient masking on so many images; 0: only what is free",

@@ -16,6 +16,7 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 
 from rt_detectron.checkpoint.architectures import ARCHITECTURES, RESNET, Architecture, get_architecture
 from rt_detectron.checkpoint.weights import check_config
+from rt_detectron.layers.eval_norm import keep_statistics
 from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -80,13 +81,25 @@ def build_robust_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet
     the resolved keys are written into ``cfg``, so that both are stages of one network.
 
     Raises:
-        InputError: as :func:`resolve_resnet`, and under a C4 head for a network without bottlenecks.
+        InputError: as :func:`resolve_resnet`, and under a C4 head for a network without bottlenecks, and for
+            EvalBN, which Detectron2's head does not know.
     """
     check_config(cfg)
     resolved = resolve_resnet(cfg)
+    if cfg.MODEL.RESNETS.NORM == "EvalBN":
+        if has_c4_head(cfg):
+            raise InputError(
+                f"MODEL.RESNETS.NORM EvalBN: {cfg.MODEL.ROI_HEADS.NAME} (C4) takes FrozenBN or BN"
+            )
+        resolved.MODEL.RESNETS.NORM = "BN"
+        return keep_statistics(_build(resolved, input_shape))
     if has_c4_head(cfg):
         _complete_for_c4_head(cfg, resolved)
-    if _is_deeplab(cfg):
+    return _build(resolved, input_shape)
+
+
+def _build(resolved: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    if _is_deeplab(resolved):
         from detectron2.projects.deeplab import build_resnet_deeplab_backbone
 
         return build_resnet_deeplab_backbone(resolved, input_shape)

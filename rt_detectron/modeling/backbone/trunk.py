@@ -8,6 +8,7 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from rt_detectron.checkpoint.weights import check_config
+from rt_detectron.layers.eval_norm import keep_statistics
 from rt_detectron.modeling.backbone.resnet import has_c4_head
 from rt_detectron.utils.errors import InputError
 
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 STAGES = ("stem", *STRIDES)  # in the order of MODEL.BACKBONE.FREEZE_AT, which counts from 1
-NORMS = ("FrozenBN", "BN", "SyncBN")
+NORMS = ("FrozenBN", "EvalBN", "BN", "SyncBN")
 
 
 class Trunk(Backbone):
@@ -63,7 +64,7 @@ def checked_features(cfg: CfgNode, arch: str) -> list[str]:
     """``MODEL.RESNETS.OUT_FEATURES``, once what only ResNets can follow is ruled out. Logs what is built.
 
     Raises:
-        InputError: for other names than res2 ... res5, a NORM other than FrozenBN, BN and SyncBN, and for
+        InputError: for other names than res2 ... res5, a NORM other than :data:`NORMS`, and for
             DC5 and C4 detectors.
     """
     check_config(cfg)
@@ -102,7 +103,12 @@ def set_norms(trunk: nn.Module, stages: dict[str, list[str]], cfg: CfgNode) -> N
         stages: names of the modules of each of :data:`STAGES`; of a module only its own parameters count,
             not those of the modules in it.
     """
-    convert = {"FrozenBN": _frozen, "BN": lambda module: module, "SyncBN": _synchronised}
+    convert = {
+        "FrozenBN": _frozen,
+        "EvalBN": _of_fixed_statistics,
+        "BN": lambda module: module,
+        "SyncBN": _synchronised,
+    }
     for name, module in list(trunk.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             trunk.set_submodule(name, convert[cfg.MODEL.RESNETS.NORM](module))
@@ -124,6 +130,15 @@ def _frozen(norm: nn.Module) -> nn.Module:
     frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(norm)
     frozen.num_batches_tracked = None  # as in Detectron2's ResNet; weights' files do not have it
     return frozen
+
+
+def _of_fixed_statistics(norm: nn.Module) -> nn.Module:
+    if type(norm) is not nn.BatchNorm2d:
+        raise InputError(
+            f"MODEL.RESNETS.NORM EvalBN is for plain batch norm, and this network has {type(norm).__name__}: "
+            "set FrozenBN"
+        )
+    return keep_statistics(norm)
 
 
 def _synchronised(norm: nn.Module) -> nn.Module:
