@@ -1,8 +1,11 @@
 #!/usr/bin/env python
 """Convert a classifier into a Detectron2 backbone, or into another of the formats that it comes in.
 
+With --detector, convert a Faster R-CNN of mmdetection into a detector of Detectron2.
+
 python tools/convert_checkpoint.py resnet50_l2_eps3.ckpt resnet50_l2_eps3.pkl
 python tools/convert_checkpoint.py output/pretrain/classifier.pth resnet50_l2_eps3.safetensors
+python tools/convert_checkpoint.py frcnn_at.pth detector.pth --detector
 """
 
 import argparse
@@ -13,6 +16,7 @@ from rt_detectron.checkpoint.architectures import ARCHITECTURES, RESNET, get_arc
 from rt_detectron.checkpoint.convert import UNIT_PIXELS, Conversion, convert_checkpoint
 from rt_detectron.checkpoint.layouts import Choice
 from rt_detectron.checkpoint.metadata import INPUT_FORMATS, NORMS
+from rt_detectron.checkpoint.mmdetection import DetectorConversion, convert_detector
 from rt_detectron.checkpoint.preprocessing import preprocessing_lines
 from rt_detectron.checkpoint.statements import Pixels
 from rt_detectron.utils.errors import InputError, one_line_errors
@@ -39,6 +43,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--arch",
         help=f"default: detected; one of {', '.join(ARCHITECTURES)}, or timm/NAME, which is never detected; "
         "timm/NAME:act_layer=gelu for one with other layers",
+    )
+    parser.add_argument(
+        "--detector",
+        action="store_true",
+        help="the input is a Faster R-CNN with FPN of mmdetection 2 or 3, on a ResNet or ConvNeXt-T, such as "
+        "those of thu-ml/oddefense; the output, a .pth, is the whole detector",
     )
     parser.add_argument("--norm", choices=NORMS, help="default: from the file's metadata or name")
     parser.add_argument("--eps", type=float, help="L2 in [0,1] pixel units, Linf in 1/255")
@@ -110,9 +120,25 @@ def print_summary(args: argparse.Namespace, conversion: Conversion) -> None:
                 print(f"  {line}")
 
 
+def print_detector(args: argparse.Namespace, conversion: DetectorConversion) -> None:
+    metadata = conversion.metadata
+    print(f"read   {args.input}: Faster R-CNN, {metadata.arch}, {conversion.classes} classes")
+    for guess in conversion.guesses:
+        print(f"guess  {guess}")
+    print(f"wrote  {args.output}: {conversion.num_tensors} tensors")
+    print("Config lines for it, in a config of Faster R-CNN with FPN:")
+    for key, value in conversion.config.items():
+        print(f"  {key} {value}")
+    for line in preprocessing_lines(metadata).values():
+        print(f"  {line}")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with one_line_errors():
+        if args.detector:
+            print_detector(args, convert_detector(args.input, args.output, args.norm, args.eps, args.arch))
+            return
         conversion = convert_checkpoint(
             args.input,
             args.output,

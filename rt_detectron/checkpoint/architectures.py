@@ -107,6 +107,21 @@ def _timm_names(architecture: "Architecture", names: list[str]) -> dict[str, str
 _RESAMPLED = ("pos_embed", "patch_embed.proj.weight", "relative_position_bias_table")
 
 
+# mmpretrain's names of ConvNeXt -> those of its authors, which timm reads.
+_MMPRETRAIN = (
+    (r"\.depthwise_conv\.", ".dwconv."),
+    (r"\.pointwise_conv(\d)\.", r".pwconv\1."),
+    (r"^norm3\.", "norm."),
+    (r"^head\.fc\.", "head."),
+)
+
+
+def _as_its_authors(name: str) -> str:
+    for pattern, replacement in _MMPRETRAIN:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def _current_timm_names(architecture: "Architecture", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's own translation of files of its earlier releases and of a network's original authors.
 
@@ -114,6 +129,8 @@ def _current_timm_names(architecture: "Architecture", tensors: dict[str, Tensor]
     something else: then the tensors stay as they are, and do not fit.
     """
     network = architecture.skeleton
+    if any(".depthwise_conv." in name for name in tensors):
+        tensors = {_as_its_authors(name): tensor for name, tensor in tensors.items()}
     translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if translate is None:
         return tensors

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from rt_detectron.checkpoint.formats import read_pickle
+from rt_detectron.checkpoint.metadata import Metadata
+from rt_detectron.checkpoint.mmdetection import DetectorConversion
 
 UNIT_PIXELS = ["--pixel-mean", "0.485", "0.456", "0.406", "--pixel-std", "0.229", "0.224", "0.225"]
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -55,6 +57,22 @@ def test_converts_and_prints_the_config_lines(source, tmp_path):
         "MODEL.RESNETS.STRIDE_IN_1X1 False",
     ):
         assert f"  {line}\n" in result.stdout
+
+
+def test_a_detector_of_mmdetection(tool, source, tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        tool.main([str(source), str(tmp_path / "d.pth"), "--detector"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds no Faster R-CNN of mmdetection: it has module.model." in line
+    pixels = (1.0, 2.0, 3.0), (4.0, 5.0, 6.0)
+    metadata = Metadata("resnet50", "linf", 4.0, "RGB", *pixels, False, "frcnn_at.pth")
+    done = DetectorConversion(metadata, 300, 80, {"MODEL.ROI_HEADS.NUM_CLASSES": "80"}, ["something"])
+    monkeypatch.setattr(tool, "convert_detector", lambda *arguments: done)
+    tool.main(["frcnn_at.pth", "d.pth", "--detector"])
+    printed = capsys.readouterr().out
+    assert "read   frcnn_at.pth: Faster R-CNN, resnet50, 80 classes\nguess  something\n" in printed
+    assert "  MODEL.ROI_HEADS.NUM_CLASSES 80\n" in printed
+    assert "  MODEL.PIXEL_STD [4.0, 5.0, 6.0]\n" in printed
 
 
 def test_other_formats_come_without_config_lines(tool, source, tmp_path, capsys):
