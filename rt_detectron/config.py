@@ -41,6 +41,10 @@ def _keys() -> CN:
     # What a training does with an image that cannot be read: "stop", or "skip" to train without it.
     cfg.INPUT.ON_CORRUPT = "stop"
 
+    # With MODEL.BACKBONE.FREEZE_AT 5, on CPUs: gigabytes of disk in which the backbone's features are kept,
+    # so that each picture goes through it once. 0: none.
+    cfg.DATALOADER.FEATURE_CACHE_GB = 0.0
+
     # Training: multiplies the learning rate of the pretrained network, but not of an FPN's own layers.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     # "SGD", or "ADAMW" as ViTs, Swin and ConvNeXt are trained with; BASE_LR is then about 1e-4.

@@ -35,6 +35,7 @@ from rt_detectron.data import (
     set_num_classes,
 )
 from rt_detectron.detection.adversarial import ATTACKED, AdversarialTraining, EvaluationUnderAttack
+from rt_detectron.detection.frozen_features import cache_features
 from rt_detectron.detection.hooks import PreciseBN, build_average, training_hooks
 from rt_detectron.detection.loader import resumable
 from rt_detectron.detection.steps import DIVERGED, build_optimizer, build_trainer, check_batch_size, fast
@@ -197,6 +198,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         if cfg.TEST.AUG.ENABLED:
             _check_tta(cfg, model)
+        cache_features(model, cfg, images=len(getattr(data_loader, "images", ())))
         optimizer = self.build_optimizer(cfg, model)
         self.average = build_average(model, cfg.SOLVER.EMA)
         self.evaluated = self.average.averaged.module if self.average else model

@@ -1,0 +1,110 @@
+"""Features of a frozen backbone from disk: the same training, with fewer passes."""
+
+import logging
+import re
+
+import pytest
+import torch
+from detectron2.modeling import ResNet
+from detectron2.utils.env import seed_all_rng
+
+from rt_detectron.detection import Trainer
+from rt_detectron.detection.frozen_features import KEY
+from rt_detectron.utils.errors import InputError
+
+FROZEN = {"MODEL.BACKBONE.FREEZE_AT": 5, "SOLVER.MAX_ITER": 4, "DATALOADER.ASPECT_RATIO_GROUPING": False}
+
+
+@pytest.fixture
+def train(tiny_cfg, tmp_path, monkeypatch):
+    """``train(gigabytes, KEY=value ...)`` is the trainer after 4 iterations of 2 images, and the losses."""
+    monkeypatch.setenv("RT_DETECTRON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, *args: {}))
+
+    def run(gigabytes, resume=False, folder="out", **changed):
+        keys = {**FROZEN, KEY: gigabytes, **changed}
+        opts = [part for pair in keys.items() for part in pair]
+        seed_all_rng(1)  # of the heads' weights and of the order of the images
+        trainer = Trainer(tiny_cfg(tmp_path / folder, *opts))
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+        return trainer, [loss for loss, _ in trainer.storage.history("total_loss").values()]
+
+    return run
+
+
+def files(tmp_path):
+    return sorted((tmp_path / "cache" / "detection_features").rglob("*.npz"))
+
+
+def test_losses_are_the_same_and_the_second_training_computes_nothing(train, tmp_path, monkeypatch, caplog):
+    plain, expected = train(0.0, folder="plain")
+    with caplog.at_level(logging.INFO):
+        first, losses = train(1.0, folder="first")
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, weight in plain.model.state_dict().items():
+        torch.testing.assert_close(first.model.state_dict()[name], weight, rtol=1e-3, atol=1e-5)
+    store = first.model.backbone.bottom_up.feature_store
+    assert store.read + store.computed == 8
+    assert store.computed == len(files(tmp_path)) > 0
+    assert "6 images x 1 sizes x 1 flips of" in caplog.text
+
+    with monkeypatch.context() as without:
+        without.setattr(ResNet, "forward", None)
+        second, again = train(1.0, folder="second")
+    assert second.model.backbone.bottom_up.feature_store.computed == 0
+    assert again == losses
+
+    files(tmp_path)[0].write_bytes(files(tmp_path)[1].read_bytes()[:1000])
+    third, again = train(1.0, folder="third")
+    assert third.model.backbone.bottom_up.feature_store.computed == 1
+    assert "is damaged" in caplog.text
+    assert again == losses
+    image = torch.rand(1, 3, 32, 32, requires_grad=True)
+    assert third.model.backbone.bottom_up(image)["res5"].requires_grad
+    third.model.eval()
+    assert third.model.backbone.bottom_up(torch.zeros(1, 3, 32, 32))
+    assert len(files(tmp_path)) == store.computed  # nothing in eval mode
+
+
+def test_other_weights_have_other_features(train, tmp_path):
+    trainer, _ = train(1.0, **{"SOLVER.MAX_ITER": 1})
+    trunk, image = trainer.model.backbone.bottom_up, torch.ones(1, 3, 32, 32)
+    before = trunk(image)
+    state = {name: 1.1 * tensor for name, tensor in trainer.model.state_dict().items()}
+    trainer.model.load_state_dict(state)
+    assert not torch.allclose(trunk(image)["res5"], before["res5"])
+    assert len({path.parent for path in files(tmp_path)}) == 2
+
+
+def test_what_has_no_room_is_computed_each_time(train, tmp_path, caplog):
+    trainer, losses = train(1e-9)
+    assert not files(tmp_path)
+    assert caplog.text.count("no more features are stored (DATALOADER.FEATURE_CACHE_GB is reached)") == 1
+    assert trainer.model.backbone.bottom_up.feature_store.computed == 2 * len(losses)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"MODEL.BACKBONE.FREEZE_AT": 4}, "it needs a frozen backbone; set MODEL.BACKBONE.FREEZE_AT 5"),
+        ({"INPUT.CROP.ENABLED": True}, "every crop is another picture"),
+        (
+            {"INPUT.MIN_SIZE_TRAIN_SAMPLING": "range", "INPUT.MIN_SIZE_TRAIN": "(64, 70)"},
+            "every size is another picture",
+        ),
+        ({"SOLVER.ADVERSARIAL.REPLAYS": 2}, "adversarial training changes the pictures"),
+        ({"SOLVER.ADVERSARIAL.STEPS": 2}, "adversarial training changes the pictures"),
+    ],
+)
+def test_where_each_iteration_has_pictures_of_its_own_it_is_refused(train, changed, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        train(1.0, **changed)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "words"), [(-1.0, "it must be in gigabytes"), (1e9, "GB of disk are left for")]
+)
+def test_a_limit_that_cannot_be(train, gigabytes, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        train(gigabytes)
