@@ -27,7 +27,8 @@ INTRODUCTION = """\
 
 The ImageNet classifiers published with
 [Do Adversarially Robust ImageNet Models Transfer Better?](https://arxiv.org/abs/2007.08489)
-(Salman et al. 2020), {count} files, by name, as Detectron2 backbones:
+(Salman et al. 2020), {count} files, by name, as Detectron2 backbones. [Newer networks](#newer-networks)
+follow below.
 
 ```
 MODEL.WEIGHTS "robust://resnet50_l2_eps3.pkl"
@@ -61,7 +62,9 @@ From Python:
 import rt_detectron
 
 for entry in rt_detectron.zoo.list(norm="linf", arch="resnet50"):
-    print(entry.name, entry.eps, entry.top1)
+    print(entry.name, entry.eps, entry.top1)  # clean accuracy; .robust is that under AutoAttack, if published
+for entry in rt_detectron.zoo.list(source="robustbench"):
+    print(entry.name, entry.arch, entry.robust, entry.url)
 path = rt_detectron.zoo.backbone("resnet50_linf_eps4.0")  # of the converted .pkl
 path = rt_detectron.zoo.checkpoint("resnet50_linf_eps4.0")  # of the published classifier's own file
 ```

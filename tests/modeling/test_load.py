@@ -97,6 +97,9 @@ def test_timm_backbone_from_a_file(tmp_path, random_classifier, photograph):
         found = backbone.eval()(images)["res5"]
     torch.testing.assert_close(found, expected[0])
     assert load_classifier(str(tmp_path / "c.pth"), arch="timm/convnext_atto").num_classes == 7
+    pyramid = load_backbone(output, "fpn", out_norm="LN")  # whose norms are in no file
+    assert len(pyramid.bottom_up.out_norms) == 4
+    assert torch.equal(pyramid.bottom_up.trunk.stem_0.weight, network.stem[0].weight)
 
 
 def test_norm_and_freezing(publish):
