@@ -147,6 +147,10 @@ def _keys() -> CN:
     # The number of images to corrupt, evenly spread over the test set. 0: all.
     cfg.TEST.CORRUPTION.MAX_IMAGES = 0
 
+    # tools/evaluate_robustness.py: box AP on other test sets with the same classes, by name. "coco_o": the
+    # six domains of COCO-O, such as coco_o_sketch.
+    cfg.TEST.NATURAL = ()
+
     # For each attack and corruption, save pictures of this many images before and after the change.
     cfg.TEST.PICTURES = 0
     return cfg

@@ -1,4 +1,4 @@
-"""Data of classification and detection. Importing this registers the demo dataset with Detectron2."""
+"""Data of classification and detection. Importing this registers the demo set and COCO-O with Detectron2."""
 
 from rt_detectron.data.annotations import check_objects
 from rt_detectron.data.cached import folder_name

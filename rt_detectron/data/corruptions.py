@@ -40,6 +40,7 @@ COMMON_CORRUPTIONS = (
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALLEST_SIDE = 32  # pixels; imagecorruptions' own bound
+USUAL_SIDE = 224  # pixels; what the severities were chosen for
 
 
 def corruption_names(names: Iterable[str]) -> tuple[str, ...]:

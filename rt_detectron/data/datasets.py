@@ -1,4 +1,4 @@
-"""The demo dataset, and checks of the datasets that a config names before anything slow begins."""
+"""The demo dataset, COCO-O, and checks of the datasets that a config names before anything slow begins."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.data.datasets import register_coco_instances
 
 from rt_detectron.data.annotations import annotations_of, check_objects, warn_of_boxes_outside
+from rt_detectron.data.coco_o import register_coco_o
 from rt_detectron.data.derived import register_derived
 from rt_detectron.data.image_files import check_images
 from rt_detectron.data.own import FORMS, is_own, register_own, split_modifiers
@@ -23,7 +24,9 @@ def _register_demo(root: str) -> None:
         register_coco_instances(f"rt_demo_{split}", {}, annotations, os.path.join(folder, split))
 
 
-_register_demo(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
+_ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+_register_demo(_ROOT)
+register_coco_o(_ROOT)
 
 
 def check_datasets(names) -> None:

@@ -1,12 +1,19 @@
 """AP under common corruptions."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
 
-from rt_detectron.data.corruptions import SEVERITIES, SMALLEST_SIDE, CorruptionMapper, corruption_names
+from rt_detectron.data.corruptions import (
+    SEVERITIES,
+    SMALLEST_SIDE,
+    USUAL_SIDE,
+    CorruptionMapper,
+    corruption_names,
+)
 from rt_detectron.evaluation.robustness.evaluation import (
     Evaluation,
     Row,
@@ -19,6 +26,8 @@ from rt_detectron.evaluation.robustness.measurement import Metrics, main_metric
 from rt_detectron.evaluation.robustness.session import Session
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.numbers import is_number
+
+logger = logging.getLogger(__name__)
 
 
 @register_evaluation
@@ -64,6 +73,13 @@ class CorruptionEvaluation(Evaluation):
                 f"be corrupted, as in {len(small)} of {len(images)} images: leave out images with a side "
                 f"shorter than {SMALLEST_SIDE} pixels"
             )
+        sides = sorted(min(each["width"], each["height"]) for each in sized)
+        if sides and sides[len(sides) // 2] < USUAL_SIDE:
+            logger.warning(
+                "Half of the images have a side of %d pixels or less: corruptions are meant for %d and more, "
+                "and blurs take more away from small images; compare these numbers among themselves only",
+                sides[len(sides) // 2], USUAL_SIDE,
+            )  # fmt: skip
 
     def measure(self, session: Session) -> dict | None:
         if not self.corruptions:

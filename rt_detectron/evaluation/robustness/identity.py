@@ -28,6 +28,7 @@ _WITHOUT_EFFECT = (
     "MODEL.WEIGHTS",  # what the network holds counts, not the file that it came from
     "TEST.ATTACK",
     "TEST.CORRUPTION",
+    "TEST.NATURAL",
     "TEST.PICTURES",
     "TEST.EVAL_PERIOD",
     "TEST.EXPECTED_RESULTS",

@@ -110,6 +110,15 @@ class Session:
     def seconds(self) -> float:
         return sum(measured.seconds for measured in self._measured.values())
 
+    def on(self, dataset: str) -> "Session":
+        """The same detector on another test set; what is measured there counts here, too."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATASETS.TEST = (dataset,)
+        other = Session(cfg, self.model, self._changed.folder, self.surrogate)
+        other._measured = self._measured
+        return other
+
     def images(self, max_images: int = 0) -> DetectionTestSet:
         """Images to change: so many of the test set, evenly spread, or all for 0.
 
