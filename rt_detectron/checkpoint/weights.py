@@ -12,11 +12,14 @@ from rt_detectron.checkpoint.preprocessing import compare
 from rt_detectron.utils.errors import InputError
 
 
-def check_config(cfg: CfgNode) -> None:
+def check_config(cfg: CfgNode, stride_in_1x1: bool | None = None) -> None:
     """Compare a config with what its MODEL.WEIGHTS were trained on, as far as that is known before loading.
 
-    The backbone builders ask it, so that they stop under any detector, trainer and checkpointer. They give
-    bottlenecks the stride that the weights need, so MODEL.RESNETS.STRIDE_IN_1X1 is not compared.
+    The backbone builders ask it, so that they stop under any detector, trainer and checkpointer.
+
+    Args:
+        stride_in_1x1: where the builder puts the stride of bottlenecks, whatever MODEL.RESNETS.STRIDE_IN_1X1
+            says: Detectron2's default for it is no network's of ours. None without bottlenecks.
 
     Raises:
         InputError: listing exactly the config lines to set.
@@ -26,6 +29,13 @@ def check_config(cfg: CfgNode) -> None:
     except InputError:  # loading tells what is wrong with the weights, if it comes to that
         return
     if metadata is not None:
+        if stride_in_1x1 not in (None, metadata.stride_in_1x1):
+            raise InputError(
+                f"the weights ({metadata.source}) have the stride of bottlenecks in the "
+                f"{'1x1' if metadata.stride_in_1x1 else '3x3'} convolution, which {cfg.MODEL.BACKBONE.NAME} "
+                "does not build: set MODEL.BACKBONE.NAME to Detectron2's builder, such as "
+                f"build_resnet_fpn_backbone, and MODEL.RESNETS.STRIDE_IN_1X1 {metadata.stride_in_1x1}"
+            )
         keys = {"PIXEL_MEAN": cfg.MODEL.PIXEL_MEAN, "PIXEL_STD": cfg.MODEL.PIXEL_STD}
         found = {f"MODEL.{key}": list(value) for key, value in keys.items()}
         compare({"INPUT.FORMAT": cfg.INPUT.FORMAT, **found}, metadata)

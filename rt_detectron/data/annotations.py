@@ -18,8 +18,11 @@ def annotations_of(path: str) -> Iterator[None]:
     """A block that reads or interprets the annotations in ``path``.
 
     Raises:
-        InputError: instead of the errors that libraries raise for a missing or malformed file.
+        InputError: instead of the errors that libraries raise for a missing or malformed file, and of
+            Detectron2's warning of annotations whose images the file does not list.
     """
+    reader = logging.getLogger("detectron2.data.datasets.coco")
+    reader.addFilter(_refuse_unlisted)
     try:
         yield
     except InputError:
@@ -36,6 +39,17 @@ def annotations_of(path: str) -> Iterator[None]:
         raise InputError(
             f"{path}: not usable annotations ({one_line(error)[:200]}); datasets/README.md names the format"
         ) from None
+    finally:
+        reader.removeFilter(_refuse_unlisted)
+
+
+def _refuse_unlisted(record: logging.LogRecord) -> bool:
+    """A filter of Detectron2's messages as it reads a file, which has parsed it then."""
+    text = " ".join(record.getMessage().split())
+    if "of them match to images in the file" in text:
+        text = text.replace(" contains ", ": contains ", 1).rstrip(".")
+        raise InputError(f"{text}: list the images of the others, or drop these annotations")
+    return True
 
 
 def check_objects(records: Sequence[dict], mask_format: str | None = None, keypoints: int = 0) -> None:

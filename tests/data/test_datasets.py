@@ -141,7 +141,6 @@ class TestLoadTrainingSet:
             ([annotation(), annotation()], {}, "not unique"),
             ([], {}, "No valid data"),
             (None, {}, "No valid data"),
-            ([annotation()], {"images": []}, "empty"),
             ([annotation()], {"categories": []}, ""),
             ([annotation()], {"categories": None}, ""),
             ([annotation()], {"images": [{"id": 1, "file_name": "1.jpg"}]}, "height"),
@@ -153,6 +152,19 @@ class TestLoadTrainingSet:
         text = message(load_training_set, cfg)
         assert text.startswith(f"{path}: not usable annotations (")
         assert words in text
+
+    @pytest.mark.parametrize("images", [[], [{"id": 2, "file_name": "2.jpg", "width": 100, "height": 80}]])
+    def test_annotations_of_images_that_are_not_listed(self, register, cfg, images):
+        """Detectron2 warns of them, and trains on the rest."""
+        path = register([annotation(1), annotation(2)], images=images)
+        text = message(load_training_set, cfg)
+        assert text.startswith(
+            f"{path}: contains 2 annotations, but only {len(images)} of them match to images"
+        )
+        assert text.endswith("list the images of the others, or drop these annotations")
+        register([annotation(1), annotation(2)], f"{NAME}_whole")  # and nothing stays behind
+        cfg.DATASETS.TRAIN = (f"{NAME}_whole",)
+        assert len(load_training_set(cfg)) == 2
 
     @pytest.mark.parametrize("content", ['{"images": [', "", "[1, 2]", "\xff"])
     def test_broken_json_names_the_file(self, register, cfg, content):

@@ -92,6 +92,10 @@ class TestCheckTestSets:
         [
             (lambda content: [a.pop("area") for a in content["annotations"]], "and an 'area'"),
             (lambda content: content["annotations"][2].pop("bbox"), "needs a 'bbox'"),
+            (
+                lambda content: content["annotations"][2].update(image_id=999),
+                "only 15 of them match to images",
+            ),
             (lambda content: [a.update(id=7) for a in content["annotations"]], "not unique"),
             (lambda content: content["annotations"][0].update(category_id=99), "category_id=99"),
             (lambda content: content["annotations"][1].pop("segmentation"), "set MODEL.MASK_ON False"),

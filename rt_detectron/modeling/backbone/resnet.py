@@ -1,6 +1,7 @@
 """Detectron2's ResNet, built as torchvision lays it out and selected by one name."""
 
 import logging
+from collections.abc import Mapping
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
@@ -84,8 +85,10 @@ def build_robust_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet
         InputError: as :func:`resolve_resnet`, and under a C4 head for a network without bottlenecks, and for
             EvalBN, which Detectron2's head does not know.
     """
-    check_config(cfg)
     resolved = resolve_resnet(cfg)
+    check_config(
+        cfg, resolved.MODEL.RESNETS.STRIDE_IN_1X1 if _has_bottlenecks(resolved.MODEL.RESNETS) else None
+    )
     if cfg.MODEL.RESNETS.NORM == "EvalBN":
         if has_c4_head(cfg):
             raise InputError(
@@ -117,7 +120,7 @@ def _is_deeplab(cfg: CfgNode) -> bool:
     return "RES5_MULTI_GRID" in cfg.MODEL.RESNETS
 
 
-def _has_bottlenecks(resnets: dict[str, int]) -> bool:
+def _has_bottlenecks(resnets: Mapping[str, int]) -> bool:
     return resnets["DEPTH"] >= 50
 
 

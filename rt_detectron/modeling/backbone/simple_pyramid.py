@@ -6,7 +6,6 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 
-from rt_detectron.checkpoint.weights import check_config
 from rt_detectron.modeling.backbone.fpn import bottom_up
 from rt_detectron.modeling.backbone.timm import build_robust_timm_backbone, is_plain
 from rt_detectron.modeling.backbone.trunk import chosen_arch
@@ -34,7 +33,6 @@ def build_robust_timm_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Simp
         InputError: as :func:`build_robust_timm_backbone`, and for a network with features of several strides.
     """
     net = bottom_up(build_robust_timm_backbone, cfg, input_shape, ["res4"])
-    check_config(cfg)
     if not is_plain(net.trunk.feature_info.info):
         raise InputError(
             f"{chosen_arch(cfg)} is no plain vision transformer: "

@@ -1,6 +1,7 @@
 """The builders: what they build, what they refuse, and which lines they ask for."""
 
 import logging
+import pickle
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.projects.deeplab import add_deeplab_config
 
 from rt_detectron.checkpoint.architectures import ARCHITECTURES
+from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.modeling.backbone import resolve_resnet
 from rt_detectron.modeling.backbone.resnet import RESNETS
 from rt_detectron.utils.errors import InputError
@@ -176,3 +178,21 @@ def test_one_line_says_what_is_built(make_cfg, caplog):
     (record,) = [r for r in caplog.records if r.name.startswith("rt_detectron")]
     assert "building resnet18" in record.getMessage()
     assert "RES2_OUT_CHANNELS 64" in record.getMessage()
+
+
+def test_weights_with_the_stride_elsewhere_are_refused(make_cfg, tmp_path):
+    """The builder makes torchvision's bottlenecks whatever the config says, so it cannot take Caffe's."""
+    pixels = {"pixel_mean": (103.53, 116.28, 123.675), "pixel_std": (1.0, 1.0, 1.0)}
+    said = Metadata("resnet50", "l2", 3.0, "BGR", **pixels, stride_in_1x1=True, source="caffe.pth")
+    content = {"model": {}, "__author__": "x", "matching_heuristics": False, "rt_detectron": said.to_dict()}
+    (tmp_path / "caffe.pkl").write_bytes(pickle.dumps(content))
+    cfg = make_cfg("resnet50", "fpn")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "caffe.pkl")
+    cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = "BGR", *pixels.values()
+    for stride in (True, False):
+        cfg.MODEL.RESNETS.STRIDE_IN_1X1 = stride
+        with pytest.raises(InputError, match=r"in the 1x1 .* and MODEL.RESNETS.STRIDE_IN_1X1 True$") as error:
+            build_backbone(cfg)
+        assert "\n" not in str(error.value)
+    cfg.MODEL.ROBUST.ARCH = "resnet18"  # has no bottlenecks
+    build_backbone(cfg)
