@@ -125,6 +125,10 @@ def _keys() -> CN:
     cfg.TEST.ATTACK.CLIP = 0.0
     # Whether the padding that the detector adds to an image may be changed, too.
     cfg.TEST.ATTACK.PADDING = False
+    # So many images of one size are attacked and evaluated at once. It changes no number but by rounding.
+    cfg.TEST.ATTACK.IMS_PER_BATCH = 1
+    # Attack in mixed precision, on GPUs. The detector is evaluated in full precision.
+    cfg.TEST.ATTACK.AMP = False
     # The number of images to attack, evenly spread over the test set. 0: all.
     cfg.TEST.ATTACK.MAX_IMAGES = 0
     # Also evaluate on random noise of the same size, for comparison.

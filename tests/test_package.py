@@ -28,7 +28,7 @@ FLOORS = (
     {
         "engine": {"checkpoint", "utils"},
         "modeling": {"checkpoint", "config", "layers", "utils"},
-        "evaluation": {"attacks", "config", "data", "utils", "visualization"},
+        "evaluation": {"attacks", "config", "data", "layers", "utils", "visualization"},
         "study": {"utils", "visualization"},
     },
     {

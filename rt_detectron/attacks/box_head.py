@@ -133,7 +133,7 @@ class MultiTask(DetectorAttack):
     def _chosen(self, model: nn.Module, inputs: Sequence[dict]) -> list[tuple[dict, float]]:
         """Each image, attacked, and the sum of its losses."""
         attacks = [
-            kind(self.pgd, self.seed, clip=self.clip, padding=self.padding)
+            kind(self.pgd, self.seed, clip=self.clip, padding=self.padding, amp=self.amp)
             for kind in (BoxClassification, BoxRegression)
         ]
         tried = [attack.perturb(model, inputs) for attack in attacks]

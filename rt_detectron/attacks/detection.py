@@ -26,11 +26,13 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from rt_detectron.attacks.apgd import APGD
+from rt_detectron.attacks.batched import image_by_image, method_replaced, random_state, takes_batches
 from rt_detectron.attacks.pgd import PGD, Objective
 from rt_detectron.attacks.sem_seg import preprocess, sem_seg_losses
 from rt_detectron.attacks.threat_model import ThreatModel
 from rt_detectron.utils.errors import InputError, did_you_mean
 
+_AMP_SCALE = 1024.0
 DETECTOR_ATTACKS: dict[str, type["DetectorAttack"]] = {}  # by name
 
 
@@ -72,6 +74,7 @@ class DetectorAttack(ABC):
         clip: what a proposal's loss counts at most; 0 for no limit.
         padding: whether the ball holds the padding, too, which makes the sides of an image multiples of 32.
         object_counts: the number of objects of each class in the data set.
+        amp: attack in mixed precision.
         pixel_counts: the number of pixels of each class of its semantic segmentation.
     """
 
@@ -88,6 +91,7 @@ class DetectorAttack(ABC):
     clip: float = 0.0
     padding: bool = False
     object_counts: tuple[int, ...] = ()
+    amp: bool = False
     pixel_counts: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -146,6 +150,7 @@ class DetectorAttack(ABC):
             "padding": self.padding,
             "seed": self.seed,
             **({"object_counts": list(self.object_counts)} if self.object_counts else {}),
+            **({"amp": True} if self.amp else {}),
             **({"pixel_counts": list(self.pixel_counts)} if self.pixel_counts else {}),
         }
 
@@ -194,24 +199,46 @@ class LossAttack(DetectorAttack):
         return {}
 
     def __call__(self, model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
-        found = self.perturb(model, inputs)
-        return [
-            {**each, "objective": pair}
-            for each, *pair in zip(found, self.value(model, inputs), self.value(model, found), strict=True)
-        ]
+        found, first = self._attacked(model, inputs)
+        before = first if self._begins_at_the_image else self.value(model, inputs)
+        after = self.value(model, found)
+        return [{**each, "objective": pair} for each, *pair in zip(found, before, after, strict=True)]
+
+    @property
+    def _begins_at_the_image(self) -> bool:
+        """Whether the attack's own first pass gives the objective before it."""
+        return not self.pgd.random_start and self.pgd.threat_model.radius > 0
 
     @property
     def passes(self) -> dict[str, int]:
         passes = self.pgd.passes
-        return {**passes, "forward": passes["forward"] + 2}  # the objective before and after
+        return {**passes, "forward": passes["forward"] + 2 - self._begins_at_the_image}
 
     def perturb(self, model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
+        return self._attacked(model, inputs)[0]
+
+    def _attacked(self, model: nn.Module, inputs: Sequence[dict]) -> tuple[list[dict], list[float]]:
+        """The inputs with attacked images, and what the objective was at first."""
         if self.padding:
             inputs = _padded(model, inputs)
-        starts = [torch.Generator(model.device).manual_seed(image_seed(self.seed, each)) for each in inputs]
+        first: list[Tensor] = []
         with self._objective(model, inputs) as objective:
-            adversarial = self.pgd.maximize(objective, unit_images(model, inputs), starts)
-        return with_images(inputs, adversarial)
+            starts = [
+                torch.Generator(model.device).manual_seed(image_seed(self.seed, each)) for each in inputs
+            ]
+
+            def noted(images: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+                found = objective(images)
+                if not first:
+                    first.extend(losses.detach() for losses, _ in found)
+                # The gradients of half precision would underflow.
+                return [(_AMP_SCALE * losses, fooled) for losses, fooled in found] if self.amp else found
+
+            kind = model.device.type
+            half = torch.float16 if kind == "cuda" else torch.bfloat16
+            with torch.autocast(kind, half, enabled=self.amp):
+                adversarial = self.pgd.maximize(noted, unit_images(model, inputs), starts)
+        return with_images(inputs, adversarial), [float(value) for value in first]
 
     def value(self, model: nn.Module, inputs: Sequence[dict]) -> list[float]:
         """The objective of each image."""
@@ -247,7 +274,7 @@ class LossAttack(DetectorAttack):
             stack.enter_context(_giving_losses(model, self.all_proposals))
             stack.enter_context(_sizes_known(model))
             for module, losses in self.replaced_losses(model).items():
-                stack.enter_context(_method_replaced(module, "losses", partial(losses, module)))
+                stack.enter_context(method_replaced(module, "losses", partial(losses, module)))
             yield objective
 
 
@@ -368,6 +395,44 @@ def _rcnn_losses(
     """
     images = model.preprocess_image(inputs)
     features = model.backbone(images.tensor)
+    if takes_batches(model):
+        found = _batched_head_losses(model, inputs, images, features, targets, seeds)
+    else:
+        found = _head_losses(model, inputs, images, features, targets, seeds)
+    if hasattr(model, "sem_seg_head"):  # a PanopticFPN
+        for i, losses in enumerate(found):
+            feature = {name: maps[i : i + 1] for name, maps in features.items()}
+            losses |= sem_seg_losses(model, feature, inputs[i], images.tensor.shape[-2:])
+    return found
+
+
+def _batched_head_losses(
+    model: GeneralizedRCNN,
+    inputs: list[dict],
+    images: ImageList,
+    features: dict[str, Tensor],
+    targets: list[Instances],
+    seeds: list[int],
+) -> list[dict[str, Tensor]]:
+    """The losses of proposals and boxes, with one pass for all images."""
+    with image_by_image(model, seeds):
+        if model.proposal_generator is None:
+            proposals, losses = [each["proposals"].to(model.device) for each in inputs], {}
+        else:
+            proposals, losses = model.proposal_generator(images, features, targets)
+        losses = {**losses, **model.roi_heads(images, features, proposals, targets)[1]}
+    return [{name: values[i] for name, values in losses.items()} for i in range(len(inputs))]
+
+
+def _head_losses(
+    model: GeneralizedRCNN,
+    inputs: list[dict],
+    images: ImageList,
+    features: dict[str, Tensor],
+    targets: list[Instances],
+    seeds: list[int],
+) -> list[dict[str, Tensor]]:
+    """The same with a pass for each image, for heads of any kind."""
     found = []
     for i, (target, seed) in enumerate(zip(targets, seeds, strict=True)):
         image = _one_of(images, i)
@@ -377,10 +442,7 @@ def _rcnn_losses(
                 proposals, losses = [inputs[i]["proposals"].to(model.device)], {}
             else:
                 proposals, losses = model.proposal_generator(image, feature, [target])
-            losses = {**losses, **model.roi_heads(image, feature, proposals, [target])[1]}
-        if hasattr(model, "sem_seg_head"):  # a PanopticFPN
-            losses |= sem_seg_losses(model, feature, inputs[i], images.tensor.shape[-2:])
-        found.append(losses)
+            found.append({**losses, **model.roi_heads(image, feature, proposals, [target])[1]})
     return found
 
 
@@ -448,21 +510,8 @@ def _sizes_known(model: nn.Module) -> Iterator[None]:
         sizes = [each.get("image_size", size) for each, size in zip(inputs, images.image_sizes, strict=True)]
         return ImageList(images.tensor, sizes)
 
-    with _method_replaced(model, "preprocess_image", preprocess):
+    with method_replaced(model, "preprocess_image", preprocess):
         yield
-
-
-@contextmanager
-def _method_replaced(owner: nn.Module, name: str, function: Callable) -> Iterator[None]:
-    """Within the block ``owner.name`` is ``function``, whether or not it has been replaced before."""
-    before = vars(owner).get(name)
-    setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
-        if before is not None:
-            setattr(owner, name, before)
 
 
 def _of_other_classes(instances: Instances, model: nn.Module, seed: int) -> Instances:
@@ -508,14 +557,6 @@ def with_images(inputs: Sequence[dict], images: Sequence[Tensor]) -> list[dict]:
 def image_seed(seed: int, image: dict) -> int:
     """The seed of an image's random numbers, whichever images come before it."""
     return zlib.crc32(f"{seed}/{image.get('image_id')}".encode())
-
-
-@contextmanager
-def random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's random numbers in the block and restore their state afterwards."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextmanager

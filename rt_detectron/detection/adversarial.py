@@ -394,6 +394,5 @@ class AttackedBatches:
     def _attacked(self, batch: list[dict], scale: float, seed: int) -> list[dict]:
         pgd = self.attack.pgd
         ball = replace(pgd.threat_model, scale=scale)
-        attack = replace(self.attack, pgd=replace(pgd, threat_model=ball), seed=seed)
-        with torch.autocast(self.detector.device.type, torch.float16, enabled=self.amp):
-            return attack.perturb(self.detector, batch)
+        attack = replace(self.attack, pgd=replace(pgd, threat_model=ball), seed=seed, amp=self.amp)
+        return attack.perturb(self.detector, batch)

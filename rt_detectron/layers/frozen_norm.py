@@ -1,9 +1,14 @@
 """Frozen batch norm at no cost: the convolution before it absorbs this affine map exactly."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rt_detectron.layers.eval_norm import EvalBatchNorm2d
 from rt_detectron.layers.folding import absorb_norm
@@ -41,3 +46,35 @@ def fold_frozen_norms(model: nn.Module) -> nn.Module:
         if type(module) is Conv2d and isinstance(module.norm, _FIXED):
             module.__class__ = FrozenNormConv2d
     return model
+
+
+@contextmanager
+def norms_folded_once(model: nn.Module) -> Iterator[None]:
+    """Within the block, Detectron2's convolutions absorb the norms behind them once, not in each pass.
+
+    For a model in eval mode whose parameters stay as they are, as under an attack. They take no gradient.
+    """
+    folded = []
+    try:
+        with torch.no_grad():
+            for module in model.modules():
+                if type(module) in (Conv2d, FrozenNormConv2d) and _can_be_absorbed(module.norm):
+                    scale, bias = absorb_norm(module.norm, module.bias)
+                    weight = module.weight * scale.view(-1, 1, 1, 1)
+                    module.forward = partial(_convolve, module, weight, bias)
+                    folded.append(module)
+        yield
+    finally:
+        for module in folded:
+            del module.forward
+
+
+def _can_be_absorbed(norm: nn.Module | None) -> bool:
+    if not isinstance(norm, (FrozenBatchNorm2d, _BatchNorm)) or norm.training:
+        return False
+    return norm.running_mean is not None and norm.weight is not None
+
+
+def _convolve(module: Conv2d, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    x = F.conv2d(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
+    return x if module.activation is None else module.activation(x)

@@ -5,9 +5,10 @@ import zlib
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.utils.events import EventStorage
 
-from rt_detectron.attacks import PGD, RandomNoise, ThreatModel, build_detector_attack
+from rt_detectron.attacks import APGD, PGD, RandomNoise, ThreatModel, build_detector_attack
 from rt_detectron.attacks.detection import DETECTOR_ATTACKS
 from rt_detectron.evaluation.robustness.test_set import annotated_test_mapper
 from rt_detectron.utils.errors import InputError
@@ -107,6 +108,50 @@ def test_a_batch_is_as_one_by_one(make_detector, photograph, annotated, kind):
     for given, found in zip(inputs, together, strict=True):
         (alone,) = attack(model, [given])
         assert (found["image"] - alone["image"]).norm() < 0.02 * 255
+
+
+@pytest.mark.parametrize(("kind", "stages"), [("fpn", 1), ("cascade", 3), ("c4", 1)])
+def test_the_heads_see_a_batch_once_and_give_the_losses_of_each_image(
+    make_detector, photograph, annotated, monkeypatch, kind, stages
+):
+    model = make_detector(kind)
+    inputs = [annotated(photograph[:, :64, :64], 1), annotated(photograph[:, 32:, 64:], 2, objects=1)]
+    attack, calls = build_detector_attack("all", PGD(BALLS[0], steps=1)), []
+    for module in model.roi_heads.modules():
+        if isinstance(module, FastRCNNOutputLayers):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    together = attack.value(model, inputs)
+    assert len(calls) == stages
+    alone = [attack.value(model, [each])[0] for each in inputs]
+    assert together == pytest.approx(alone, rel=1e-4)
+    monkeypatch.setattr("rt_detectron.attacks.detection.takes_batches", lambda model: False)
+    calls.clear()
+    assert attack.value(model, inputs) == pytest.approx(together, rel=1e-4)
+    assert len(calls) == 2 * stages
+    assert abs(together[0] - together[1]) > 1e-3 * together[0]
+
+
+def test_mixed_precision_raises_the_loss_too(make_detector, picture):
+    model = make_detector("fpn")
+    attack = build_detector_attack("A_cls", PGD(BALLS[1], steps=1), amp=True)
+    (found,) = attack(model, [picture])
+    before, after = found["objective"]
+    assert after > before
+    assert found["image"].dtype == torch.float32
+    assert attack.settings["amp"] is True
+
+
+@pytest.mark.parametrize("kind", [PGD, APGD])
+def test_the_steps_of_an_attack_do_not_wait_for_the_device(kind):
+    """A tensor of the meta device has no values to wait for: .item(), if and boolean indices would raise."""
+    images = torch.empty(2, 3, 8, 8, device="meta")
+    pgd = kind(BALLS[1], steps=5, random_start=True, restarts=2, best=True)
+
+    def objective(batches):
+        return [(x.square().sum((1, 2, 3)), x.sum((1, 2, 3)) > 0) for x in batches]
+
+    (found,) = pgd.maximize(objective, [images])
+    assert found.shape == images.shape
 
 
 @pytest.mark.parametrize("ball", BALLS, ids=lambda ball: ball.norm)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 
-from rt_detectron.layers.frozen_norm import FrozenNormConv2d, fold_frozen_norms
+from rt_detectron.layers.frozen_norm import FrozenNormConv2d, fold_frozen_norms, norms_folded_once
 
 
 @pytest.fixture
@@ -51,3 +51,23 @@ def test_other_convolutions_stay():
     )
     types = [type(module) for module in network]
     assert [type(module) for module in fold_frozen_norms(network)] == types
+
+
+@pytest.mark.parametrize("kind", [FrozenBatchNorm2d, torch.nn.BatchNorm2d])
+def test_folded_once_it_is_the_same_function_and_after_the_block_itself(plain, kind):
+    norm = kind(6)
+    norm.load_state_dict(plain.norm.state_dict(), strict=False)
+    plain.norm = norm
+    network = fold_frozen_norms(torch.nn.Sequential(plain)).eval()
+    x = torch.randn(2, 4, 9, 7, requires_grad=True)
+    expected = network(x)
+    (grad,) = torch.autograd.grad(expected.square().sum(), x)
+    with norms_folded_once(network):
+        found = network(x)
+        (found_grad,) = torch.autograd.grad(found.square().sum(), x)
+        with torch.no_grad():
+            norm.weight.mul_(2)
+        assert torch.equal(network(x), found)  # the norm is not read again
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found_grad, grad, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(network(x), found)

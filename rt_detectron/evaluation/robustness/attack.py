@@ -73,6 +73,8 @@ class AttackEvaluation(Evaluation):
         "TEST.ATTACK.CHECK_IMAGES 10": "check for gradient masking on so many images; 0: only what is free",
         "TEST.ATTACK.QUERIES 100": "queries of the random search on these images",
         "TEST.ATTACK.SURROGATE other.pth": "try attacks on these weights, too, on these images",
+        "TEST.ATTACK.IMS_PER_BATCH 8": "attack and evaluate so many images of one size at once",
+        "TEST.ATTACK.AMP True": "attack in mixed precision, on GPUs",
         "TEST.ATTACK.MAX_IMAGES 100": "attack this many images only, for a quick look",
     }
 
@@ -251,6 +253,8 @@ def _attacks(cfg: CfgNode, keys: CfgNode) -> Iterator[DetectorAttack]:
         raise InputError(f"TEST.ATTACK.START is {keys.START!r}; it takes 'image' or 'random'")
     if keys.ADAPTIVE and keys.STEP_SIZE:
         raise InputError("TEST.ATTACK: ADAPTIVE finds its step sizes itself: leave STEP_SIZE at 0")
+    if keys.AMP and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise InputError("TEST.ATTACK.AMP needs a GPU: leave it False")
     if not keys.STEP_SIZE >= 0:
         raise InputError(f"TEST.ATTACK.STEP_SIZE is {keys.STEP_SIZE}; it must be >= 0, in the units of eps")
     try:
@@ -273,6 +277,7 @@ def _attacks(cfg: CfgNode, keys: CfgNode) -> Iterator[DetectorAttack]:
                         targeted=keys.TARGETED,
                         clip=keys.CLIP,
                         padding=keys.PADDING,
+                        amp=keys.AMP,
                     )
                     key = {"segm": "MASK_ON", "keypoints": "KEYPOINT_ON"}.get(attack.task)
                     if key and not cfg.MODEL[key]:

@@ -103,6 +103,7 @@ def robustness_evaluations(cfg: CfgNode) -> list[Evaluation]:
     if len(cfg.DATASETS.TEST) != 1:
         raise InputError(f"DATASETS.TEST has {len(cfg.DATASETS.TEST)} sets; robustness is measured on one")
     image_count(cfg, "TEST.PICTURES")
+    image_count(cfg, "TEST.ATTACK.IMS_PER_BATCH", least=1)
     evaluations = [evaluation.from_config(cfg) for evaluation in EVALUATIONS.values()]
     if not any(evaluation.is_requested for evaluation in evaluations):
         examples = [next(iter(evaluation.keys)) for evaluation in evaluations if evaluation.keys]
@@ -110,17 +111,17 @@ def robustness_evaluations(cfg: CfgNode) -> list[Evaluation]:
     return evaluations
 
 
-def image_count(cfg: CfgNode, key: str) -> int:
+def image_count(cfg: CfgNode, key: str, least: int = 0) -> int:
     """The value of ``key``, a number of images.
 
     Raises:
-        InputError: if it is negative.
+        InputError: if it is less than ``least``.
     """
     value = cfg
     for part in key.split("."):
         value = value[part]
-    if value < 0:
-        raise InputError(f"{key} is {value}; it must be >= 0")
+    if value < least:
+        raise InputError(f"{key} is {value}; it must be >= {least}")
     return value
 
 

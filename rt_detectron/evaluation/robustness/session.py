@@ -95,6 +95,7 @@ class Session:
             DatasetMapper(cfg, is_train=False),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             folder=inference_folder(own, self.dataset),
+            batch_size=cfg.TEST.ATTACK.IMS_PER_BATCH,
         )
         self.test_set.keep_matches()
         self._changed = replace(

@@ -3,21 +3,24 @@
 import inspect
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetFromList, DatasetMapper, MapDataset
+from detectron2.data.build import trivial_batch_collator
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.utils import comm
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from rt_detectron.attacks.detection import detect as detect_on
 from rt_detectron.data import CheckedMapper
 from rt_detectron.evaluation.coco import COCOEvaluator
 from rt_detectron.evaluation.robustness.measurement import ImageByImage, Metrics, parts_of
+from rt_detectron.layers.frozen_norm import norms_folded_once
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.modes import eval_mode
 from rt_detectron.utils.numbers import is_number
@@ -61,6 +64,7 @@ class DetectionTestSet:
         whole: whether ``dicts`` are all images of the evaluator.
         num_workers: of the data loader.
         folder: where the evaluator writes its files.
+        batch_size: images that are changed and evaluated at once, if they are of one size.
     """
 
     dicts: Sequence[dict]
@@ -69,6 +73,7 @@ class DetectionTestSet:
     whole: bool = True
     num_workers: int = 0
     folder: str = ""
+    batch_size: int = 1
 
     def keep_matches(self) -> None:
         """Have the evaluator write ``matches.npz``, if it is one of COCO's."""
@@ -119,7 +124,7 @@ class DetectionTestSet:
         loader = self._loader(
             [each for each in self.dicts if not done or each["image_id"] not in done], mapper
         )
-        bar = tqdm(loader, label, unit="image", leave=False, disable=None if comm.is_main_process() else True)
+        bar = tqdm(loader, label, unit="batch", leave=False, disable=None if comm.is_main_process() else True)
 
         def detect(inputs: list[dict]) -> list[dict]:
             if perturb is not None:
@@ -130,23 +135,32 @@ class DetectionTestSet:
 
         if not self.whole:
             evaluator = _OfImages(evaluator, [image["image_id"] for image in self.dicts])
-        with eval_mode(model):
+        with eval_mode(model), norms_folded_once(model):
             metrics = inference_on_dataset(detect, bar, evaluator)
         if clean is None or not comm.is_main_process():
             return metrics
         return zero_where_nothing_is_found(metrics, clean)
 
-    def _loader(self, dicts: list[dict], mapper: Callable[[dict], dict] | None) -> Collection:
+    def _loader(self, dicts: list[dict], mapper: Callable[[dict], dict] | None) -> DataLoader:
         """The share of this process; images that lie side by side, and may be alike, go to different ones."""
-        if not dicts:  # which Detectron2's loader cannot do
-            return []
-        processes = comm.get_world_size()
-        interleaved = [each for first in range(processes) for each in dicts[first::processes]]
-        return build_detection_test_loader(
-            interleaved,
-            mapper=CheckedMapper(mapper or self.mapper, skipping=""),
+        records = DatasetFromList(dicts, copy=False, serialize=bool(dicts))  # it cannot serialise none
+        return DataLoader(
+            MapDataset(records, CheckedMapper(mapper or self.mapper, skipping="")),
+            batch_sampler=_batches(dicts, self.batch_size)[comm.get_rank() :: comm.get_world_size()],
             num_workers=self.num_workers,
+            collate_fn=trivial_batch_collator,
         )
+
+
+def _batches(dicts: Sequence[dict], size: int) -> list[list[int]]:
+    """The indices of ``dicts`` in batches of images of one size, which need no padding to each other's."""
+    if size == 1:
+        return [[i] for i in range(len(dicts))]
+    by_size: dict[Any, list[int]] = {}
+    for i, each in enumerate(dicts):
+        shape = (each["height"], each["width"]) if "height" in each and "width" in each else i
+        by_size.setdefault(shape, []).append(i)
+    return [alike[i : i + size] for alike in by_size.values() for i in range(0, len(alike), size)]
 
 
 class _OfImages(DatasetEvaluator):

@@ -68,8 +68,8 @@ def test_content(finished):
     alone = [entry["metrics"]["bbox"]["AP"] for entry in (everything, vanishing)]
     assert worst["metrics"]["bbox"]["AP"] <= min(alone)
     assert worst["losses"] == ["all", "vanishing"]
-    assert everything["passes"] == {"forward": 4, "backward": 2}  # two steps, and the objective
-    assert worst["passes"] == {"forward": 8, "backward": 4}
+    assert everything["passes"] == {"forward": 3, "backward": 2}  # two steps, and the objective after them
+    assert worst["passes"] == {"forward": 6, "backward": 4}
     assert everything["objective"]["before"] < everything["objective"]["after"]
     assert [check["check"] for check in everything["checks"]] == ["objective", "noise"]
     corruption = content["corruption"]

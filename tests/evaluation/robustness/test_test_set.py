@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from rt_detectron.data.corruptions import CorruptionMapper
 from rt_detectron.detection import Trainer
 from rt_detectron.evaluation.robustness.test_set import (
     DetectionTestSet,
+    _batches,
     annotated_test_mapper,
     spread,
     zero_where_nothing_is_found,
@@ -82,6 +84,36 @@ class TestUnderAttack:
         assert not model.backbone.training
         model.eval()
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_batches_change_no_number(learned, images, clean):
+    _, model = learned
+    attack = build_detector_attack("A_cls", PGD(ThreatModel("l2", 2.0), steps=2, random_start=True))
+    found, seen = [], []
+
+    def noted(model, inputs):
+        attacked = attack(model, inputs)
+        seen.append({each["image_id"]: each["image"] for each in attacked})
+        return attacked
+
+    for size in (1, 4):
+        found.append(replace(images, batch_size=size).evaluate(model, perturb=noted, clean=clean))
+    one_by_one, together = seen[: len(images.dicts)], seen[len(images.dicts) :]
+    assert len(together) < len(one_by_one)
+    moved = {key: image for part in together for key, image in part.items()}
+    for part in one_by_one:
+        ((key, image),) = part.items()
+        assert (image - moved[key]).norm() < 0.02 * 255
+    assert found[0]["bbox"]["AP"] == pytest.approx(found[1]["bbox"]["AP"], abs=0.5)
+    assert found[0]["bbox"]["AP"] < 0.9 * clean["bbox"]["AP"]
+
+
+def test_only_images_of_one_size_make_a_batch():
+    sizes = [(4, 6), (6, 4), (4, 6), (4, 6), (6, 4)]
+    dicts = [{"height": height, "width": width} for height, width in sizes]
+    assert _batches(dicts, 2) == [[0, 2], [3], [1, 4]]
+    assert _batches([*dicts, {}, {}], 9) == [[0, 2, 3], [1, 4], [5], [6]]
+    assert _batches(dicts, 1) == [[0], [1], [2], [3], [4]]
 
 
 class TestSubset:
