@@ -11,7 +11,13 @@ from torch import nn
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.engine.checkpointing import SafeCheckpointing
 from rt_detectron.engine.processes import SameStart, share_buffers
-from rt_detectron.engine.train_hooks import ExponentialMovingAverage, LRScheduler, StepSeed
+from rt_detectron.engine.train_hooks import (
+    EvalHook,
+    ExponentialMovingAverage,
+    LRScheduler,
+    StepSeed,
+    as_after,
+)
 from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -75,6 +81,9 @@ class BestCheckpointer(hooks.BestCheckpointer):
             best = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("best", {})
             if best.get("metric") == self._val_metric:
                 self.best_metric, self.best_iter = best["value"], best["iteration"]
+        if self._val_metric in self.trainer.storage.latest():  # of an evaluation that was interrupted
+            with as_after(self.trainer, self.trainer.start_iter - 1):
+                self._best_checking()
 
     def _best_checking(self):
         value, _ = self.trainer.storage.latest().get(self._val_metric, (None, None))
@@ -153,7 +162,11 @@ def training_hooks(
         LRScheduler(scheduler=scheduler),
         precise_bn,
         checkpointing,
-        hooks.EvalHook(eval_period, lambda: checkpointing.evaluate(evaluate_what_is_saved)),
+        EvalHook(
+            eval_period,
+            lambda: checkpointing.evaluate(evaluate_what_is_saved),
+            checkpointing.checkpoints.checkpointer.save_dir,
+        ),
         BestCheckpointer(eval_period, evaluated, checkpointing.checkpoints.checkpointer, best_metric)
         if is_main and eval_period and best_metric
         else None,

@@ -18,7 +18,7 @@ from rt_detectron.checkpoint.checkpointer import TO_KEEP, TrainingCheckpointer, 
 from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
 from rt_detectron.engine.lazy_config import build, save_lazy_config
 from rt_detectron.engine.signals import StopSignals
-from rt_detectron.engine.train_hooks import LRScheduler, ProgressBar
+from rt_detectron.engine.train_hooks import EvalHook, LRScheduler, ProgressBar
 from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def run(
             *first_hooks,
             LRScheduler(scheduler=build(cfg.lr_multiplier, "lr_multiplier")),
             checkpointing,
-            hooks.EvalHook(eval_period, evaluate_safely),
+            EvalHook(eval_period, evaluate_safely, train.output_dir),
             hooks.PeriodicWriter(default_writers(train.output_dir, max_iter), train.log_period)
             if is_main
             else None,

@@ -1,13 +1,22 @@
 """Hooks of Detectron2's trainers, for classifiers and detectors."""
 
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
-from detectron2.engine import HookBase, hooks
+from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from rt_detectron.utils.seeds import seed_all
+
+logger = logging.getLogger(__name__)
 
 
 class LRScheduler(hooks.LRScheduler):
@@ -27,6 +36,60 @@ class LRScheduler(hooks.LRScheduler):
     def load_state_dict(self, state: dict) -> None:
         if not isinstance(self.scheduler, LRMultiplier):
             super().load_state_dict(state)
+
+
+@contextmanager
+def as_after(trainer: TrainerBase, iteration: int) -> Iterator[None]:
+    """Within this, a training that is about to go on is behind ``iteration``, its last one so far."""
+    now = trainer.iter
+    trainer.iter = trainer.storage.iter = iteration
+    try:
+        yield
+    finally:
+        trainer.iter = trainer.storage.iter = now
+
+
+class EvalHook(hooks.EvalHook):
+    """Detectron2's; a resumed training first makes the evaluation that its checkpoint was saved ahead of.
+
+    It does so unless metrics.json has that one, which leaves its duration there, ``eval_time`` in seconds.
+
+    Args:
+        folder: of metrics.json.
+    """
+
+    def __init__(self, eval_period: int, eval_function: Callable[[], dict], folder: str):
+        super().__init__(eval_period, eval_function)
+        self.folder = folder
+
+    def before_train(self):
+        done = self.trainer.start_iter
+        if not (done and self._period and done % self._period == 0 and done != self.trainer.max_iter):
+            return
+        if not comm.all_gather(self._is_recorded(done))[0]:
+            logger.info("The evaluation after iteration %d was interrupted: it is made now", done)
+            with as_after(self.trainer, done - 1):
+                self._do_eval()
+
+    def _do_eval(self):
+        start = time.perf_counter()
+        super()._do_eval()
+        self.trainer.storage.put_scalar("eval_time", time.perf_counter() - start, smoothing_hint=False)
+
+    def _is_recorded(self, done: int) -> bool:
+        try:
+            with open(os.path.join(self.folder, "metrics.json"), encoding="utf-8", errors="replace") as file:
+                lines = [line for line in file if "eval_time" in line]
+        except OSError:
+            return False
+        for line in lines:
+            try:
+                # Detectron2 counts from 0, but the evaluation at the end of a training from 1.
+                if json.loads(line)["iteration"] in (done - 1, done):
+                    return True
+            except ValueError:  # half a line of a killed training
+                continue
+        return False
 
 
 class StepSeed(HookBase):

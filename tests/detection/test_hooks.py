@@ -215,6 +215,38 @@ def test_evaluations_during_training_are_in_the_metrics(tiny_cfg, tmp_path, scri
     assert [line["bbox/AP"] for line in lines if "bbox/AP" in line] == [10.0, 20.0]
 
 
+def test_an_interrupted_evaluation_is_made_when_the_training_goes_on(tiny_cfg, tmp_path, monkeypatch):
+    noted = []
+
+    def test(cls, cfg, model, evaluators=None):
+        noted.append(model.state_dict()[WEIGHT].clone())
+        if len(noted) == 1:
+            raise KeyboardInterrupt
+        return {"bbox": {"AP": 10.0 * len(noted)}}
+
+    monkeypatch.setattr(Trainer, "test", classmethod(test))
+    keys = ("TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER")
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_cfg(tmp_path, *keys, 4))
+    original = DetectorTrainer.run_step
+
+    def run_step(self):
+        if self.iter == 2 and len(noted) == 2:
+            raise RuntimeError("killed once more, behind the evaluation")
+        original(self)
+
+    monkeypatch.setattr(DetectorTrainer, "run_step", run_step)
+    with pytest.raises(RuntimeError, match="killed once more"):
+        train(tiny_cfg(tmp_path, *keys, 4), resume=True)
+    assert torch.equal(noted[1], noted[0])  # the same weights
+    assert load(tmp_path, "model_best")["best"] == {"metric": "bbox/AP", "value": 20.0, "iteration": 1}
+    noted.append(noted[1])
+    train(tiny_cfg(tmp_path, *keys, 4), resume=True)
+    lines = [json.loads(line) for line in Path(tmp_path, "metrics.json").read_text().splitlines()]
+    found = [(line["iteration"], line["bbox/AP"]) for line in lines if "bbox/AP" in line]
+    assert found == [(1, 20.0), (4, 40.0)]  # it was recorded, so it is not made again
+
+
 def preempted_in_one_process(opts):
     """Runs in each of two processes; the second alone gets the signal."""
     cfg = load_detector_config(CONFIG, opts)
