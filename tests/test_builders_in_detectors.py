@@ -16,14 +16,14 @@ from detectron2.export import TracingAdapter
 from detectron2.modeling import BACKBONE_REGISTRY, GeneralizedRCNN, build_backbone, build_model
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
-from proven import C4, CASES, CONSUMED, GUIDE, ONE, RETINA, written
+from proven import C4, CASES, CONSUMED, GUIDE, ONE, RETINA, RETINA_SFP, written
 from torch import nn
 
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "docs" / "export.md"
-STEPS, RATE = 6, 2e-3
+STEPS = 6
 
 
 def cases(part):
@@ -41,7 +41,9 @@ def detector(make_cfg, photograph):
     def make(case, seed=0):
         if case.arch.startswith("timm/"):
             pytest.importorskip("timm")
-        cfg = make_cfg(case.arch, {C4: "c4", RETINA: "retinanet"}.get(case.detector, "fpn"))
+        cfg = make_cfg(
+            case.arch, {C4: "c4", RETINA: "retinanet", RETINA_SFP: "retinanet"}.get(case.detector, "fpn")
+        )
         cfg.MODEL.BACKBONE.NAME = case.builder
         cfg.MODEL.BACKBONE.FREEZE_AT = 0
         cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
@@ -54,12 +56,12 @@ def detector(make_cfg, photograph):
                 "res4"
             ]
             cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32]]
-        if case.detector == RETINA and "sfp" in case.builder:  # which has no p7
+        if case.detector == RETINA_SFP:  # which has no p7
             cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p4", "p5", "p6"]
             cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128]]
         torch.manual_seed(seed)
         model = build_model(cfg)
-        if case.detector == RETINA:
+        if case.detector in (RETINA, RETINA_SFP):
             # Else the losses are divided by a running mean, which is in no model's state dict.
             model._ema_update = lambda name, value, *args: value
         for name, tensor in model.backbone.state_dict().items():
@@ -82,6 +84,10 @@ def inputs(photograph):
     return [{"image": image, "instances": instances}, {"image": image.flip(2), "instances": instances}]
 
 
+def adam(model, case):
+    return torch.optim.AdamW(model.parameters(), lr=5e-4 if "swin" in case.arch else 2e-3)
+
+
 def steps(model, optimizer, inputs, first, last):
     """The losses of training steps ``first`` to ``last``, each with random numbers of its own."""
     course = []
@@ -99,15 +105,18 @@ def steps(model, optimizer, inputs, first, last):
 @pytest.mark.parametrize("case", cases("train"))
 def test_it_trains_and_resumes(case, detector, inputs, tmp_path):
     model = detector(case)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    optimizer = adam(model, case)
     before = steps(model, optimizer, inputs, 0, STEPS - 2)
-    assert [name for name, p in model.backbone.named_parameters() if p.grad is None] == []
+    unused = [name for name, p in model.backbone.named_parameters() if p.grad is None]
+    if case.detector == RETINA_SFP:
+        unused = [name for name in unused if not name.startswith("simfp_2.")]
+    assert unused == []
     RobustCheckpointer(model, str(tmp_path), optimizer=optimizer).save("halfway")
     after = steps(model, optimizer, inputs, STEPS - 2, STEPS)
-    assert after[-1] < 0.9 * before[0], before + after
+    assert after[-1] < 0.95 * before[0], before + after
 
     again = detector(case, seed=1)
-    optimizer = torch.optim.AdamW(again.parameters(), lr=RATE)
+    optimizer = adam(again, case)
     RobustCheckpointer(again, str(tmp_path), optimizer=optimizer).resume_or_load("", resume=True)
     assert steps(again, optimizer, inputs, STEPS - 2, STEPS) == pytest.approx(after, rel=1e-5)
 
