@@ -166,7 +166,7 @@ def test_torchscript_gives_what_the_detector_gives(case, detector, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases(None))
+@pytest.mark.parametrize("case", [case for case in CASES if case.program], ids=lambda case: case.name)
 def test_the_backbone_is_exported_by_torch(case, detector):
     backbone = detector(case).eval().backbone
     sizes = ({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
@@ -180,7 +180,9 @@ def test_the_backbone_is_exported_by_torch(case, detector):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases(None))
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.onnx is not None], ids=lambda case: case.name
+)
 def test_onnx_gives_what_the_detector_gives(case, detector, images, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
