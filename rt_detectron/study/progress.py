@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -62,24 +63,30 @@ class Progress:
 
 def state(folder: Path) -> str:
     """Iteration, loss and time left of a training, from the end of its metrics.json."""
+    if not (record := _last_record(folder)):
+        return "starting"
+    text = f"iteration {record['iteration']}"
+    if is_number(record.get("total_loss")):
+        text += f", loss {record['total_loss']:.3f}"
+    if is_number(record.get("eta_seconds")):
+        text += f", {tqdm.format_interval(record['eta_seconds'])} left"
+    return text
+
+
+def _last_record(folder: Path) -> dict[str, Any] | None:
+    """The last line of a training's metrics.json that tells its iteration."""
     try:
         with (folder / "metrics.json").open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
             lines = file.read().decode("utf-8", errors="replace").splitlines()
     except OSError:
-        return "starting"
+        return None
     for line in reversed(lines):
-        try:
+        with suppress(ValueError):  # half a line
             record = json.loads(line)
-            text = f"iteration {record['iteration']}"
-        except (ValueError, KeyError, TypeError):
-            continue  # half a line
-        if is_number(record.get("total_loss")):
-            text += f", loss {record['total_loss']:.3f}"
-        if is_number(record.get("eta_seconds")):
-            text += f", {tqdm.format_interval(record['eta_seconds'])} left"
-        return text
-    return "starting"
+            if isinstance(record, dict) and "iteration" in record:
+                return record
+    return None
 
 
 def left(study: Study, finished: Mapping[str, Outcome]) -> Counter[tuple[str, str]]:
@@ -103,9 +110,23 @@ def times(finished: Iterable[Outcome]) -> dict[tuple[str, str], float]:
 
 
 def seconds_left(
-    remaining: Mapping[tuple[str, str], int], known: Mapping[tuple[str, str], float]
+    remaining: Mapping[tuple[str, str], int],
+    known: Mapping[tuple[str, str], float],
+    running: Iterable[tuple[Trial, Path]] = (),
 ) -> float | None:
-    """The work that is left, in seconds of one trial; None until a trial of each group has finished."""
-    if not remaining.keys() <= known.keys():
+    """The work that is left, in seconds of one trial; None until it is known for each group.
+
+    Args:
+        known: of finished trials. Where none of a group is finished, the running ones' trainings count.
+        running: trials with their folders.
+    """
+    spent, expected = 0.0, dict(known)
+    for trial, folder in running:
+        record = _last_record(folder) or {}
+        seconds, eta = (record.get("time"), record.get("eta_seconds"))
+        if is_number(seconds) and is_number(eta):
+            done = seconds * (record["iteration"] + 1)
+            spent += min(done, expected.setdefault((trial.target, trial.stage), done + eta))
+    if not remaining.keys() <= expected.keys():
         return None
-    return sum(known[group] * count for group, count in remaining.items())
+    return sum(expected[group] * count for group, count in remaining.items()) - spent

@@ -110,7 +110,7 @@ def _run(
             done, _ = ray.wait(list(running), timeout=1.0)
             shown = [(trial, trial_folder(output, trial)) for trial, _ in running.values()]
             at_work = [(trial, folder) for trial, folder in shown if (folder / LOG).is_file()]
-            progress.show(at_work, seconds_left(left(study, outcomes), known))
+            progress.show(at_work, seconds_left(left(study, outcomes), known, at_work))
             for reference in done:
                 trial, attempt = running.pop(reference)
                 outcome = read_outcome(output, trial, _error(ray, reference))

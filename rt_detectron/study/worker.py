@@ -71,13 +71,13 @@ def run_steps(steps: list[Step], folder: str, cwd: str, git: dict[str, Any] | No
     for step in steps:
         if read_json(path / step.result, step.holds) is not None:
             continue
-        start = time.time()
+        began = time.time()
         status = _run(step, path / LOG, cwd)
         finished = read_json(path / step.result, step.holds) is not None
         line = {
             "script": Path(step.command[0]).name,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
-            "wall_time_s": round(time.time() - start, 1),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+            "wall_time_s": round(time.time() - began, 1),
             "exit_status": status,
             "finished": finished,
             "hostname": socket.gethostname(),
@@ -91,33 +91,40 @@ def run_steps(steps: list[Step], folder: str, cwd: str, git: dict[str, Any] | No
 
 
 def _run(step: Step, log: Path, cwd: str) -> int:
-    """Run a step's process and append its output to ``log``. Returns the exit status.
+    """Run a step's process and append its output to ``log``. Returns the exit status."""
+    process = start([sys.executable, *step.command], log, cwd)
+    try:
+        while True:
+            try:
+                return process.wait(1.0)
+            except subprocess.TimeoutExpired:
+                continue  # Ray's cancellation only takes effect between waits
+    finally:
+        stop(process)
 
-    The process leads its own process group. If the waiting is interrupted, the whole group is stopped.
+
+def start(
+    command: list[str], log: Path, cwd: str | None = None, environment: dict[str, str] | None = None
+) -> subprocess.Popen:
+    """Start a process that leads its own process group, and append its output to ``log``.
+
+    It ends with the thread that calls this. End it with :func:`stop`, also when it has exited.
     """
-    command = [sys.executable, *step.command]
     with log.open("ab") as stream:
         stream.write(f"$ {shlex.join(command)}\n".encode())
         stream.flush()
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-c", _DIE_WITH_PARENT, *command],
             cwd=cwd,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
-            while True:
-                try:
-                    return process.wait(1.0)
-                except subprocess.TimeoutExpired:
-                    continue  # Ray's cancellation only takes effect between waits
-        finally:
-            _stop(process)
 
 
-def _stop(process: subprocess.Popen) -> None:
+def stop(process: subprocess.Popen) -> None:
     """End the process group of ``process``, including data workers it left behind: SIGTERM, then SIGKILL."""
     for request in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -131,7 +138,11 @@ def _stop(process: subprocess.Popen) -> None:
 
 def _crash(status: int, step: Step, shown: Path, log: Path) -> str:
     """The message about a step that left no result, with the end of its log."""
-    with log.open(encoding="utf-8", errors="replace") as stream:
-        last_lines = "".join(deque(stream, maxlen=_LAST_LINES)).rstrip()
     how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-    return f"{Path(step.command[0]).name}: {how}, no {step.result}; the end of {shown}:\n{last_lines}"
+    return f"{Path(step.command[0]).name}: {how}, no {step.result}; the end of {shown}:\n{last_lines(log)}"
+
+
+def last_lines(log: Path) -> str:
+    """The end of a log."""
+    with log.open(encoding="utf-8", errors="replace") as stream:
+        return "".join(deque(stream, maxlen=_LAST_LINES)).rstrip()

@@ -35,6 +35,12 @@ def test_the_time_that_is_left_is_that_of_finished_trials(make_study, tmp_path):
     selection = [outcome for outcome in finished.values() if outcome.trial.stage == "selection"]
     assert seconds_left(remaining, times(selection)) is None
 
+    # A running trial tells how long those of its group take, and its part that is done is not left.
+    (tmp_path / "metrics.json").write_text('{"iteration": 9, "time": 2.0, "eta_seconds": 5.0}\n')
+    running = [(final, tmp_path)]
+    assert seconds_left(remaining, times(selection), running) == 3 * 25 + 7 * 10 - 20
+    assert seconds_left(remaining, times(finished.values()), running) == 3 * 30 + 7 * 10 - 20
+
 
 def test_lines_of_running_trials_are_shown(make_study, tmp_path, monkeypatch):
     from rt_detectron.study import progress as module
