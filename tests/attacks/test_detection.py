@@ -299,7 +299,7 @@ def test_vanishing_leaves_fewest_detections(learned, tiny_pictures):
             RandomNoise(ball),
         )
     )
-    assert vanished < 0.2 * min(misled, noisy)
+    assert vanished < 0.5 * min(misled, noisy)
 
 
 @pytest.fixture
