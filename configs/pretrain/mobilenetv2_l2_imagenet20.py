@@ -1,8 +1,8 @@
 """MobileNetV2, L2: adversarial fine-tuning of a network trained on ImageNet, on 20 of its classes at 96 px.
 
-Cheap enough for a CPU: one epoch of 10,000 images and one step of PGD, to which a growing part of each batch is
-exposed at first. threat_model.eps=0 is the fair baseline: the same recipe without an attack. Its outcome:
-docs/results/real-weights.
+Cheap enough for a CPU: one epoch of 10,000 images and one step of PGD, to which a growing part of each
+batch is exposed at first. threat_model.eps=0 is the fair baseline: the same recipe without an attack. Its
+outcome: docs/results/real-weights.
 """
 
 from detectron2.config import LazyCall as L
