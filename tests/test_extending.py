@@ -329,7 +329,7 @@ class TestEvaluation:
         content = evaluate_robustness(quick_cfg, learned[1])
         found = content["rotation"]["metrics"]["bbox"]["AP"]
         assert found < content["clean"]["metrics"]["bbox"]["AP"]
-        assert list(content)[:5] == ["clean", "attack", "corruption", "rotation", "pictures"]
+        assert list(content)[:6] == ["clean", "attack", "corruption", "natural", "rotation", "pictures"]
         lines = robustness_table(content).splitlines()
         assert lines[-1].split()[:3] == ["turned", "6", f"{found:.2f}"]
         assert "TEST.ROTATION True" in keys_help()

@@ -80,7 +80,8 @@ def begun(tiny_cfg, tmp_path, monkeypatch):
     """``begun(KEY=value ...)``: the config of a training of a small detector that was cut off after 4 of 6
     iterations, with checkpoints after 2 and 4."""
     monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, *args: {}))
-    keys = {**SMALL, "SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 2, "SOLVER.WARMUP_ITERS": 3}
+    keys = {**SMALL, "SOLVER.OPTIMIZER": "SGD", "SOLVER.MAX_ITER": 6}
+    keys |= {"SOLVER.CHECKPOINT_PERIOD": 2, "SOLVER.WARMUP_ITERS": 3}
 
     def make(**changed):
         return tiny_cfg(tmp_path, *options({**keys, **changed}))

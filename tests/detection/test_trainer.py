@@ -83,7 +83,7 @@ class TestLoadConfig:
         if cfg.MODEL.ROBUST.ARCH.startswith("timm/"):
             deep = {"convnext_tiny": [3, 3, 9, 3], "swin_small_patch4_window7_224": [2, 2, 18, 2]}
             assert block_depths(model) == deep.get(cfg.MODEL.ROBUST.ARCH.removeprefix("timm/"), [12])
-        else:
+        elif "resnet" in cfg.MODEL.ROBUST.ARCH:
             backbone = getattr(model.backbone, "bottom_up", model.backbone)
             assert len(backbone.stages[2]) == (6 if "resnet50" in cfg.MODEL.ROBUST.ARCH else 2)
         if cfg.MODEL.WEIGHTS.startswith("robust://"):

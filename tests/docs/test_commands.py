@@ -41,7 +41,7 @@ NOT_INSTALLED = ("onnxruntime",)  # by make setup; tests/test_builders_in_detect
 # Variables that a document leaves to its reader.
 VALUES = {"RANK": "0", "HOST": "localhost", "SLURM_NODEID": "0", "lr": "0.01", "eps": "0.5"}
 # Programs of others, in lines that call nothing of ours.
-SHELL = ("test", "for", "done", "export", "cd", "git", "mv", "ray", "rm", "source", ".")
+SHELL = ("unzip", "test", "for", "done", "export", "cd", "git", "mv", "ray", "rm", "source", ".")
 # What a fence may say. Without a word it holds commands, or config keys and their values.
 LANGUAGES = ("", "bash", "python", "yaml", "text")
 
@@ -124,7 +124,7 @@ def test_a_command_is_one_that_its_program_takes(line, variables, parsed, monkey
         targets = re.findall(r"(?m)^([a-z-]+):", (REPOSITORY / "Makefile").read_text())
         assert {word for word in words[1:] if "=" not in word} <= set(targets)
     elif words[0] == "pip":
-        assert words[1] in ("install", "wheel", "cache", "show")
+        assert words[1] in ("install", "wheel", "cache", "show", "download")
         extras = re.findall(r"(?m)^(\w+) = \[", (REPOSITORY / "pyproject.toml").read_text())
         asked = [extra for word in words for extra in re.findall(r"\[(.*)\]$", word)]
         assert {part for extra in asked for part in extra.split(",")} <= set(extras)

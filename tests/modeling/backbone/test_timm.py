@@ -279,7 +279,7 @@ def test_settings_that_make_no_backbone(timm_cfg, make_cfg, monkeypatch):
     cfg.MODEL.ROBUST.ARCH = "resnet18"
     with pytest.raises(InputError, match=r"resnet18 is a ResNet: set .* to build_robust_resnet_backbone"):
         build_backbone(cfg)
-    with pytest.raises(InputError, match="takes FrozenBN, BN, SyncBN"):
+    with pytest.raises(InputError, match="takes FrozenBN, EvalBN, BN, SyncBN"):
         build_backbone(timm_cfg("resnet18", NORM="GN"))
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match='pip install "timm'):

@@ -228,7 +228,7 @@ def test_what_cannot_be_built(torchvision_cfg):
     refused(torchvision_cfg("densenet161"), "did you mean densenet")
     refused(torchvision_cfg("mnasnet", OUT_FEATURES=["res4", "res6"]), r"res6.*mnasnet has res2, res3")
     refused(torchvision_cfg("mnasnet", OUT_FEATURES=[]), "mnasnet has res2, res3")
-    refused(torchvision_cfg("mnasnet", NORM="GN"), "'GN': mnasnet takes FrozenBN, BN, SyncBN")
+    refused(torchvision_cfg("mnasnet", NORM="GN"), "'GN': mnasnet takes FrozenBN, EvalBN, BN, SyncBN")
     refused(torchvision_cfg("mnasnet", RES5_DILATION=2), r"set MODEL\.RESNETS\.RES5_DILATION 1")
     cfg = torchvision_cfg("mnasnet")
     cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeads"

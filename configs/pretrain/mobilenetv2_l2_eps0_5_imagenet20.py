@@ -38,4 +38,4 @@ evaluator.max_attacked = 400
 
 train.init_checkpoint = "output/real_weights/mobilenetv2_standard.pkl"
 train.epochs = train.eval_epochs = 1
-train.output_dir = "./output/pretrain/mobilenetv2_l2_imagenet20"
+train.output_dir = "./output/pretrain/mobilenetv2_l2_eps0_5_imagenet20"

@@ -1,4 +1,4 @@
-"""MobileNetV2, L2 eps 1, without labels (FARE), on the images of mobilenetv2_l2_imagenet20.py.
+"""MobileNetV2, L2 eps 1, without labels (FARE), on the images of mobilenetv2_l2_eps0_5_imagenet20.py.
 
 Two steps of PGD instead of the authors' ten, since this is for a CPU. Its outcome: docs/results/real-weights.
 """
@@ -10,7 +10,7 @@ from detectron2.solver.build import get_default_optimizer_params
 from rt_detectron.attacks import PGD
 from rt_detectron.pretrain.label_free import LabelFree
 
-from .mobilenetv2_l2_imagenet20 import dataloader, evaluator, lr_multiplier, model, threat_model, train
+from .mobilenetv2_l2_eps0_5_imagenet20 import dataloader, evaluator, lr_multiplier, model, threat_model, train
 
 threat_model.eps = 1.0
 model.strategy = L(LabelFree)(
@@ -20,4 +20,4 @@ model.strategy = L(LabelFree)(
 optimizer = L(torch.optim.AdamW)(
     params=L(get_default_optimizer_params)(), lr=1e-4, weight_decay=1e-4, fused=True
 )
-train.output_dir = "./output/pretrain/mobilenetv2_label_free_imagenet20"
+train.output_dir = "./output/pretrain/mobilenetv2_l2_eps1_label_free_imagenet20"
