@@ -383,7 +383,47 @@ class Corruption(Evaluation):
         )
 
 
-EVALUATIONS: list[Evaluation] = [Clean(), Attack(), Corruption(), Errors()]  # in the order of the report
+class Natural(Evaluation):
+    """Box AP on other test sets, such as COCO-O's drawings and paintings, and its mean over them."""
+
+    SHIFTED, MEAN, SCORE = "natural", "natural: mean", "effective robustness"
+    name, title, question, main_kind = "natural", "Under natural shifts", "Under natural shifts", MEAN
+
+    def part(self, outcome: Outcome) -> Any:
+        part = super().part(outcome) or {"results": []}
+        results = [result for result in part["results"] if result.get("requested", True)]
+        return {**part, "results": results} if results else None
+
+    def numbers(self, part: Any) -> Numbers:
+        found: Numbers = {}
+        for result in part["results"]:
+            found.update(_numbers(self.SHIFTED, result["metrics"], result["dataset"]))
+        for kind, key in ((self.MEAN, "mean"), (self.SCORE, "effective_robustness")):
+            if part[key] is not None:
+                found.update(_numbers(kind, {"bbox": {"AP": part[key]}}))
+        return found
+
+    def measure(self, scores: pd.DataFrame, task: str) -> str:
+        return f"{TASKS[task]} on other sets"
+
+    def tables(self, scores: pd.DataFrame, task: str) -> list[Table]:
+        scores = select(scores, task=task, metric="AP")
+        columns = {
+            "mean": self.main_lines(scores, task),
+            "effective robustness": select(scores, kind=self.SCORE),
+            **dict(groups_of(select(scores, kind=self.SHIFTED), "condition")),
+        }
+        return score_table(f"{_title(task)} under natural shifts", columns)
+
+    def text(self, outcomes: Sequence[Outcome]) -> str:
+        return (
+            "AP on other test sets with the same classes. Effective robustness is the mean over COCO-O's "
+            "domains minus 0.45 of the AP on COCO val2017."
+        )
+
+
+# In the order of the report.
+EVALUATIONS: list[Evaluation] = [Clean(), Attack(), Corruption(), Natural(), Errors()]
 
 
 def tidy_table(outcomes: Iterable[Outcome]) -> pd.DataFrame:

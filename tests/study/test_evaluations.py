@@ -7,7 +7,7 @@ import pytest
 
 from rt_detectron.evaluation.coco import evaluate_detections, write_evaluations
 from rt_detectron.study.answers import answers
-from rt_detectron.study.evaluations import Attack, attack_name, compared, tidy_table
+from rt_detectron.study.evaluations import Attack, Natural, attack_name, compared, tidy_table
 from rt_detectron.study.figures import Charts
 from rt_detectron.study.grid import Trial
 from rt_detectron.study.record import Outcome
@@ -48,6 +48,23 @@ def test_of_several_objectives_the_worst_case_is_the_answer():
     found = measurements(outcome({"bbox": {"AP": 40.0}}, attack=attacks))
     assert found[Quantity("attack: mean", "bbox", "AP")] == (14 + 4) / 2
     assert found[Quantity("attack", "bbox", "AP", "l2, A_cls", 2)] == 10
+
+
+def test_natural_shifts():
+    """As TEST.NATURAL leaves it in robustness.json."""
+    results = [
+        {"dataset": f"coco_o_{domain}", "requested": True, "metrics": {"bbox": {"AP": ap}}}
+        for domain, ap in (("sketch", 10.0), ("tattoo", 20.0))
+    ]
+    results.append({**results[0], "dataset": "other", "requested": False})
+    part = {"results": results, "mean": 15.0, "effective_robustness": None}
+    found = measurements(outcome({"bbox": {"AP": 40.0}}, natural=part))
+    assert found[Quantity("natural: mean", "bbox")] == 15
+    assert found[Quantity("natural", "bbox", "AP", "coco_o_tattoo")] == 20
+    assert not any(each.condition == "other" or each.kind == "effective robustness" for each in found)
+    found = measurements(outcome({"bbox": {"AP": 40.0}}, natural={**part, "effective_robustness": -3.0}))
+    assert found[Quantity("effective robustness", "bbox")] == -3
+    assert not Natural().part(outcome({"bbox": {"AP": 40.0}}, natural=None))
 
 
 def test_a_published_protocol_is_named_and_answers_by_its_worst_case():
