@@ -17,6 +17,7 @@ from rt_detectron.detection.steps import (
     EXPLOSION,
     WINDOW,
     DetectorTrainer,
+    _clip_each_norm,
     backbone_factor,
     build_optimizer,
     build_trainer,
@@ -190,6 +191,16 @@ def test_the_norm_of_all_gradients_is_clipped(make_cfg):
         optimizer.step()
         torch.testing.assert_close(network.weight.grad, torch.tensor([[0.6, 0.0]]))
         torch.testing.assert_close(network.bias.grad, torch.tensor([0.8]))
+
+
+def test_clipping_on_an_accelerator_waits_for_nothing():
+    """A tensor on the meta device has no values, so reading one, as .item() does, raises."""
+    parameters = [torch.nn.Parameter(torch.zeros(shape, device="meta")) for shape in ((3, 2), (4,))]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    _clip_each_norm(iter(parameters), max_norm=1.0, norm_type=2.0)
+    with pytest.raises(RuntimeError, match="meta"):
+        parameters[0].grad.sum().item()
 
 
 def test_mixed_precision_has_its_gradients_unscaled_ahead_of_the_clipping(make_cfg):
