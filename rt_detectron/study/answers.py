@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from rt_detectron.study.evaluations import EVALUATIONS
+from rt_detectron.study.evaluations import EVALUATIONS, Evaluation
 from rt_detectron.study.grid import Study
 from rt_detectron.study.intervals import FEW
 from rt_detectron.study.selection import Choice
@@ -71,7 +71,7 @@ def answers(comparison: Comparison, choices: Sequence[Choice]) -> list[Answer]:
         measure = evaluation.measure(scores, task)
         over_targets = pooled(comparison, quantity, choices)
         told = list(_headlines(over_targets))
-        sentences = [sentence(comparison, one, measure) for one in told]
+        sentences = [sentence(comparison, one, evaluation, measure) for one in told]
         counts = ", ".join(
             f"{count} {label(verdict, comparison.study)}"
             for verdict in VERDICTS
@@ -97,7 +97,7 @@ def label(verdict: str, study: Study) -> str:
     return f"no difference beyond {study.margin:g}" if verdict == EQUIVALENT else verdict
 
 
-def sentence(comparison: Comparison, one: Pooled, measure: str) -> str:
+def sentence(comparison: Comparison, one: Pooled, evaluation: Evaluation, measure: str) -> str:
     """The answer of one arm over all targets: who, how much, on what."""
     study = comparison.study
     place = next(iter(one.plan)) if len(one.plan) == 1 else _places(one)
@@ -118,7 +118,7 @@ def sentence(comparison: Comparison, one: Pooled, measure: str) -> str:
     else:
         claim = f"is not told apart from {baseline}: {format_number(one.change)} {measure}{interval}"
         claim += f"; {limit(one.low, one.high)}" if one.over else ", without an interval"
-    return f"{place}: {subject} {claim}{_size(comparison, one)}."
+    return f"{place}: {subject} {claim}{_size(comparison, one, evaluation)}."
 
 
 def limit(low: float, high: float) -> str:
@@ -143,7 +143,7 @@ def _places(one: Pooled) -> str:
     return f"Mean of {targets} targets on {sets} data set{'s' * (sets > 1)}"
 
 
-def _size(comparison: Comparison, one: Pooled) -> str:
+def _size(comparison: Comparison, one: Pooled, evaluation: Evaluation) -> str:
     """How many runs and images an answer rests on."""
     samples = [
         comparison.samples[target, quantity][arm]
@@ -157,19 +157,17 @@ def _size(comparison: Comparison, one: Pooled) -> str:
     if counts == [1]:
         noun = noun.removesuffix("s")
     many = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
-    images = test_images(comparison, list(one.plan))
+    images = test_images(comparison, evaluation, list(one.plan))
     return f"; {many} {noun}" + (f" on {images:,} images" if images else "")
 
 
-def test_images(comparison: Comparison, targets: Sequence[str]) -> int:
-    """Number of test images of the targets, those of a shared test set once; 0 if one is unknown."""
+def test_images(comparison: Comparison, evaluation: Evaluation, targets: Sequence[str]) -> int:
+    """Number of images of the targets' evaluation, those of a shared test set once; 0 if one is unknown."""
     found: dict[str, int] = {}
     for outcome in comparison.outcomes:
         target = outcome.trial.target
         if target in targets and outcome.results and outcome.trial.stage == "final":
-            datasets, clean = outcome.results["datasets"], (outcome.robustness or {}).get("clean") or {}
-            count = (datasets[0].get("images") if datasets else None) or clean.get("images") or 0
-            found[comparison.test_sets.get(target, target)] = count
+            found[comparison.test_sets.get(target, target)] = evaluation.images(outcome)
     return sum(found.values()) if found and all(found.values()) else 0
 
 

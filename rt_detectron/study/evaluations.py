@@ -85,6 +85,10 @@ class Evaluation(ABC):
         """Its part of the trial's result files; empty or None if it was not run."""
         return (outcome.robustness or {}).get(self.name)
 
+    def images(self, outcome: Outcome) -> int:
+        """The number of images that its main number is of; 0 if its part does not say."""
+        return 0
+
     @abstractmethod
     def numbers(self, part: Any) -> Numbers:
         """The numbers in its part of the result files."""
@@ -146,6 +150,11 @@ class Clean(Evaluation):
 
     def part(self, outcome: Outcome) -> Any:
         return outcome.results and by_test_set(outcome.results["metrics"])[0]
+
+    def images(self, outcome: Outcome) -> int:
+        datasets = (outcome.results or {}).get("datasets")
+        clean = (outcome.robustness or {}).get("clean") or {}
+        return (datasets[0].get("images") if datasets else None) or clean.get("images") or 0
 
     def numbers(self, part: Any) -> Numbers:
         return dict(_numbers(CLEAN, part))
@@ -217,6 +226,9 @@ class Attack(Evaluation):
     def part(self, outcome: Outcome) -> Any:
         # The file also keeps what an earlier evaluation had asked for.
         return [attack for attack in super().part(outcome) or [] if attack.get("requested", True)]
+
+    def images(self, outcome: Outcome) -> int:
+        return min((attack.get("images", 0) for attack in self.part(outcome)), default=0)
 
     def on_resamples(self, outcome: Outcome) -> Any:
         attacks = []
@@ -332,6 +344,9 @@ class Corruption(Evaluation):
         results = [result for result in part["results"] if result.get("requested", True)]
         return {**part, "results": results} if results else None
 
+    def images(self, outcome: Outcome) -> int:
+        return (self.part(outcome) or {}).get("images", 0)
+
     def on_resamples(self, outcome: Outcome) -> Any:
         part = self.part(outcome)
         clean = condition_on_resamples(outcome, part.get("clean_matches"), part["clean"])
@@ -393,6 +408,9 @@ class Natural(Evaluation):
         part = super().part(outcome) or {"results": []}
         results = [result for result in part["results"] if result.get("requested", True)]
         return {**part, "results": results} if results else None
+
+    def images(self, outcome: Outcome) -> int:
+        return sum(result.get("images", 0) for result in (self.part(outcome) or {"results": []})["results"])
 
     def numbers(self, part: Any) -> Numbers:
         found: Numbers = {}

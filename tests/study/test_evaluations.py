@@ -7,7 +7,15 @@ import pytest
 
 from rt_detectron.evaluation.coco import evaluate_detections, write_evaluations
 from rt_detectron.study.answers import answers
-from rt_detectron.study.evaluations import Attack, Natural, attack_name, compared, tidy_table
+from rt_detectron.study.evaluations import (
+    Attack,
+    Clean,
+    Corruption,
+    Natural,
+    attack_name,
+    compared,
+    tidy_table,
+)
 from rt_detectron.study.figures import Charts
 from rt_detectron.study.grid import Trial
 from rt_detectron.study.record import Outcome
@@ -65,6 +73,23 @@ def test_natural_shifts():
     found = measurements(outcome({"bbox": {"AP": 40.0}}, natural={**part, "effective_robustness": -3.0}))
     assert found[Quantity("effective robustness", "bbox")] == -3
     assert not Natural().part(outcome({"bbox": {"AP": 40.0}}, natural=None))
+
+
+def test_an_answer_counts_the_images_that_its_evaluation_saw():
+    shifted = [{"dataset": name, "requested": True, "images": 30, "metrics": {}} for name in ("a", "b")]
+    tried = Outcome(
+        TRIAL,
+        Path("x"),
+        {"metrics": {"bbox": {"AP": 40.0}}, "datasets": [{"name": "val", "images": 210}]},
+        {
+            "attack": [{**attack(1.0, 9.0), "images": 50}, {**attack(2.0, 7.0), "images": 50}],
+            "corruption": {"images": 100, "results": [{"name": "fog"}]},
+            "natural": {"results": shifted},
+        },
+    )
+    counts = [evaluation.images(tried) for evaluation in (Clean(), Attack(), Corruption(), Natural())]
+    assert counts == [210, 50, 100, 60]
+    assert Attack().images(outcome({"bbox": {"AP": 40.0}})) == 0
 
 
 def test_a_published_protocol_is_named_and_answers_by_its_worst_case():
