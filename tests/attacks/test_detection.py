@@ -294,12 +294,12 @@ def test_vanishing_leaves_fewest_detections(learned, tiny_pictures):
     vanished, misled, noisy = (
         detections(model, change(model, tiny_pictures))
         for change in (
-            build_detector_attack("vanishing", PGD(ball, steps=10)),
+            build_detector_attack("vanishing", PGD(ball, steps=30)),
             build_detector_attack("all", PGD(ball, steps=10)),
             RandomNoise(ball),
         )
     )
-    assert vanished < 0.5 * min(misled, noisy)
+    assert vanished < 0.2 * min(misled, noisy)
 
 
 @pytest.fixture
