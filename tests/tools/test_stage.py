@@ -3,6 +3,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from tool_process import run_tool
 
 TOOL = str(Path(__file__).resolve().parents[2] / "tools" / "_stage.py")
 MAKES = (
@@ -53,7 +54,7 @@ def test_a_failure_shows_the_end_of_its_log_and_the_others_go_on(commands, tmp_p
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_it_lets_the_commands_write_their_checkpoints(commands, tmp_path, run_here, signum):
+def test_stopped_it_lets_the_commands_write_their_checkpoints(commands, tmp_path, tool_server, signum):
     waits = (
         "import pathlib, signal, sys, time\n"
         "result = pathlib.Path(sys.argv[1])\n"
@@ -66,10 +67,7 @@ def test_stopped_it_lets_the_commands_write_their_checkpoints(commands, tmp_path
         "while not (result.parent.parent / 'waits' / 'ready').is_file(): time.sleep(0.01)\n"
         f"os.kill(os.getppid(), {signum:d}); time.sleep(60)\n"
     )
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        status, out, err = run_here("trying", *commands(waits=waits, stops=stops))
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    assert (status, out, err) == (130, "", "trying: stopped; the same command continues\n")
+    done = run_tool([TOOL, "trying", *commands(waits=waits, stops=stops)], tmp_path)
+    stopped = "trying: stopped; the same command continues\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", stopped)
     assert (tmp_path / "waits" / "checkpoint").is_file()
