@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rt_detectron.attacks import PGD, DetectorAttack, LossAttack, ThreatModel, build_detector_attack, free
 from rt_detectron.attacks.box_head import clip_proposal_losses
+from rt_detectron.attacks.detection import HALF_PRECISION_SCALE
 from rt_detectron.attacks.schedule import EpsSchedule
 from rt_detectron.detection.loader import batches_from
 from rt_detectron.evaluation.robustness.measurement import Metrics
@@ -24,7 +25,6 @@ EVALUATED_WITH = "A_cls"  # the strongest single objective on trained detectors
 EVALUATION_STEPS = 10
 # What replays can follow: sums of some losses of a training step.
 REPLAYED = ("all", "classification", "localization", "mask", "A_cls", "A_reg", "A_box")
-_HALF_PRECISION_SCALE = 1024.0  # so that small gradients do not underflow
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class LossGradients:
     def _after_forward(self, detector: nn.Module, inputs: tuple, losses) -> None:
         if not (detector.training and torch.is_grad_enabled() and self.perturbations):
             return
-        scale = _HALF_PRECISION_SCALE if torch.is_autocast_enabled() else 1.0
+        scale = HALF_PRECISION_SCALE if torch.is_autocast_enabled() else 1.0
         objective = scale * self.attack.objective(losses)
         grads = torch.autograd.grad(objective, self.perturbations, retain_graph=True, allow_unused=True)
         # A step may have several forward passes, with some of the images each.
