@@ -1,4 +1,4 @@
-"""The fair baseline of demo_l2.py: the same recipe without an attack. A minute on two CPU cores."""
+"""The fair baseline of demo_l2.py: the same recipe without an attack. A minute and a half on one CPU core."""
 
 from detectron2.config import LazyCall as L
 
