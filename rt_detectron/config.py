@@ -97,7 +97,7 @@ def _keys() -> CN:
     # tools/evaluate_robustness.py: AP under attack. PGD on the detector's input.
     cfg.TEST.ATTACK = CN()
     # "ours": the keys below count. "oddefense" (Li et al., TIFS 2025) and "ares" (ARES 2.0) set them as
-    # published; see docs/evaluate-robustness.md.
+    # published; several, such as "ours,oddefense,ares", are all measured. See docs/evaluate-robustness.md.
     cfg.TEST.ATTACK.PROTOCOL = "ours"
     # L2 eps, for images in [0, 1] after resizing, such as (0.5, 1.0). Empty: no L2 attack.
     cfg.TEST.ATTACK.L2_EPS = ()

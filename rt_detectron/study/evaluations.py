@@ -221,6 +221,14 @@ class Attack(Evaluation):
     """Adversarial attacks, each with clean images and random noise of the same size on the same images."""
 
     ATTACKED, UNATTACKED, NOISE, MEAN = "attack", "attack: clean", "noise", "attack: mean"
+    # On fewer images: what was done to them in robustness.json -> the kind of its numbers, and its heading.
+    ON_FEW: ClassVar = {
+        "clean": ("few: clean", "no attack"),
+        "attack": ("few: attack", "attack"),
+        "transfer": ("few: transfer", "transferred attack"),
+        "random search": ("few: random search", "random search"),
+        "huge eps": ("few: huge eps", "huge eps"),
+    }
     name, title, question, main_kind = "attack", "Under attack", "Under attack", MEAN
 
     def part(self, outcome: Outcome) -> Any:
@@ -239,7 +247,12 @@ class Attack(Evaluation):
                     ("metrics", "matches"), ("clean", "clean_matches"), ("noise", "noise_matches"),
                 )
             }  # fmt: skip
-            attacks.append({**attack, **found})
+            few = {
+                key: {**value, "metrics": condition_on_resamples(outcome, value["matches"], value["metrics"])}
+                for key, value in attack.get("check_images", {}).items()
+                if key in self.ON_FEW
+            }
+            attacks.append({**attack, **found, "check_images": few})
         return attacks if all(attack["metrics"] for attack in attacks) else None
 
     def numbers(self, part: Any) -> Numbers:
@@ -250,6 +263,9 @@ class Attack(Evaluation):
                 (self.UNATTACKED, "clean"), (self.ATTACKED, "metrics"), (self.NOISE, "noise"),
             ):  # fmt: skip
                 found.update(_numbers(kind, attack[key] or {}, condition, attack["eps"]))
+            for key, (kind, _) in self.ON_FEW.items():
+                metrics = attack.get("check_images", {}).get(key, {"metrics": {}})["metrics"]
+                found.update(_numbers(kind, metrics, condition, attack["eps"]))
         counting = _answering(quantity.condition for quantity in found)
         counted = {quantity: value for quantity, value in found.items() if quantity.condition in counting}
         return found | _means(counted, self.ATTACKED, self.MEAN)
@@ -264,7 +280,7 @@ class Attack(Evaluation):
         return f"{TASKS[task]} under {what}" + (f" (mean of {count})" if count > 1 else "")
 
     def tables(self, scores: pd.DataFrame, task: str) -> list[Table]:
-        mean = {"mean of all attacks": self.main_lines(scores, task)}
+        answer = {self.measure(scores, task): self.main_lines(scores, task)}
         scores = select(scores, task=task, metric="AP")
         same = ["target", "arm", "condition", "level"]
         noise = select(scores, kind=self.NOISE)[[*same, "mean"]].rename(columns={"mean": "noise"})
@@ -272,7 +288,7 @@ class Attack(Evaluation):
         means = attacked[same].merge(noise, how="left", on=same)["noise"]
         attacked = attacked.assign(extra=["" if math.isnan(ap) else f"noise {ap:.2f}" for ap in means])
         groups = dict(groups_of(attacked, "condition"))
-        tables = score_table(f"{_title(task)} under attack", mean) if len(groups) > 1 else []
+        tables = score_table(f"{_title(task)} under attack", answer) if len(groups) > 1 else []
         for condition, lines in groups.items():
             levels = sorted(lines["level"].unique())
             columns = {
@@ -280,8 +296,15 @@ class Attack(Evaluation):
                 **{f"eps {level:g}": select(lines, level=level) for level in levels},
             }
             if len(groups) == 1 and len(levels) > 1:
-                columns |= mean
+                columns |= answer
             tables += score_table(f"{_title(task)} under {attack_name(condition)}", columns)
+            few = {
+                heading: select(scores, kind=kind, condition=condition)
+                for kind, heading in self.ON_FEW.values()
+            }
+            norm, _, protocol = _parts(condition)
+            title = f"{_title(task)} on the images of the checks, {_of(protocol)}{norm.capitalize()}"
+            tables += score_table(title, few)
         return tables
 
     def text(self, outcomes: Sequence[Outcome]) -> str:
@@ -292,16 +315,29 @@ class Attack(Evaluation):
         attacks = [attack for outcome in outcomes for attack in self.part(outcome) or []]
         if not attacks:
             return text
-        first = attacks[0]
-        restarts = "" if first["restarts"] == 1 else f", {first['restarts']} restarts"
-        found = f"PGD, {first['steps']} steps{restarts}, on {first['images']} images. {text}"
+        by_protocol = {attack.get("protocol", OURS): attack for attack in reversed(attacks)}
+        steps = ", ".join(
+            f"{_of(protocol)}{'A' * attack.get('adaptive', False)}PGD, {attack['steps']} steps"
+            + ("" if attack["restarts"] == 1 else f", {attack['restarts']} restarts")
+            for protocol, attack in reversed(by_protocol.items())
+        )
+        found = f"{steps[0].upper()}{steps[1:]}, on {attacks[0]['images']} images. {text}"
         if any(attack["loss"] == WORST for attack in attacks):
             found += (
                 " The answer is the worst case of several objectives on each image; the AP of each "
                 "one is given, too."
             )
-        if (protocol := first.get("protocol", OURS)) != OURS:
-            found += f" All is as in the protocol of {protocol}."
+        if published := [protocol for protocol in reversed(by_protocol) if protocol != OURS]:
+            all_of_it = "All is" if OURS not in by_protocol else "What bears their name is"
+            found += f" {all_of_it} as in the protocol of {' and '.join(published)}."
+            if OURS in by_protocol:
+                found += " The answer is of our own attacks."
+        if few := [attack["check_images"] for attack in attacks if attack.get("check_images")]:
+            found += (
+                f" The checks are made on {few[0]['images']} images: the objective that leaves the least AP, "
+                "the same attack on another detector and transferred, random search without gradients, and a "
+                "huge eps."
+            )
         return found
 
     def notes(self, outcome: Outcome) -> list[str]:
@@ -317,10 +353,10 @@ class Attack(Evaluation):
     def figures(self, charts: Charts) -> list[Figure]:
         figures: list[Figure] = []
         for (target, task, condition), lines in charts.groups(self.ATTACKED):
-            norm, loss, _ = _parts(condition)
+            norm, loss, protocol = _parts(condition)
             others = select(charts.scores, target=target, task=task, metric="AP", condition=condition)
             figures += charts.against_level(
-                f"attack-{target}-{task}-{norm}-{loss}",
+                "-".join(["attack", target, task, norm, loss] + [protocol] * (protocol != OURS)),
                 f"{target}: {TASKS[task]} under {attack_name(condition)}.",
                 "eps of the attack" + (", in 1/255" if norm == "linf" else ""),
                 lines,
@@ -514,11 +550,15 @@ def attack_name(condition: str) -> str:
 
 
 def _answering(conditions: Iterable[str]) -> set[str]:
-    """The attacks that count: of several objectives their worst case alone, "linf, worst"."""
+    """The attacks that count: of several objectives their worst case alone, "linf, worst".
+
+    Where published protocols were measured beside ours, ours count.
+    """
     found = set(conditions)
+    found = {condition for condition in found if _parts(condition)[2] == OURS} or found
     worst = {condition for condition in found if _parts(condition)[1] == WORST}
-    norms = {_parts(condition)[0] for condition in worst}
-    return worst | {condition for condition in found if _parts(condition)[0] not in norms}
+    covered = {_parts(condition)[::2] for condition in worst}
+    return worst | {condition for condition in found if _parts(condition)[::2] not in covered}
 
 
 def _title(task: str) -> str:

@@ -114,6 +114,51 @@ def test_a_published_protocol_is_named_and_answers_by_its_worst_case():
     assert attack_name("linf, A_cls") == "Linf attack on A_cls"
 
 
+def test_beside_published_protocols_ours_answers():
+    """As TEST.ATTACK.PROTOCOL ours,ares,oddefense leaves them in robustness.json."""
+    attacks = [
+        {**attack(eps, ap), "norm": "linf", "loss": loss, "protocol": protocol}
+        | {"steps": steps, "restarts": 1, "images": 80, "adaptive": protocol == "ours"}
+        for protocol, eps, loss, steps, ap in (
+            ("ours", 4.0, "A_cls", 30, 12.0),
+            ("ours", 4.0, "worst", 30, 11.0),
+            ("ares", 2.0, "no_regression", 20, 19.0),
+            ("oddefense", 4.0, "A_cls", 10, 15.0),
+            ("oddefense", 4.0, "worst", 10, 14.0),
+        )
+    ]
+    one, evaluation = outcome({"bbox": {"AP": 40.0}}, attack=attacks), Attack()
+    found = measurements(one)
+    assert found[Quantity("attack: mean", "bbox")] == 11
+    assert found[Quantity("attack", "bbox", "AP", "linf, worst, oddefense", 4)] == 14
+    assert evaluation.measure(tidy_table([one]), "bbox") == "box AP under the worst attack"
+    text = evaluation.text([one])
+    assert text.startswith("APGD, 30 steps, ares PGD, 20 steps, oddefense PGD, 10 steps, on 80 images.")
+    assert "What bears their name is as in the protocol of ares and oddefense." in text
+    without = measurements(outcome({"bbox": {"AP": 40.0}}, attack=attacks[2:]))
+    assert without[Quantity("attack: mean", "bbox")] == (19 + 14) / 2
+
+
+def test_the_images_of_the_checks_have_a_table(tmp_path, build_study):
+    options = {"detectors": ("faster_rcnn",), "arms": ("standard", "robust"), "rates": (0.02,)}
+    study, outcomes = build_study(tmp_path, **options)
+    for one in outcomes:
+        of_one = one.robustness["attack"][0]
+        few = {"attack": 3.0, "transfer": 5.0 + one.trial.seed, "random search": 8.0}
+        of_one["check_images"] = {"images": 10, "loss": "A_cls"} | {
+            name: {"metrics": {"bbox": {"AP": ap}}, "matches": None} for name, ap in few.items()
+        }
+    comparison = compared(study, outcomes)
+    (table,) = [
+        table
+        for table in Attack().tables(comparison.scores, "bbox")
+        if table.title == "Box AP on the images of the checks, L2"
+    ]
+    assert table.columns == ["attack", "transferred attack", "random search"]
+    assert [str(cell) for cell in table.lines[0].cells] == ["3.00 ± 0.00", "6.50 ± 0.71", "8.00 ± 0.00"]
+    assert " made on 10 images: " in Attack().text(outcomes)
+
+
 def test_the_verdict_and_the_scatter_under_attack_are_of_the_worst_case(tmp_path, build_study):
     options = {"detectors": ("faster_rcnn",), "arms": ("standard", "robust"), "rates": (0.02,)}
     study, outcomes = build_study(tmp_path, **options)

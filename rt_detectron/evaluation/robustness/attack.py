@@ -1,6 +1,6 @@
 """AP under adversarial attack."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, ClassVar
@@ -27,7 +27,7 @@ from rt_detectron.evaluation.robustness.evaluation import (
     unique,
 )
 from rt_detectron.evaluation.robustness.measurement import Measured
-from rt_detectron.evaluation.robustness.protocols import PROTOCOLS, attack_keys
+from rt_detectron.evaluation.robustness.protocols import OURS, PROTOCOLS, attack_keys
 from rt_detectron.evaluation.robustness.session import Session
 from rt_detectron.evaluation.robustness.test_set import DetectionTestSet, annotated_test_mapper
 from rt_detectron.utils.errors import InputError
@@ -46,8 +46,8 @@ class AttackEvaluation(Evaluation):
     defines its number, what the attack costs in passes of the detector, and checks against gradient masking.
 
     Attributes:
-        attacks: in the order of the results; those of one threat model side by side.
-        protocol: their name in :data:`~.protocols.PROTOCOLS`.
+        attacks: by protocol, see :data:`~.protocols.PROTOCOLS`, in the order of the results; those of one
+            threat model side by side.
         max_images: the number of images, evenly spread over the test set; 0 is all.
         noise: whether to measure AP under random noise of the same size.
         check_images: the number of images that the costly checks are made on; 0 for none of these.
@@ -58,7 +58,9 @@ class AttackEvaluation(Evaluation):
     keys: ClassVar[dict[str, str]] = {
         'TEST.ATTACK.LINF_EPS "[1,2,4]"': "PGD on the detector's input, Linf, eps in units of 1/255",
         'TEST.ATTACK.L2_EPS "[0.5,1]"': "the same with L2, for images in [0, 1] after resizing",
-        "TEST.ATTACK.PROTOCOL oddefense": f"eps, steps and objectives as published: {', '.join(PROTOCOLS)}",
+        "TEST.ATTACK.PROTOCOL oddefense": (
+            f"eps, steps and objectives as published: {', '.join(PROTOCOLS)}; several as oddefense,ares"
+        ),
         "TEST.ATTACK.LOSSES \"['A_cls','A_reg']\"": f"what PGD raises: {', '.join(DETECTOR_ATTACKS)}",
         "TEST.ATTACK.STEPS 10": "steps of PGD",
         "TEST.ATTACK.STEP_SIZE 1": "in the units of eps; 0: 2.5 eps / STEPS",
@@ -78,8 +80,7 @@ class AttackEvaluation(Evaluation):
         "TEST.ATTACK.MAX_IMAGES 100": "attack this many images only, for a quick look",
     }
 
-    attacks: tuple[DetectorAttack, ...]
-    protocol: str = "ours"
+    attacks: Mapping[str, tuple[DetectorAttack, ...]]
     max_images: int = 0
     noise: bool = True
     check_images: int = 0
@@ -91,15 +92,19 @@ class AttackEvaluation(Evaluation):
             name.lower(): image_count(cfg, f"TEST.ATTACK.{name}")
             for name in ("MAX_IMAGES", "CHECK_IMAGES", "QUERIES")
         }
-        keys = attack_keys(cfg)
-        return cls(tuple(_attacks(cfg, keys)), keys.PROTOCOL, noise=keys.NOISE, **counts)
+        attacks = {name: tuple(_attacks(cfg, keys)) for name, keys in attack_keys(cfg).items()}
+        return cls(attacks, noise=cfg.TEST.ATTACK.NOISE, **counts)
+
+    @property
+    def all_attacks(self) -> tuple[DetectorAttack, ...]:
+        return tuple(attack for attacks in self.attacks.values() for attack in attacks)
 
     @property
     def is_requested(self) -> bool:
-        return bool(self.attacks)
+        return bool(self.all_attacks)
 
     def check(self, session: Session) -> None:
-        for attack in self.attacks:
+        for attack in self.all_attacks:
             if isinstance(attack, LossAttack):
                 attack.losses_function(session.model)
             if attack.task == "sem_seg" and not all(
@@ -111,34 +116,51 @@ class AttackEvaluation(Evaluation):
                 )
 
     def measure(self, session: Session) -> list[dict]:
-        if not self.attacks:
+        if not self.all_attacks:
             return []
         images = session.images(self.max_images)
         clean = session.clean(images)
         images = replace(images, mapper=annotated_test_mapper(session.cfg))
         objects = session.object_counts() if self._need("object") else ()
         pixels = session.pixel_counts() if self._need("pixel") else ()
-        results = []
-        for ball, group in groupby(self.attacks, key=lambda attack: attack.pgd.threat_model):
+        results: list[dict] = []
+        for (protocol, ball), group in groupby(self._by_ball, key=lambda each: each[0]):
             attacks = [
                 replace(
                     attack,
                     object_counts=objects if attack.needs_object_counts else (),
                     pixel_counts=pixels if attack.needs_pixel_counts else (),
                 )
-                for attack in group
+                for _, attack in group
             ]
-            results += self._entries(session, images, clean, ball, attacks)
+            results += self._entries(session, images, clean, protocol, ball, attacks)
         return results
 
     def _need(self, what: str) -> bool:
-        return any(getattr(attack, f"needs_{what}_counts") for attack in self.attacks)
+        return any(getattr(attack, f"needs_{what}_counts") for attack in self.all_attacks)
+
+    @property
+    def _by_ball(self) -> list[tuple[tuple[str, ThreatModel], DetectorAttack]]:
+        """((protocol, ball), attack) of all attacks."""
+        return [
+            ((protocol, attack.pgd.threat_model), attack)
+            for protocol, attacks in self.attacks.items()
+            for attack in attacks
+        ]
+
+    def _is_checked(self, protocol: str, ball: ThreatModel) -> bool:
+        """Whether the costly checks are made of this one: at the largest eps of its norm, once."""
+        of_norm = [where for where, _ in self._by_ball if where[1].norm == ball.norm]
+        return self.check_images > 0 < ball.eps and (protocol, ball) == max(
+            of_norm, key=lambda each: each[1].eps
+        )
 
     def _entries(
         self,
         session: Session,
         images: DetectionTestSet,
         clean: Measured,
+        protocol: str,
         ball: ThreatModel,
         attacks: list[DetectorAttack],
     ) -> list[dict]:
@@ -147,7 +169,7 @@ class AttackEvaluation(Evaluation):
         found = [measure_attack(session, images, clean, attack) for attack in attacks]
         common = {
             "requested": True,
-            "protocol": self.protocol,
+            "protocol": protocol,
             "images": len(images.dicts),
             "clean": clean.metrics,
             "clean_matches": clean.matches,
@@ -167,23 +189,21 @@ class AttackEvaluation(Evaluation):
             of_all = {**attacks[0].settings, "loss": WORST, "losses": [attack.name for attack in attacks]}
             entries.append({**of_all, **common, **_outcome(worst), "passes": passes})
             entries[-1]["checks"] = masking.of_one(worst, noise, True, task)
-        largest = max(
-            attack.pgd.threat_model.eps
-            for attack in self.attacks
-            if attack.pgd.threat_model.norm == ball.norm
-        )
-        if self.check_images and ball.eps == largest > 0:
+        if self._is_checked(protocol, ball):
             strongest = min(
                 zip(attacks, found, strict=True), key=lambda pair: masking.main_value(pair[1], task) or 0
             )[0]
             some = replace(images.spread(self.check_images), mapper=images.mapper)
-            entries[-1]["checks"] += masking.of_some_images(session, some, strongest, self.queries)
+            checks, entries[-1]["check_images"] = masking.of_some_images(
+                session, some, strongest, self.queries
+            )
+            entries[-1]["checks"] += checks
         return entries
 
     def _noise(
         self, session: Session, images: DetectionTestSet, clean: Measured, ball: ThreatModel
     ) -> Measured:
-        seed = self.attacks[0].seed
+        seed = self.all_attacks[0].seed
         return session.measure(
             f"noise-{_size(ball)}",
             images,
@@ -201,18 +221,17 @@ class AttackEvaluation(Evaluation):
     @staticmethod
     def rows(results: list[dict]) -> Iterator[Row]:
         for entry in (entry for entry in results if entry["requested"]):
-            label, images = _label(entry["norm"], entry["eps"]), entry["images"]
+            size, images = _label(entry["norm"], entry["eps"]), entry["images"]
             yield Row("clean", images, entry["clean"])
             if entry["noise"] is not None:
-                yield Row(f"{label}, random noise", images, entry["noise"])
-            yield Row(f"{label}, {entry['loss']}", images, entry["metrics"], entry["passes"])
+                yield Row(f"{size}, random noise", images, entry["noise"])
+            yield Row(_named(entry), images, entry["metrics"], entry["passes"])
 
     @staticmethod
     def remarks(results: list[dict]) -> Iterator[str]:
         for entry in (entry for entry in results if entry["requested"]):
             for check in entry["checks"]:
-                label = f"{_label(entry['norm'], entry['eps'])}, {entry['loss']}"
-                yield f"{check['level']}: {label}: {check['text']}"
+                yield f"{check['level']}: {_named(entry)}: {check['text']}"
 
 
 def measure_attack(
@@ -241,7 +260,16 @@ def _outcome(measured: Measured) -> dict[str, Any]:
 
 def _what(entry: dict) -> dict:
     """What was measured: an entry without its outcome."""
-    outcome = {"requested", "noise", "noise_matches", "metrics", "clean", "checks", "objective"}
+    outcome = {
+        "requested",
+        "noise",
+        "noise_matches",
+        "metrics",
+        "clean",
+        "checks",
+        "check_images",
+        "objective",
+    }
     return {key: value for key, value in entry.items() if key not in outcome}
 
 
@@ -289,6 +317,12 @@ def _attacks(cfg: CfgNode, keys: CfgNode) -> Iterator[DetectorAttack]:
 
 def _size(ball: ThreatModel) -> str:
     return f"{ball.norm}-{ball.eps:g}"
+
+
+def _named(entry: dict) -> str:
+    """``Linf eps 4, A_cls``, and a published protocol."""
+    protocol = "" if entry["protocol"] == OURS else f" ({entry['protocol']})"
+    return f"{_label(entry['norm'], entry['eps'])}, {entry['loss']}{protocol}"
 
 
 def _label(norm: str, eps: float) -> str:

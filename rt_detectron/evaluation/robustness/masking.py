@@ -51,8 +51,13 @@ def of_one(measured: Measured, noise: Measured | None, alone: bool, task: str = 
 
 def of_some_images(
     session: Session, images: DetectionTestSet, attack: DetectorAttack, queries: int
-) -> list[Check]:
-    """The checks that cost passes, on a few images: a huge eps, random search, and a transferred attack."""
+) -> tuple[list[Check], dict[str, Any]]:
+    """The checks that cost passes, on a few images: a huge eps, random search, and a transferred attack.
+
+    Returns:
+        The checks, and their numbers: "images", "loss" of the attack, and by the name of what happened to the
+        images, "clean", "attack" or that of a check, its "metrics" and "matches".
+    """
     ball, count = attack.pgd.threat_model, len(images.dicts)
     clean = session.clean(replace(images, mapper=session.test_set.mapper))
     name, settings = f"{ball.norm}-{ball.eps:g}-{attack.name}", attack.settings
@@ -71,9 +76,11 @@ def of_some_images(
     text = f"{_metric(left, task)} {_text(ap)} at a huge eps of {huge.eps:g}"
     text += f" ({_text(clean_ap)} clean, {count} images)"
     checks = [{"check": "huge eps", "level": "ok" if broken else "error", "text": text}]
+    numbers = {"images": count, "loss": attack.name, "clean": _numbers(clean), "huge eps": _numbers(left)}
     if not (queries and isinstance(attack, LossAttack)) and session.surrogate is None:
-        return checks
+        return checks, numbers
     measured = session.measure(f"attack-{name}", images, settings=settings, clean=clean, perturb=attack)
+    numbers["attack"] = _numbers(measured)
     if queries and isinstance(attack, LossAttack):
         found = session.measure(
             f"search-{name}",
@@ -82,6 +89,7 @@ def of_some_images(
             clean=clean,
             perturb=RandomSearch(attack, queries),
         )
+        numbers["random search"] = _numbers(found)
         what = f"a random search of {queries} queries ({count} images)"
         checks.append(_weaker("random search", what, measured, found, _TOLERANCE_ON_SOME, True, task))
     if session.surrogate is not None:
@@ -93,9 +101,14 @@ def of_some_images(
             clean=clean,
             perturb=lambda _, inputs: attack(surrogate, inputs),
         )
+        numbers["transfer"] = _numbers(found)
         what = f"the same attack on the surrogate ({count} images)"
         checks.append(_weaker("transfer", what, measured, found, _TOLERANCE_ON_SOME, True, task))
-    return checks
+    return checks, numbers
+
+
+def _numbers(measured: Measured) -> dict[str, Any]:
+    return {"metrics": measured.metrics, "matches": measured.matches}
 
 
 def main_value(measured: Measured, task: str = "") -> float | None:

@@ -7,9 +7,10 @@ from detectron2.config import CfgNode, get_cfg
 from rt_detectron.config import add_robust_config
 from rt_detectron.utils.errors import InputError, did_you_mean
 
+OURS = "ours"  # no publication's: what the keys say
 # What each one sets of TEST.ATTACK.
 PROTOCOLS: dict[str, dict[str, Any]] = {
-    "ours": {},
+    OURS: {},
     # Li et al., TIFS 2025, and their code, thu-ml/oddefense: mmdet/apis/test.py and the configs.
     "oddefense": {
         "LINF_EPS": (4,),
@@ -43,32 +44,45 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 
 
-def attack_keys(cfg: CfgNode) -> CfgNode:
-    """``cfg.TEST.ATTACK`` with what its PROTOCOL sets.
+def attack_keys(cfg: CfgNode) -> dict[str, CfgNode]:
+    """By protocol of ``cfg.TEST.ATTACK.PROTOCOL``, that group of keys with what the protocol sets.
 
     Raises:
-        InputError: for an unknown protocol, or a key that has been given another value than the protocol's.
+        InputError: for an unknown protocol, a key that has been given another value than the protocol's, or
+            keys without an eps beside published protocols.
     """
-    keys = cfg.TEST.ATTACK.clone()
-    if keys.PROTOCOL not in PROTOCOLS:
-        hint = did_you_mean(keys.PROTOCOL, PROTOCOLS)
+    given = cfg.TEST.ATTACK
+    names = [name.strip() for name in given.PROTOCOL.split(",")]
+    found = {name: _with(given, name, is_for_ours=OURS in names) for name in names}
+    if len(found) > 1 and OURS in found and not (given.LINF_EPS or given.L2_EPS):
         raise InputError(
-            f"TEST.ATTACK.PROTOCOL is {keys.PROTOCOL!r}; it takes one of {', '.join(PROTOCOLS)}{hint}"
+            f"TEST.ATTACK.PROTOCOL is {given.PROTOCOL!r}: give {OURS!r} a LINF_EPS or L2_EPS, or drop it"
+        )
+    return found
+
+
+def _with(given: CfgNode, protocol: str, is_for_ours: bool) -> CfgNode:
+    """``given`` with what a protocol sets; what the user has given is refused, unless it is for ours."""
+    if protocol not in PROTOCOLS:
+        hint = did_you_mean(protocol, PROTOCOLS)
+        raise InputError(
+            f"TEST.ATTACK.PROTOCOL is {given.PROTOCOL!r}; it takes one of {', '.join(PROTOCOLS)}, or several "
+            f"with commas{hint}"
         )
     defaults = get_cfg()
     add_robust_config(defaults)
+    keys = given.clone()
     keys.defrost()
-    for key, value in PROTOCOLS[keys.PROTOCOL].items():
-        given = keys[key]
-        # A list in a config file is a tuple here.
-        if _plain(given) not in (_plain(value), _plain(defaults.TEST.ATTACK[key])):
+    for key, value in PROTOCOLS[protocol].items():
+        allowed = (_plain(value), _plain(defaults.TEST.ATTACK[key]))
+        if not is_for_ours and _plain(given[key]) not in allowed:
             raise InputError(
-                f"TEST.ATTACK.{key} is {given!r}, and PROTOCOL {keys.PROTOCOL} sets it to {value!r}: leave "
-                "it out, or set PROTOCOL to 'ours'"
+                f"TEST.ATTACK.{key} is {given[key]!r}, and PROTOCOL {protocol} sets it to {value!r}: leave "
+                f"it out, or set PROTOCOL to {OURS!r}"
             )
         keys[key] = value
     return keys
 
 
 def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | tuple) else value
+    return tuple(value) if isinstance(value, list | tuple) else value  # a list in a file is a tuple here

@@ -1,5 +1,7 @@
 """Checks against gradient masking catch a detector that hides its gradient, and pass one that does not."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -33,6 +35,11 @@ def test_a_plain_detector_passes_with_a_surrogate(learned, cfg):
     lines = robustness_table(content).splitlines()[-5:]
     assert lines[0].startswith("ok: Linf eps 24, A_cls: objective ")
     assert lines[2].startswith("ok: Linf eps 24, A_cls: AP 0 at a huge eps of 192 (")
+    few = content["attack"][0]["check_images"]
+    assert few["images"] == 3
+    aps = {name: few[name]["metrics"]["bbox"]["AP"] for name in [*names[2:], "clean", "attack"]}
+    assert aps["transfer"] == aps["attack"] < aps["clean"]
+    assert all(Path(cfg.OUTPUT_DIR, few[name]["matches"]).is_file() for name in aps)
 
 
 def test_an_input_quantiser_is_caught(learned, cfg, monkeypatch):

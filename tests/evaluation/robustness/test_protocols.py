@@ -3,16 +3,25 @@ from detectron2.config import get_cfg
 
 from rt_detectron.attacks import APGD, ThreatModel
 from rt_detectron.config import add_robust_config
-from rt_detectron.evaluation.robustness import robustness_evaluations
+from rt_detectron.evaluation.robustness import (
+    evaluate_robustness,
+    robustness_evaluations,
+    robustness_table,
+)
 from rt_detectron.utils.errors import InputError
 
 
-def attacks(*opts):
+def by_protocol(*opts):
     cfg = get_cfg()
     add_robust_config(cfg)
     cfg.DATASETS.TEST = ("coco_2017_val",)
     cfg.merge_from_list([*opts])
     return {each.name: each for each in robustness_evaluations(cfg)}["attack"].attacks
+
+
+def attacks(*opts):
+    (found,) = by_protocol(*opts).values()
+    return found
 
 
 def test_oddefense_as_published():
@@ -62,6 +71,9 @@ def test_our_own_keys():
             ["PROTOCOL", "oddefense", "LINF_EPS", "(8,)"],
             r"LINF_EPS is \(8,\), and PROTOCOL oddefense sets it",
         ),
+        (["PROTOCOL", "ares,odefense"], "did you mean oddefense"),
+        (["PROTOCOL", "ares,oddefense", "STEPS", 7], "PROTOCOL ares sets it to 20"),
+        (["PROTOCOL", "ours,ares"], "give 'ours' a LINF_EPS or L2_EPS, or drop it"),
         (["LINF_EPS", "(4,)", "START", "noise"], "START is 'noise'; it takes 'image' or 'random'"),
         (["LINF_EPS", "(4,)", "STEP_SIZE", -1.0], "STEP_SIZE is -1"),
         (["LINF_EPS", "(4,)", "STEP_SIZE", 1.0, "ADAPTIVE", True], "leave STEP_SIZE at 0"),
@@ -78,3 +90,29 @@ def test_mistakes_are_one_line(opts, words):
 def test_a_protocols_own_values_may_be_given():
     given = ["TEST.ATTACK.LINF_EPS", "[2]", "TEST.ATTACK.STEPS", 20]
     assert attacks("TEST.ATTACK.PROTOCOL", "ares", *given) == attacks("TEST.ATTACK.PROTOCOL", "ares")
+
+
+def test_several_protocols_at_once():
+    """Each as alone; the other keys are for ours."""
+    own = ["TEST.ATTACK.L2_EPS", "(0.5,)", "TEST.ATTACK.STEPS", 3, "TEST.ATTACK.LOSSES", "('A_cls',)"]
+    found = by_protocol("TEST.ATTACK.PROTOCOL", "ours, ares,oddefense", *own)
+    assert list(found) == ["ours", "ares", "oddefense"]
+    assert found["ours"] == attacks(*own)
+    for name in ("ares", "oddefense"):
+        assert found[name] == attacks("TEST.ATTACK.PROTOCOL", name)
+
+
+def test_several_protocols_are_measured_side_by_side(learned, tmp_path):
+    cfg = learned[0].clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    cfg.TEST.ATTACK.PROTOCOL = "ours,ares"
+    cfg.TEST.ATTACK.LINF_EPS, cfg.TEST.ATTACK.STEPS = (2,), 1
+    cfg.TEST.ATTACK.MAX_IMAGES = cfg.TEST.ATTACK.CHECK_IMAGES = cfg.TEST.ATTACK.QUERIES = 1
+    content = evaluate_robustness(cfg, learned[1])
+    found = [(entry["protocol"], entry["steps"], entry["eps"]) for entry in content["attack"]]
+    assert found == [("ours", 1, 2), ("ares", 20, 2)]
+    assert ["check_images" in entry for entry in content["attack"]] == [True, False]  # once for each norm
+    rows = [line.split("  ")[0] for line in robustness_table(content).splitlines()]
+    assert "Linf eps 2, all" in rows
+    assert "Linf eps 2, no_regression (ares)" in rows
