@@ -1,6 +1,8 @@
-"""One line if packages are missing. It uses the standard library alone. This is no tool."""
+"""Which packages a tool needs. It uses the standard library alone. This is no tool."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 
@@ -14,3 +16,16 @@ def require(*packages: str) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+@contextmanager
+def without(package: str) -> Iterator[None]:
+    """Import what is inside as if ``package`` were missing, unless it is loaded already."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]  # Python then finds no such module
+    try:
+        yield
+    finally:
+        del sys.modules[package]

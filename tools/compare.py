@@ -13,10 +13,12 @@ import signal
 import sys
 from pathlib import Path
 
-from _packages import require
+from _packages import require, without
 
 # First, since it checks this Python. A report of what is finished needs neither of what trials need.
 require("rt_detectron", *(() if "--report" in sys.argv else ("torch", "detectron2")))
+with without("detectron2"):  # only the trials' own processes need it, and it takes seconds to load with torch
+    import rt_detectron  # noqa: F401
 
 from rt_detectron.study.evaluations import compared  # noqa: E402
 from rt_detectron.study.grid import Study  # noqa: E402

@@ -166,7 +166,7 @@ def _best_line(best: BestEps) -> Line:
     line = best.line
     candidates = ", ".join(f"{eps:g}" for eps in best.candidates) if best.candidates else "no interval"
     cells = [Cell(f"{best.eps:g}"), Cell(candidates), score_cell(line)]
-    return Line(line.target, line.arm, line.arm == line.baseline, len(line.seeds), cells)
+    return Line(line.target, line.arm, line.arm == line.baseline, line.n, cells)
 
 
 def _fit_line(fit: Fit) -> Line:

@@ -13,7 +13,6 @@ from rt_detectron.study.selection import Choice
 from rt_detectron.study.statistics import (
     BETTER,
     CHECKPOINTS,
-    CLEAN,
     EQUIVALENT,
     IMAGES,
     SEEDS,
@@ -26,7 +25,7 @@ from rt_detectron.study.statistics import (
     main_task,
     select,
 )
-from rt_detectron.study.tables import format_interval, format_number
+from rt_detectron.study.tables import counted, format_interval, format_number
 from rt_detectron.study.targets import Pooled, pooled
 
 _FEW_RUNS = 5
@@ -84,7 +83,7 @@ def answers(comparison: Comparison, choices: Sequence[Choice]) -> list[Answer]:
                 measure,
                 told[0].verdict if told else UNDECIDED,
                 sentences,
-                f"{len(lines)} comparisons of an arm with its baseline on a target: {counts}.",
+                f"{counted(len(lines), 'comparison')} of an arm with its baseline on a target: {counts}.",
                 over_targets,
                 lines,
             )
@@ -115,14 +114,17 @@ def sentence(comparison: Comparison, one: Pooled, evaluation: Evaluation, measur
     elif one.verdict == EQUIVALENT:
         claim = f"differs from {baseline} by no more than {study.margin:g} {measure}: "
         claim += f"{format_number(one.change)}{interval}"
+    elif one.over:
+        claim = f"is not significantly different from {baseline}: {format_number(one.change)} {measure}"
+        claim += f"{interval}; {limit(one.low, one.high)}"
     else:
-        claim = f"is not told apart from {baseline}: {format_number(one.change)} {measure}{interval}"
-        claim += f"; {limit(one.low, one.high)}" if one.over else ", without an interval"
+        claim = f"differs from {baseline} by {format_number(one.change)} {measure}, perhaps by chance: "
+        claim += "there is no interval"
     return f"{place}: {subject} {claim}{_size(comparison, one, evaluation)}."
 
 
 def limit(low: float, high: float) -> str:
-    """What an undecided interval says all the same."""
+    """What an undecided interval still says."""
     return f"any difference is below {max(abs(low), abs(high)):.2f}"
 
 
@@ -140,7 +142,7 @@ def _places(one: Pooled) -> str:
     targets, sets = len(one.plan), one.data_sets
     if targets == sets:
         return f"Mean of {sets} data sets"
-    return f"Mean of {targets} targets on {sets} data set{'s' * (sets > 1)}"
+    return f"Mean of {counted(targets, 'target')} on {counted(sets, 'data set')}"
 
 
 def _size(comparison: Comparison, one: Pooled, evaluation: Evaluation) -> str:
@@ -148,17 +150,16 @@ def _size(comparison: Comparison, one: Pooled, evaluation: Evaluation) -> str:
     samples = [
         comparison.samples[target, quantity][arm]
         for (target, quantity) in comparison.samples
-        if target in one.plan and quantity.kind == CLEAN
+        if target in one.plan and quantity.kind == evaluation.main_kind
         for arm in one.plan[target]
     ]
     counts = sorted({len(sample.values) for sample in samples})
     kinds = {sample.kind for sample in samples}
-    noun = "checkpoints" if kinds == {CHECKPOINTS} else "seeds" if kinds == {SEEDS} else "runs"
-    if counts == [1]:
-        noun = noun.removesuffix("s")
-    many = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
+    noun = "checkpoint" if kinds == {CHECKPOINTS} else "seed" if kinds == {SEEDS} else "run"
+    fewest = f"{counts[0]} to " if len(counts) > 1 else ""
     images = test_images(comparison, evaluation, list(one.plan))
-    return f"; {many} {noun}" + (f" on {images:,} images" if images else "")
+    on = f", {counted(images, 'test image')}" if images else ""
+    return f"; {fewest}{counted(counts[-1], noun)} of each arm{on}"
 
 
 def test_images(comparison: Comparison, evaluation: Evaluation, targets: Sequence[str]) -> int:
@@ -197,9 +198,9 @@ def cautions(comparison: Comparison, choices: Sequence[Choice], found: Sequence[
     single = single_checkpoints(study)
     if single:
         of_all = len(single) == len(study.arms)
-        which = "Every arm" if of_all else f"Of the arms, each of {', '.join(single)}"
+        which = "every arm" if of_all else ", ".join(single)
         texts.append(
-            f"{which} is one checkpoint. The answers are about these checkpoints: another pretraining by "
+            f"One checkpoint each: {which}. The answers are about these checkpoints: another pretraining by "
             "the same recipe may change a difference by more than its interval says."
         )
     without_images = lines[~lines["over"].str.contains(IMAGES)]
@@ -222,9 +223,7 @@ def cautions(comparison: Comparison, choices: Sequence[Choice], found: Sequence[
                 "Arms with one or two runs take the spread that is pooled over the arms of their target."
             )
         if fewest < _FEW_RUNS:
-            texts.append(
-                f"With {fewest} run{'s' * (fewest > 1)} an interval is wide: undecided is not equal."
-            )
+            texts.append(f"With {counted(fewest, 'run')} an interval is wide: undecided is not equal.")
     at_border = [f"{choice.arm} ({choice.target})" for choice in choices if choice.at_border]
     if at_border:
         texts.append(

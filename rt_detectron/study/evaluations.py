@@ -37,6 +37,7 @@ from rt_detectron.study.statistics import (
     groups_of,
     main_metric,
     select,
+    trial_key,
 )
 from rt_detectron.study.tables import Table, score_table
 from rt_detectron.utils.numbers import is_number
@@ -190,6 +191,8 @@ class Errors(Evaluation):
     def part(self, outcome: Outcome) -> Any:
         if outcome.trial.stage != FINAL or not outcome.results:
             return None
+        if outcome.errors is not None:
+            return outcome.errors
         try:
             return errors_of(outcome)
         except UNREADABLE:  # the report names these where it says what the intervals lack
@@ -484,7 +487,7 @@ def tidy_table(outcomes: Iterable[Outcome]) -> pd.DataFrame:
     """All numbers of all trials, one per line. See :class:`~rt_detectron.study.statistics.Comparison`."""
     lines = []
     for outcome in outcomes:
-        trial = [getattr(outcome.trial, column) for column in TRIAL]
+        trial = trial_key(outcome.trial)
         for evaluation in EVALUATIONS:
             if part := evaluation.part(outcome):
                 lines += [[*trial, *quantity, value] for quantity, value in evaluation.numbers(part).items()]
@@ -502,11 +505,14 @@ def compared(study: Study, outcomes: Sequence[Outcome]) -> Comparison:
         trial = outcome.trial
         if trial.stage != FINAL or not outcome.results:
             continue
-        found = draws.setdefault(tuple(getattr(trial, column) for column in TRIAL), {})
+        found = draws.setdefault(trial_key(trial), {})
+        found |= outcome.draws or {}
         for evaluation in EVALUATIONS:
             if not evaluation.part(outcome):
                 continue
             doubts |= dict.fromkeys(evaluation.notes(outcome))
+            if outcome.draws is not None:
+                continue
             try:
                 if part := evaluation.on_resamples(outcome):
                     found |= evaluation.numbers(part)

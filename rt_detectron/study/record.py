@@ -32,6 +32,9 @@ class Outcome:
         results: content of results.json; None if the training did not finish.
         robustness: content of robustness.json; None without an evaluation, or if it did not finish.
         error: why the trial did not finish; None if it did.
+        errors: its types of error, and
+        draws: quantity -> (B,) its values on resampled test images, as an earlier report found them; None:
+            they are read from the trial's files.
     """
 
     trial: Trial
@@ -39,6 +42,8 @@ class Outcome:
     results: dict[str, Any] | None
     robustness: dict[str, Any] | None = None
     error: str | None = None
+    errors: dict[str, dict[str, float]] | None = None
+    draws: Mapping[Any, Any] | None = None
 
 
 def trial_folder(output: Path, trial: Trial) -> Path:

@@ -23,25 +23,26 @@ from rt_detectron.study.answers import (
     name_of,
     single_checkpoints,
 )
-from rt_detectron.study.evaluations import EVALUATIONS, Chapter
+from rt_detectron.study.evaluations import EVALUATIONS, Chapter, Errors
 from rt_detectron.study.examples import SCORE_THRESHOLD, best_and_worst, precision_curves
 from rt_detectron.study.figures import Charts, Figure
 from rt_detectron.study.grid import FINAL, Study
 from rt_detectron.study.record import RECORD, Outcome, write_text
+from rt_detectron.study.saved import REPORTED, RESAMPLED, write_draws
 from rt_detectron.study.selection import choose
 from rt_detectron.study.statistics import (
     CLEAN,
     QUANTITY,
     TASKS,
-    TRIAL,
     Comparison,
     lines_of,
     main_metric,
     main_task,
     of_categories,
     select,
+    trial_key,
 )
-from rt_detectron.study.tables import format_interval, format_number, latex, markdown, score_cell
+from rt_detectron.study.tables import counted, format_interval, format_number, latex, markdown, score_cell
 from rt_detectron.study.worker import read_json
 from rt_detectron.utils.files import replaced_atomically, write_json
 from rt_detectron.utils.numbers import finite
@@ -54,8 +55,9 @@ _SUFFIXES = {"image/svg+xml": "svg", "image/jpeg": "jpg"}
 def write_report(comparison: Comparison, output: Path, command: str) -> Path:
     """Write the report of a study into ``output``. Missing trials are named in it.
 
-    Beside report.html this writes results.json (all trials and the scores), results.csv (the tidy table),
-    tables.md, tables.tex, and figures/ (the figures of the page as files).
+    Beside report.html this writes results.json (all trials and the scores) and resampled.npz, from which
+    :func:`rt_detectron.study.saved.saved_study` makes the report again without the trials' files; results.csv
+    (the tidy table), tables.md, tables.tex, and figures/ (the figures of the page as files).
 
     Args:
         command: the line that makes the study, or what is missing of it, as shown in the report.
@@ -94,6 +96,7 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
         "name_of": partial(name_of, study),
         "interval": lambda low, high: "" if math.isnan(low) else format_interval(low, high),
         "number": format_number,
+        "counted": counted,
         "choices": choices,
         "common_rates": common_rate_changes(study, choices),
         "table_note": note,
@@ -113,32 +116,16 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
         "uri": _data_uri,
         "suffixes": _SUFFIXES,
     }
+    tables = [table for chapter in [*chapters, across] for table in chapter.tables]
     content = {
         "study": study.description(),
         "command": command,
         "trials": trials,
+        "resampled_sha256": write_draws(output / RESAMPLED, comparison.draws),
         "table": _records(scores),
-        "best_eps": [
-            {
-                "target": entry.line.target,
-                "arm": entry.line.arm,
-                "eps": entry.eps,
-                "candidates": entry.candidates,
-            }
-            for entry in best
-        ],
-        "fits": [asdict(fit) for fit in fits],
-        "answers": [
-            {
-                "kind": answer.kind,
-                "sentences": answer.sentences,
-                "pooled": [asdict(one) for one in answer.pooled],
-            }
-            for answer in found
-        ],
+        **_analyses(best, fits, found),
     }
-    tables = [table for chapter in [*chapters, across] for table in chapter.tables]
-    write_json(output / "results.json", finite(content))
+    write_json(output / REPORTED, finite(content))
     write_text(output / "results.csv", comparison.table.to_csv(index=False))
     write_text(output / "tables.md", markdown(tables, note + _PLAIN_NOTE))
     write_text(output / "tables.tex", latex(tables, note + _PLAIN_NOTE))
@@ -156,14 +143,16 @@ def terminal_table(scores: pd.DataFrame) -> str:
             for line in lines_of(lines):
                 cell = score_cell(line)
                 name = evaluation.measure(scores, task)
-                start = [name, line.target, line.arm, f"{line.learning_rate:g}", len(line.seeds)]
+                start = [name, line.target, line.arm, f"{line.learning_rate:g}", line.n]
                 rows.append([*start, cell.score, cell.change, cell.verdict])
-    headers = ["", "target", "arm", "lr", "seeds", "score", "to its baseline", "verdict"]
+    headers = ["", "target", "arm", "lr", "runs", "score", "to its baseline", "verdict"]
     return tabulate(rows, headers, disable_numparse=True)
 
 
 def _answer_figure(answer: Answer, charts: Charts) -> Figure:
-    caption = f"{answer.question}: difference to the baseline and its 95 % interval."
+    covered = [over for over in dict.fromkeys(answer.lines["over"]) if over]
+    over = f", over {covered[0]}" if len(covered) == 1 else ""
+    caption = f"{answer.question}: difference to the baseline with its 95 % interval{over}."
     measure = answer.measure.split(" (")[0]
     return charts.differences(f"answer-{_file_name(answer)}", caption, measure, answer.lines, answer.pooled)
 
@@ -247,19 +236,47 @@ def _write_figures(folder: Path, page: dict[str, Any]) -> None:
             Path(temporary).write_bytes(figure.content)
 
 
+def _analyses(
+    best: Sequence[analyses.BestEps], fits: Sequence[analyses.Fit], found: Sequence[Answer]
+) -> dict[str, list[dict[str, Any]]]:
+    """The answers and the analyses across arms as results.json has them."""
+    return {
+        "best_eps": [
+            {
+                "target": entry.line.target,
+                "arm": entry.line.arm,
+                "eps": entry.eps,
+                "candidates": entry.candidates,
+            }
+            for entry in best
+        ],
+        "fits": [asdict(fit) for fit in fits],
+        "answers": [
+            {
+                "kind": answer.kind,
+                "sentences": answer.sentences,
+                "pooled": [asdict(one) for one in answer.pooled],
+            }
+            for answer in found
+        ],
+    }
+
+
 def _trials(comparison: Comparison) -> list[dict[str, Any]]:
     """All trials as results.json and the page's last table have them."""
-    table = comparison.table
-    table = select(table, kind=CLEAN)
+    table = select(comparison.table, kind=CLEAN)
     table = table[table["value"].notna() & (table["metric"] == table["task"].map(main_metric))]
-    measured = set(table[TRIAL].itertuples(index=False, name=None))
+    measured = set(map(trial_key, lines_of(table)))
+    errors: dict[tuple, dict[str, dict[str, float]]] = {}
+    for line in lines_of(select(comparison.table, kind=Errors.main_kind)):
+        errors.setdefault(trial_key(line), {}).setdefault(line.task, {})[line.metric] = line.value
     records = []
     for outcome in comparison.outcomes:
         trial = outcome.trial
         status = "finished"
         if outcome.error or outcome.results is None:
             status = "missing"
-        elif trial.stage == FINAL and tuple(getattr(trial, column) for column in TRIAL) not in measured:
+        elif trial.stage == FINAL and trial_key(trial) not in measured:
             status = "without AP"
         records.append(
             {
@@ -270,6 +287,7 @@ def _trials(comparison: Comparison) -> list[dict[str, Any]]:
                 "error": outcome.error,
                 "results": outcome.results,
                 "robustness": outcome.robustness,
+                "errors": errors.get(trial_key(trial)),
             }
         )
     return records

@@ -1,19 +1,24 @@
 """A study as it lies in its output folder: all that a report needs, without Ray, weights, configs or data."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rt_detectron.study.grid import FINAL, Study, Trial
 from rt_detectron.study.load import described_study
 from rt_detectron.study.record import RECORD, SPECIFICATION, STUDY, Outcome, read_outcome
 from rt_detectron.study.selection import choose
+from rt_detectron.study.statistics import TRIAL, Draws, Quantity, trial_key
 from rt_detectron.study.worker import read_json
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import write_json
+from rt_detectron.utils.files import file_sha256, replaced_atomically, write_json
 from rt_detectron.utils.numbers import finite
 
 REPORTED = "results.json"  # of a report: the study and all of its trials
+RESAMPLED = "resampled.npz"  # of a report: the scores of all trials on resampled test images
 
 
 def save_study(study: Study, output: Path, command: str) -> None:
@@ -41,7 +46,8 @@ def saved_study(output: Path) -> tuple[Study, list[Outcome], str]:
         if source.name == STUDY:
             outcomes = list(_known(study, _from_trials(output)))
         else:
-            outcomes = [_from_report(output, trial) for trial in content["trials"]]
+            draws = _read_draws(output / RESAMPLED, content.get("resampled_sha256"))
+            outcomes = [_from_report(output, trial, draws) for trial in content["trials"]]
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     except (KeyError, TypeError) as error:
@@ -80,9 +86,48 @@ def _known(study: Study, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
                 yield outcome
 
 
-def _from_report(output: Path, content: dict[str, Any]) -> Outcome:
+def _from_report(output: Path, content: dict[str, Any], draws: Draws) -> Outcome:
     trial = Trial.from_specification(content)
     folder = Path(content["folder"])
     if not folder.is_dir():
         folder = output / "trials" / trial.name
-    return Outcome(trial, folder, content["results"], content["robustness"], content["error"])
+    return Outcome(
+        trial,
+        folder,
+        content["results"],
+        content["robustness"],
+        content["error"],
+        content.get("errors"),
+        draws.get(trial_key(trial)),
+    )
+
+
+def write_draws(path: Path, draws: Draws) -> str:
+    """Write the values of all trials on resampled test images. Gives the file's SHA-256."""
+    lines = {
+        json.dumps([*trial, *quantity]): values
+        for trial, of_trial in draws.items()
+        for quantity, values in of_trial.items()
+    }
+    with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, names=np.array([*lines], str), values=np.array([*lines.values()], "f4"))
+    return file_sha256(path)
+
+
+def _read_draws(path: Path, sha256: str | None) -> Draws:
+    """What :func:`write_draws` wrote; {} if the file is not there, so that intervals lack the images.
+
+    Raises:
+        InputError: the file is not the one that the report wrote.
+    """
+    if not path.is_file():
+        return {}
+    if sha256 != file_sha256(path):
+        raise InputError(f"{path} was not written with this file: copy both of one report, or delete it")
+    found: dict[tuple, dict[Quantity, np.ndarray]] = {}
+    with np.load(path, allow_pickle=False) as file:
+        for name, values in zip(file["names"], file["values"], strict=True):
+            columns = json.loads(str(name))
+            quantity = Quantity(*columns[len(TRIAL) :])
+            found.setdefault(tuple(columns[: len(TRIAL)]), {})[quantity] = values
+    return found

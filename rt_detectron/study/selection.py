@@ -123,11 +123,6 @@ def _values(study: Study, outcomes: list[Outcome]) -> dict[float, list[float | N
     return values
 
 
-def _groups(values: Mapping[str, Mapping[float, list[float | None]]]) -> list[list[float | None]]:
-    """The scores of the seeds, for each arm and rate."""
-    return [of_rate for by_rate in values.values() for of_rate in by_rate.values()]
-
-
 def _standard_error(values: Mapping[str, Mapping[float, list[float | None]]]) -> float:
     """Of the difference between two rates' mean scores, by the spread over seeds, pooled over arms and rates.
 

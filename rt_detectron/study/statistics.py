@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,6 +88,7 @@ class Comparison:
               for all arms of a baseline. Other lines are exploratory, with intervals for each alone,
             - ``p, verdict``: of the difference; one of VERDICTS, or "" without a difference.
         samples: (target, main quantity) -> arm -> its runs.
+        draws: of each trial, as far as they are known.
         test_sets: target -> what names its test images. Equal names are not independent of each other.
         notes: what the intervals lack.
     """
@@ -96,6 +98,7 @@ class Comparison:
     table: pd.DataFrame
     scores: pd.DataFrame
     samples: Mapping[tuple[str, Quantity], Mapping[str, Sample]]
+    draws: Draws
     test_sets: Mapping[str, str]
     notes: list[str]
 
@@ -135,6 +138,11 @@ def of_categories(frame: pd.DataFrame) -> pd.Series:
     return frame["metric"].str.startswith(("AP-", "accuracy-"))
 
 
+def trial_key(trial: Any) -> tuple:
+    """What names a trial: of a :class:`Trial` or of a line of the tidy table the values of TRIAL."""
+    return tuple(getattr(trial, column) for column in TRIAL)
+
+
 def quantity_of(line: Any) -> Quantity:
     """The quantity of a line of a table."""
     level = line.level
@@ -155,7 +163,7 @@ def compare(
     study: Study,
     outcomes: Sequence[Outcome],
     table: pd.DataFrame,
-    draws: Draws | None = None,
+    draws: Draws = MappingProxyType({}),
     main_kinds: Sequence[str] = (CLEAN,),
     lower_is_better: Sequence[str] = (),
     notes: Sequence[str] = (),
@@ -183,7 +191,7 @@ def compare(
     for (target, quantity), by_arm in groups.items():
         main = quantity.kind in main_kinds and quantity[1:4] == (task, main_metric(task), "")
         samples = {
-            arm.name: _sample(arm, quantity, by_arm[arm.name], draws or {})
+            arm.name: _sample(arm, quantity, by_arm[arm.name], draws)
             for arm in study.arms
             if arm.name in by_arm
         }
@@ -196,7 +204,7 @@ def compare(
     scores = scores.astype({"level": object, **dict.fromkeys(_NUMBERS, float)})
     scores["level"] = [None if pd.isna(level) else level for level in scores["level"]]
     scores["verdict"] = verdicts(scores, study.margin, lower_is_better)
-    return Comparison(study, outcomes, table, scores, main_samples, _test_sets(outcomes), list(notes))
+    return Comparison(study, outcomes, table, scores, main_samples, draws, _test_sets(outcomes), list(notes))
 
 
 _NUMBERS = ["mean", "sd", "change", "se", "df", "low", "high", "p"]
@@ -219,7 +227,7 @@ def _sample(arm: Arm, quantity: Quantity, lines: Sequence[Any], draws: Draws) ->
     values = {run: fmean(line.value for line in of_run) for run, of_run in by_run.items()}
     drawn = []
     for of_run in by_run.values():
-        trials = [tuple(getattr(line, column) for column in TRIAL) for line in of_run]
+        trials = map(trial_key, of_run)
         found = [draws[trial][quantity] for trial in trials if quantity in draws.get(trial, ())]
         if found:
             drawn.append(np.mean(found, axis=0))

@@ -31,12 +31,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """The cells of one arm, or of several that ``arm`` describes: then ``seeds`` may be None."""
+    """The cells of one arm with its number of runs; or of several arms that ``arm`` describes, with None."""
 
     target: str
     arm: str
     is_baseline: bool
-    seeds: int | None
+    runs: int | None
     cells: list[Cell]
 
 
@@ -70,7 +70,7 @@ def score_table(title: str, columns: Mapping[str, pd.DataFrame]) -> list[Table]:
             arm.target,
             arm.arm,
             arm.arm == arm.baseline,
-            len(arm.seeds),
+            arm.n,
             [cells.get((heading, arm.target, arm.arm), Cell(NONE)) for heading in columns],
         )
         for arm in lines_of(arms)
@@ -80,13 +80,17 @@ def score_table(title: str, columns: Mapping[str, pd.DataFrame]) -> list[Table]:
 
 def score_cell(line: Any) -> Cell:
     """The cell of a line of a comparison's scores."""
-
     return Cell(
         score=format_score(line.mean, line.sd),
         change=format_change(line) if line.verdict else "",
         verdict=line.verdict,
         extra=getattr(line, "extra", ""),
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 image``, ``1,200 images``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def format_score(mean: float, sd: float) -> str:
@@ -132,9 +136,9 @@ def _plain(table: Table) -> tuple[list[list[Any]], list[str]]:
         [
             line.target,
             line.arm + (" (baseline)" if line.is_baseline else ""),
-            NONE if line.seeds is None else line.seeds,
+            NONE if line.runs is None else line.runs,
             *map(str, line.cells),
         ]
         for line in table.lines
     ]
-    return rows, ["target", "arm", "seeds", *table.columns]
+    return rows, ["target", "arm", "runs", *table.columns]

@@ -44,10 +44,10 @@ def test_the_answer_is_one_sentence_with_its_size(compared):
     (answer,) = answers(compared(PAIR), [])
     assert answer.sentences == [
         "mask: this checkpoint of robust is better than standard by 1.40 box AP [0.98, 1.82]; "
-        "3 seeds on 600 images."
+        "3 seeds of each arm, 600 test images."
     ]
     assert answer.verdict == "better"
-    assert answer.counts == "1 comparisons of an arm with its baseline on a target: 1 better."
+    assert answer.counts == "1 comparison of an arm with its baseline on a target: 1 better."
 
 
 def test_an_undecided_answer_bounds_the_difference(compared):
@@ -55,10 +55,10 @@ def test_an_undecided_answer_bounds_the_difference(compared):
     (answer,) = answers(compared(pair), [])
     (sentence,) = map(plain, answer.sentences)
     assert sentence.startswith(
-        "mask: this checkpoint of robust is not told apart from standard: +0.10 box AP [-1."
+        "mask: this checkpoint of robust is not significantly different from standard: +0.10 box AP [-1."
     )
     low, high = (float(end) for end in sentence[sentence.index("[") + 1 : sentence.index("]")].split(","))
-    assert f"any difference is below {max(-low, high):.2f}; 3 seeds" in sentence
+    assert f"any difference is below {max(-low, high):.2f}; 3 seeds of each arm" in sentence
 
 
 def test_a_margin_makes_no_difference_an_answer(compared):
@@ -80,7 +80,7 @@ def test_several_checkpoints_speak_for_their_recipe(compared, tmp_path):
     (answer,) = answers(comparison, [])
     assert "this checkpoint" not in answer.sentences[0]
     assert "robust (eps 0.5)" in answer.sentences[0]
-    assert not any("one checkpoint" in text for text in cautions(comparison, [], [answer]))
+    assert not any("One checkpoint" in text for text in cautions(comparison, [], [answer]))
 
 
 def test_targets_are_pooled_and_the_arm_is_chosen_on_held_out_data(compared):
@@ -94,7 +94,7 @@ def test_targets_are_pooled_and_the_arm_is_chosen_on_held_out_data(compared):
     assert answer.sentences[0].startswith(
         "Mean of 2 data sets: this checkpoint of r2 is better than standard by 2.00"
     )
-    assert "on 1,200 images" in answer.sentences[0]
+    assert ", 1,200 test images" in answer.sentences[0]
     choices = [Choice(arm, t, 0.1, {0.1: 9.0 if arm == "r1" else 3.0}, False) for t, arm in values]
     (answer,) = answers(comparison, choices)
     assert answer.sentences[0].startswith(
@@ -106,7 +106,7 @@ def test_cautions_say_what_the_intervals_leave_out(compared):
     comparison = compared({**PAIR, ("mask", "robust"): [21.5]}, seeds=[1, 2, 3])
     found = answers(comparison, [])
     text = " ".join(cautions(comparison, [], found))
-    assert text.startswith("Every arm is one checkpoint.")
+    assert text.startswith("One checkpoint each: every arm.")
     assert (
         "Not covered, since there is nothing to resample: the choice of test images (on clean images)" in text
     )
@@ -114,7 +114,10 @@ def test_cautions_say_what_the_intervals_leave_out(compared):
     assert "With 1 run an interval is wide" in text
     single = compared({cell: values[:1] for cell, values in PAIR.items()})
     (answer,) = answers(single, [])
-    assert answer.sentences[0].endswith("+1.50 box AP, without an interval; 1 seed on 600 images.")
+    assert answer.sentences[0].endswith(
+        "differs from standard by +1.50 box AP, perhaps by chance: there is no interval; 1 seed of each arm, "
+        "600 test images."
+    )
     assert "A difference without an interval may be due to chance." in cautions(single, [], [answer])
     (nothing,) = cautions(compared({("mask", "standard"): [1.0], ("mask", "robust"): [np.nan]}), [], [])
     assert nothing.startswith("No arm can be compared")

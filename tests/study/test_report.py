@@ -233,7 +233,7 @@ def test_single_seed_without_predictions_is_undecided(report):
         return outcomes
 
     page = report(lose, seeds=[3])
-    assert re.search(r"is not told apart from standard: -\d+\.\d\d box AP, without an interval", page.text)
+    assert re.search(r"differs from standard by -\d+\.\d\d box AP, perhaps by chance: there is no", page.text)
     assert "robust, faster_rcnn: FileNotFoundError" in page.text
     assert "A difference without an interval may be due to chance" in page.text
     assert "robust, faster_rcnn: no pictures (FileNotFoundError" in page.text
@@ -278,7 +278,7 @@ def test_nothing_finished_still_gives_a_report(report):
 def test_final_trials_may_wait_for_the_selection(report):
     page = report(lambda outcomes: [o for o in outcomes if o.trial.stage == "selection"], rates=(0.01, 0.02))
     assert "Missing trials: 4 of 12" in page.text
-    assert "4 trials have not been run; final trials wait for the learning rates" in page.text
+    assert "Not run yet: 4 trials; final trials wait for the learning rates" in page.text
     assert "Learning rates" in page.text
 
 

@@ -41,7 +41,7 @@ def test_accuracies_are_compared_by_seed(finished):
         if (entry["arm"], entry["metric"]) == ("robust", "accuracy")
     ]
     assert record["mean"] == pytest.approx((63 + 64.5) / 2)
-    assert "robust (eps 3) is not told apart from standard: +2.50 accuracy [" in page
+    assert "robust (eps 3) is not significantly different from standard: +2.50 accuracy [" in page
     assert "Accuracy in percent, mean" in page
     assert "<th>arm</th><th>transfer</th>" in page
     assert "chosen by accuracy on" in page
