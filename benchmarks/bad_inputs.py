@@ -160,6 +160,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
         [
             *["--config-file", DETECTOR, *TINY_DETECTOR, *FINISHED, "TEST.ATTACK.L2_EPS", "[0.5]"],
             *["TEST.ATTACK.STEPS", "1", "TEST.ATTACK.MAX_IMAGES", "1", "TEST.PICTURES", "0"],
+            *["TEST.ATTACK.CHECK_IMAGES", "1", "TEST.ATTACK.QUERIES", "3"],
         ],
     ),
     "pretrain": ("pretrain", ["--config-file", PRETRAIN, *FOLDERS, *TINY_CLASSIFIER]),
@@ -210,18 +211,24 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
 # What can be wrong
 
 
+def overwrite(file: Path, content: bytes | bytearray) -> None:
+    """Write a file of a case's folder, which is a link to the sound one."""
+    file.unlink()
+    file.write_bytes(content)
+
+
 def damages(
     path: str, also: dict[str, Callable[[Path], None]] | None = None
 ) -> Iterator[tuple[str, Callable]]:
     """Ways to spoil the file ``path``, relative to the case's folder."""
 
     def written(content: bytes) -> Callable[[Path], None]:
-        return lambda file: file.write_bytes(content)
+        return lambda file: overwrite(file, content)
 
     def cut(share: float) -> Callable[[Path], None]:
         def change(file: Path) -> None:
             content = file.read_bytes()
-            file.write_bytes(content[: int(len(content) * share)])
+            overwrite(file, content[: int(len(content) * share)])
 
         return change
 
@@ -229,7 +236,7 @@ def damages(
         content = bytearray(file.read_bytes())
         for position in range(len(content) // 3, len(content), max(len(content) // 50, 1)):
             content[position] ^= 0xFF
-        file.write_bytes(content)
+        overwrite(file, content)
 
     def folder(file: Path) -> None:
         file.unlink()
@@ -244,7 +251,7 @@ def damages(
         "is a Git LFS pointer": written(
             b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
         ),
-        "is binary noise": lambda file: file.write_bytes(random.Random(0).randbytes(5000)),
+        "is binary noise": written(random.Random(0).randbytes(5000)),
         "is cut to a half": cut(0.5),
         "lacks its last bytes": cut(0.98),
         "has flipped bytes": flipped,
@@ -265,7 +272,7 @@ def json_damages(path: str) -> Iterator[tuple[str, Callable[[Path], None]]]:
         def change(folder: Path) -> None:
             content = json.loads((folder / path).read_text())
             found = edit(content)
-            (folder / path).write_text(json.dumps(content if found is None else found))
+            overwrite(folder / path, json.dumps(content if found is None else found).encode())
 
         return change
 
@@ -307,7 +314,7 @@ def yaml_damages() -> Iterator[tuple[str, Callable[[Path], None]]]:
     base = yaml.safe_load(STUDY.format(config=DETECTOR))
 
     def written(content: object) -> Callable[[Path], None]:
-        return lambda folder: (folder / "study.yaml").write_text(yaml.safe_dump(content)) and None
+        return lambda folder: overwrite(folder / "study.yaml", yaml.safe_dump(content).encode())
 
     for key in base:
         rest = {name: value for name, value in base.items() if name != key}
@@ -508,7 +515,7 @@ def main() -> int:
         chosen = [case for case in cases(inputs) if args.only in (None, case.tool)][:: args.every]
         for number, case in enumerate(chosen):
             folder = Path(scratch) / "case"
-            shutil.copytree(inputs, folder)
+            shutil.copytree(inputs, folder, copy_function=os.link)  # 200 MB
             case.prepare(folder)
             log = Path(scratch) / "log.txt"
             status = run_tool(case.tool, case.arguments, folder, args.timeout, log)
@@ -516,14 +523,14 @@ def main() -> int:
             end = outcome(status, printed, folder / "out")
             last = (printed.strip().splitlines() or [""])[-1][:300]
             found.append({"tool": case.tool, "change": case.change, "outcome": end, "last line": last})
+            if args.output:  # after each case, so that an interrupted campaign keeps what it found
+                Path(args.output).write_text(json.dumps(found, indent=1))
             if end in FAULTS:
                 print(f"{end}: {case.tool}: {case.change}\n    {last}", flush=True)
             elif sys.stderr.isatty():
                 print(f"\r{number + 1} of {len(chosen)}", end="", file=sys.stderr)
             shutil.rmtree(folder)
     print(table(found))
-    if args.output:
-        Path(args.output).write_text(json.dumps(found, indent=1))
     return int(any(case["outcome"] in FAULTS for case in found))
 
 
@@ -532,15 +539,18 @@ def prepare_process() -> None:
     os.environ["DETECTRON2_DATASETS"] = "."  # a case's folder
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
     sys.path.insert(0, str(REPOSITORY / "tools"))
-    import torch
+    import torch.utils.cpp_extension
+    import torch.utils.tensorboard
+    import webdataset  # noqa: F401
 
-    torch.set_num_threads(1)
     import rt_detectron.detection
     import rt_detectron.evaluation.robustness
     import rt_detectron.pretrain.evaluation
     import rt_detectron.study.report
     import rt_detectron.study.run
     import rt_detectron.transfer.trainer  # noqa: F401
+
+    torch.set_num_threads(1)
 
 
 def table(found: list[dict]) -> str:

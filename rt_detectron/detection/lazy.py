@@ -23,7 +23,7 @@ from rt_detectron.detection.lazy_data import (
     set_num_classes,
 )
 from rt_detectron.detection.loader import resumable
-from rt_detectron.detection.steps import DIVERGED, build_trainer, check_batch_size, fast
+from rt_detectron.detection.steps import DIVERGED, build_trainer, check_batch_size, check_layers, fast
 from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
 from rt_detectron.engine.lazy_config import build, lazy_config_sha256, read_lazy_config, save_lazy_config
 from rt_detectron.engine.loop import build_optimizer
@@ -90,7 +90,9 @@ def build_lazy_model(cfg) -> nn.Module:
     Raises:
         InputError: if the weights of the backbone need another preprocessing than the model has.
     """
-    model = fast(build(cfg.model, "model").to(cfg.train.device))
+    model = build(cfg.model, "model").to(cfg.train.device)
+    check_layers(model, "model")
+    model = fast(model)
     metadata = _backbone_metadata(model)
     if metadata is not None:
         check_preprocessing(model, metadata, image_format(cfg))

@@ -158,6 +158,18 @@ class DetectorAMPTrainer(DetectorTrainer, AMPTrainer):
         super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict(), **state})
 
 
+def check_layers(model: nn.Module, keys: str = "MODEL") -> None:
+    """Raise :class:`InputError` for a layer without weights, which torch builds but cannot run.
+
+    Args:
+        keys: of the configuration that describe the model, for the message.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            shape = " x ".join(map(str, parameter.shape))
+            raise InputError(f"{name} has no weights ({shape}): check the numbers in {keys} of the configuration")
+
+
 def fast(model: nn.Module) -> nn.Module:
     """Make ``model`` faster in place, without changing its function (benchmarks/train_net.py measures it).
 

@@ -38,7 +38,14 @@ from rt_detectron.detection.adversarial import ATTACKED, AdversarialTraining, Ev
 from rt_detectron.detection.frozen_features import cache_features
 from rt_detectron.detection.hooks import PreciseBN, build_average, training_hooks
 from rt_detectron.detection.loader import resumable
-from rt_detectron.detection.steps import DIVERGED, build_optimizer, build_trainer, check_batch_size, fast
+from rt_detectron.detection.steps import (
+    DIVERGED,
+    build_optimizer,
+    build_trainer,
+    check_batch_size,
+    check_layers,
+    fast,
+)
 from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
 from rt_detectron.engine.signals import StopSignals
 from rt_detectron.evaluation.build import build_evaluator, check_test_sets, inference_folder
@@ -272,7 +279,9 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
         with building("the detector", "MODEL"):
-            return fast(super().build_model(cfg))
+            model = super().build_model(cfg)
+            check_layers(model)
+            return fast(model)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -118,6 +118,11 @@ def test_wrong_preprocessing_stops_before_training(tiny):
         build_lazy_model(cfg)
 
 
+def test_layers_of_no_width_are_one_line(tiny):
+    with pytest.raises(InputError, match=r"has no weights \(0 x .*\): check the numbers in model"):
+        build_lazy_model(tiny("model.roi_heads.box_head.fc_dims=[0]"))
+
+
 def test_the_backbone_may_have_its_own_rate(tiny, monkeypatch, tmp_path):
     cfg = tiny("optimizer.params.lr_factor_func.multiplier=0.1", "train.max_iter=1", "train.eval_period=0")
     cfg.dataloader.pop("evaluator")

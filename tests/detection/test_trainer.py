@@ -308,6 +308,13 @@ def test_the_class_count_is_checked(tiny_cfg, tmp_path):
         Trainer(tiny_cfg(tmp_path, "MODEL.ROI_HEADS.NUM_CLASSES", 80))
 
 
+@pytest.mark.parametrize("key", ["MODEL.FPN.OUT_CHANNELS", "MODEL.ROI_BOX_HEAD.FC_DIM"])
+def test_layers_of_no_width_are_one_line(tiny_cfg, tmp_path, key):
+    """torch builds them; the first step would end in its RuntimeError."""
+    with pytest.raises(InputError, match=r"has no weights \(.*0.*\): check the numbers in MODEL"):
+        Trainer.build_model(tiny_cfg(tmp_path, key, 0))
+
+
 class TestBestMetric:
     """Of several test sets the first one counts, and a metric that no evaluation has stops at once."""
 
