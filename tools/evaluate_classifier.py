@@ -26,6 +26,7 @@ from detectron2.engine import default_argument_parser
 
 from rt_detectron.engine.launch import launch
 from rt_detectron.engine.lazy_config import save_lazy_config
+from rt_detectron.engine.loop import sole_run
 from rt_detectron.engine.setup import set_up
 from rt_detectron.pretrain.evaluation import evaluate_classifier
 from rt_detectron.pretrain.recipe import load_pretrain_config
@@ -35,9 +36,10 @@ from rt_detectron.utils.errors import one_line_errors
 def main(args: argparse.Namespace) -> None:
     cfg = load_pretrain_config(args.config_file, args.opts)
     cfg.train.output_dir = args.output or f"{os.path.splitext(args.weights)[0]}_evaluation"
-    set_up(args, cfg.train.output_dir, cfg.train.seed, cfg.train.get("cudnn_benchmark", False))
-    evaluate_classifier(cfg, args.weights, args.attacks.split(","), args.images)
-    save_lazy_config(cfg, cfg.train.output_dir)
+    with sole_run(cfg.train.output_dir, "--output"):
+        set_up(args, cfg.train.output_dir, cfg.train.seed, cfg.train.get("cudnn_benchmark", False))
+        evaluate_classifier(cfg, args.weights, args.attacks.split(","), args.images)
+        save_lazy_config(cfg, cfg.train.output_dir)
 
 
 if __name__ == "__main__":

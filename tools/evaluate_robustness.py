@@ -28,6 +28,7 @@ from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
 from rt_detectron.detection import Trainer, load_detector_config
 from rt_detectron.engine.launch import launch
+from rt_detectron.engine.loop import sole_run
 from rt_detectron.engine.setup import save_config, set_up
 from rt_detectron.evaluation.build import check_test_sets
 from rt_detectron.evaluation.robustness import (
@@ -45,20 +46,21 @@ def main(args: argparse.Namespace) -> None:
     robustness_evaluations(cfg)  # reports mistakes before anything is loaded
     check_datasets(cfg.DATASETS.TEST)
     own = robustness_config(cfg)
-    set_up(args, own.OUTPUT_DIR, cfg.SEED, cfg.CUDNN_BENCHMARK)
-    check_test_sets(cfg)
-    model = Trainer.build_model(cfg)
-    RobustCheckpointer(model, trained=True, input_format=cfg.INPUT.FORMAT).load(cfg.MODEL.WEIGHTS)
-    surrogate = None
-    if cfg.TEST.ATTACK.SURROGATE:
-        surrogate = Trainer.build_model(cfg)
-        checkpointer = RobustCheckpointer(surrogate, trained=True, input_format=cfg.INPUT.FORMAT)
-        checkpointer.load(cfg.TEST.ATTACK.SURROGATE)
-    content = evaluate_robustness(cfg, model, surrogate)
-    save_config(own.dump(), own.OUTPUT_DIR)
-    if comm.is_main_process():
-        print(robustness_table(content))
-        print(f"Wrote {cfg.OUTPUT_DIR}/robustness.json")
+    with sole_run(own.OUTPUT_DIR, "OUTPUT_DIR"):
+        set_up(args, own.OUTPUT_DIR, cfg.SEED, cfg.CUDNN_BENCHMARK)
+        check_test_sets(cfg)
+        model = Trainer.build_model(cfg)
+        RobustCheckpointer(model, trained=True, input_format=cfg.INPUT.FORMAT).load(cfg.MODEL.WEIGHTS)
+        surrogate = None
+        if cfg.TEST.ATTACK.SURROGATE:
+            surrogate = Trainer.build_model(cfg)
+            checkpointer = RobustCheckpointer(surrogate, trained=True, input_format=cfg.INPUT.FORMAT)
+            checkpointer.load(cfg.TEST.ATTACK.SURROGATE)
+        content = evaluate_robustness(cfg, model, surrogate)
+        save_config(own.dump(), own.OUTPUT_DIR)
+        if comm.is_main_process():
+            print(robustness_table(content))
+            print(f"Wrote {cfg.OUTPUT_DIR}/robustness.json")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from rt_detectron.detection import build_lazy_model, do_test, do_train, load_laz
 from rt_detectron.detection.lazy_data import check_lazy_test_set
 from rt_detectron.engine.launch import launch
 from rt_detectron.engine.lazy_config import save_lazy_config
-from rt_detectron.engine.loop import refuse_other_training, sole_training
+from rt_detectron.engine.loop import folder_of_evaluation, refuse_other_training, sole_run
 from rt_detectron.engine.setup import set_up
 from rt_detectron.utils.errors import one_line_errors
 
@@ -31,17 +31,19 @@ from rt_detectron.utils.errors import one_line_errors
 def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     cfg = load_lazy_config(args.config_file, args.opts)
-    results, iterations = evaluate(cfg, args) if args.eval_only else train(cfg, args)
-    if comm.is_main_process():
-        print("Wrote", write_lazy_results(cfg, results, time.perf_counter() - start, iterations))
+    if args.eval_only:
+        cfg.train.output_dir = folder_of_evaluation(cfg.train.output_dir)
+    with sole_run(cfg.train.output_dir):
+        results, iterations = evaluate(cfg, args) if args.eval_only else train(cfg, args)
+        if comm.is_main_process():
+            print("Wrote", write_lazy_results(cfg, results, time.perf_counter() - start, iterations))
 
 
 def train(cfg, args: argparse.Namespace) -> tuple[dict, int]:
     folder = cfg.train.output_dir
-    with sole_training(folder):
-        refuse_other_training(folder, args.resume)
-        set_up(args, folder, cfg.train.get("seed", -1), cfg.train.get("cudnn_benchmark", False))
-        return do_train(cfg, args.resume), cfg.train.max_iter
+    refuse_other_training(folder, args.resume)
+    set_up(args, folder, cfg.train.get("seed", -1), cfg.train.get("cudnn_benchmark", False))
+    return do_train(cfg, args.resume), cfg.train.max_iter
 
 
 def evaluate(cfg, args: argparse.Namespace) -> tuple[dict, int]:

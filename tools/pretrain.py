@@ -20,7 +20,7 @@ import _environment  # noqa: F401  (first, since it checks this Python)
 from detectron2.engine import default_argument_parser
 
 from rt_detectron.engine.launch import launch
-from rt_detectron.engine.loop import sole_training
+from rt_detectron.engine.loop import sole_run
 from rt_detectron.engine.setup import set_up
 from rt_detectron.modeling.load import load_weights
 from rt_detectron.pretrain.recipe import load_pretrain_config
@@ -30,7 +30,7 @@ from rt_detectron.utils.errors import InputError, one_line_errors
 
 def main(args: argparse.Namespace) -> None:
     cfg = load_pretrain_config(args.config_file, args.opts)
-    with sole_training(cfg.train.output_dir):
+    with sole_run(cfg.train.output_dir):
         set_up(args, cfg.train.output_dir, cfg.train.seed, cfg.train.get("cudnn_benchmark", False))
         if not args.eval_only:
             do_train(cfg, resume=args.resume)

@@ -2,7 +2,8 @@
 """Train and evaluate a detector, as Detectron2's own train_net.py, on a robust or a standard backbone.
 
 Writes to OUTPUT_DIR: checkpoints, log.txt, metrics.json, TensorBoard events, predictions under inference/
-and, last, results.json. Datasets are looked for under $DETECTRON2_DATASETS (datasets/README.md).
+and, last, results.json; with --eval-only, where OUTPUT_DIR is a training's, to OUTPUT_DIR/evaluation.
+Datasets are looked for under $DETECTRON2_DATASETS (datasets/README.md).
 
 examples:
   tools/train_net.py --config-file configs/robust_r50_eps3.yaml --num-gpus 8
@@ -24,7 +25,7 @@ from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
 from rt_detectron.detection import Trainer, load_detector_config
 from rt_detectron.engine.launch import launch
-from rt_detectron.engine.loop import refuse_other_training, sole_training
+from rt_detectron.engine.loop import folder_of_evaluation, refuse_other_training, sole_run
 from rt_detectron.engine.setup import save_config, set_up
 from rt_detectron.evaluation.build import check_test_sets
 from rt_detectron.evaluation.results import write_results
@@ -35,27 +36,34 @@ def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     cfg = load_detector_config(args.config_file, args.opts)
     check_datasets([*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
-    results, iterations = evaluate(cfg, args) if args.eval_only else train(cfg, args)
-    if comm.is_main_process():
-        print("Wrote", write_results(cfg, results, time.perf_counter() - start, iterations))
+    training = cfg.OUTPUT_DIR
+    if args.eval_only:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = folder_of_evaluation(training)
+        cfg.freeze()
+    with sole_run(cfg.OUTPUT_DIR, "OUTPUT_DIR"):
+        results, iterations = evaluate(cfg, training, args) if args.eval_only else train(cfg, args)
+        if comm.is_main_process():
+            print("Wrote", write_results(cfg, results, time.perf_counter() - start, iterations))
 
 
 def train(cfg: CfgNode, args: argparse.Namespace) -> tuple[dict, int]:
-    with sole_training(cfg.OUTPUT_DIR, "OUTPUT_DIR"):
-        refuse_other_training(cfg.OUTPUT_DIR, args.resume, "OUTPUT_DIR")
-        set_up(args, cfg.OUTPUT_DIR, cfg.SEED, cfg.CUDNN_BENCHMARK)
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        save_config(cfg.dump(), cfg.OUTPUT_DIR)
-        trainer.train()
-        return trainer._last_eval_results, cfg.SOLVER.MAX_ITER
+    refuse_other_training(cfg.OUTPUT_DIR, args.resume, "OUTPUT_DIR")
+    set_up(args, cfg.OUTPUT_DIR, cfg.SEED, cfg.CUDNN_BENCHMARK)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    save_config(cfg.dump(), cfg.OUTPUT_DIR)
+    trainer.train()
+    return trainer._last_eval_results, trainer.max_iter
 
 
-def evaluate(cfg: CfgNode, args: argparse.Namespace) -> tuple[dict, int]:
+def evaluate(cfg: CfgNode, training: str, args: argparse.Namespace) -> tuple[dict, int]:
+    """``training``: the folder of the checkpoint that --resume evaluates."""
     set_up(args, cfg.OUTPUT_DIR, cfg.SEED)
     check_test_sets(cfg)
     model = Trainer.build_model(cfg)
-    checkpointer = RobustCheckpointer(model, cfg.OUTPUT_DIR, trained=True, input_format=cfg.INPUT.FORMAT)
+    checkpointer = RobustCheckpointer(model, training, trained=True, input_format=cfg.INPUT.FORMAT)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:

@@ -24,7 +24,7 @@ from detectron2.engine import default_argument_parser
 
 from rt_detectron.engine.launch import launch
 from rt_detectron.engine.lazy_config import save_lazy_config
-from rt_detectron.engine.loop import sole_training
+from rt_detectron.engine.loop import sole_run
 from rt_detectron.engine.setup import set_up
 from rt_detectron.transfer.recipe import load_transfer_config
 from rt_detectron.transfer.trainer import do_transfer, is_finished
@@ -33,7 +33,7 @@ from rt_detectron.utils.errors import one_line_errors
 
 def main(args: argparse.Namespace) -> None:
     cfg = load_transfer_config(args.config_file, args.opts)
-    with sole_training(cfg.train.output_dir):
+    with sole_run(cfg.train.output_dir):
         if is_finished(cfg, args.resume):
             print(f"{cfg.train.output_dir}/results.json exists: nothing to do")
             return

@@ -167,7 +167,7 @@ def check_layers(model: nn.Module, keys: str = "MODEL") -> None:
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0:
             shape = " x ".join(map(str, parameter.shape))
-            raise InputError(f"{name} has no weights ({shape}): check the numbers in {keys} of the configuration")
+            raise InputError(f"{name} has no weights ({shape}): check the numbers of {keys}")
 
 
 def fast(model: nn.Module) -> nn.Module:

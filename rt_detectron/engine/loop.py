@@ -36,9 +36,22 @@ def refuse_other_training(folder: str, resume: bool, key: str = "train.output_di
     """
     if resume:
         return
-    found = os.path.isdir(folder) and (periodic_checkpoints(folder) or has_model(folder))
-    if comm.all_gather(bool(found))[0]:
+    if comm.all_gather(_has_training(folder))[0]:
         raise InputError(f"{folder} holds a training: add --resume to go on with it, or choose another {key}")
+
+
+def folder_of_evaluation(folder: str) -> str:
+    """Where an evaluation into ``folder`` puts its files: below it, in "evaluation", if it is a training's.
+
+    So the training keeps its results, configuration and predictions. Call it in all processes; the first
+    one's folder counts.
+    """
+    is_trainings = comm.all_gather(_has_training(folder))[0]
+    return os.path.join(folder, "evaluation") if is_trainings else folder
+
+
+def _has_training(folder: str) -> bool:
+    return os.path.isdir(folder) and bool(periodic_checkpoints(folder) or has_model(folder))
 
 
 def has_model(folder: str) -> bool:
@@ -124,11 +137,13 @@ def run(
 
 
 @contextmanager
-def sole_training(folder: str, key: str = "train.output_dir") -> Iterator[None]:
-    """Keep other trainings out of ``folder``. The lock ends with the process, even if that is killed.
+def sole_run(folder: str, key: str = "train.output_dir") -> Iterator[None]:
+    """Keep other trainings and evaluations out of ``folder``, whose files would mix with those of this one.
+
+    The lock ends with the process, even if that is killed.
 
     Raises:
-        InputError: in all processes, if another training holds the lock.
+        InputError: in all processes, if another run holds the lock.
     """
     lock = FileLock(os.path.join(folder, ".lock"))
     is_taken = False
@@ -140,7 +155,7 @@ def sole_training(folder: str, key: str = "train.output_dir") -> Iterator[None]:
             is_taken = True
     try:
         if any(comm.all_gather(is_taken)):
-            raise InputError(f"another process is training into {folder}: choose another {key}")
+            raise InputError(f"another process writes to {folder}: wait for its end, or choose another {key}")
         yield
     finally:
         lock.release()

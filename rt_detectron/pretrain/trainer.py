@@ -22,7 +22,7 @@ from rt_detectron.data.loader import TrainLoader
 from rt_detectron.engine.base_trainer import BaseTrainer
 from rt_detectron.engine.lazy_config import build
 from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
-from rt_detectron.engine.processes import share_buffers
+from rt_detectron.engine.processes import share_buffers, share_state
 from rt_detectron.engine.train_hooks import ExponentialMovingAverage
 from rt_detectron.layers.small_maps import use_small_maps
 from rt_detectron.layers.sync_bn import use_sync_bn
@@ -86,7 +86,8 @@ def do_train(cfg, resume: bool = False) -> None:
 def start(model: Pretraining, init_checkpoint: str, resume: bool) -> None:
     """Load the weights that the training starts from, if any, and show them to the strategy.
 
-    A resumed training takes them from its checkpoint.
+    In all processes those of the first one: another machine's copy of the file may be old. A resumed training
+    takes them from its checkpoint.
 
     Raises:
         InputError: as :func:`rt_detectron.modeling.load.load_weights`, and if the strategy needs weights.
@@ -97,6 +98,7 @@ def start(model: Pretraining, init_checkpoint: str, resume: bool) -> None:
     elif model.strategy.needs_weights and not resume:
         name = type(model.strategy).__name__
         raise InputError(f"strategy {name} keeps a network's features: set train.init_checkpoint to its file")
+    share_state(model.classifier)
     model.strategy.begin(model.classifier, has_head)
 
 

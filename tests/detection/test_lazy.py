@@ -119,7 +119,7 @@ def test_wrong_preprocessing_stops_before_training(tiny):
 
 
 def test_layers_of_no_width_are_one_line(tiny):
-    with pytest.raises(InputError, match=r"has no weights \(0 x .*\): check the numbers in model"):
+    with pytest.raises(InputError, match=r"has no weights \(0 x .*\): check the numbers of model"):
         build_lazy_model(tiny("model.roi_heads.box_head.fc_dims=[0]"))
 
 

@@ -39,6 +39,54 @@ ALL = {
     "precise batch norm": {**SMALL, "TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 2},
     "synchronised batch norm": {"MODEL.RESNETS.NORM": "naiveSyncBN"},
     "retinanet": {**RETINANET, "SOLVER.CHECKPOINT_PERIOD": 2},
+    "statistics stay": {"MODEL.RESNETS.NORM": "EvalBN"},
+    "one norm of all gradients": {
+        **SMALL,
+        "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",
+        "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.5,
+    },
+    "adamw": {
+        "MODEL.BACKBONE.NAME": "build_robust_timm_fpn_backbone",
+        "MODEL.ROBUST.ARCH": "timm/convnext_atto",
+        "MODEL.WEIGHTS": "",
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "SOLVER.OPTIMIZER": "ADAMW",
+        "SOLVER.BASE_LR": 0.0001,
+        "SOLVER.LAYER_DECAY": 0.7,
+        "SOLVER.CHECKPOINT_PERIOD": 2,
+    },
+    "frozen, features kept": {
+        "MODEL.BACKBONE.FREEZE_AT": 5,
+        "DATALOADER.FEATURE_CACHE_GB": 0.01,
+        "SOLVER.CHECKPOINT_PERIOD": 2,
+    },
+    "replays that are clipped, late, and counted": {
+        **SMALL,
+        "SOLVER.MAX_ITER": 2,
+        "SOLVER.ADVERSARIAL.REPLAYS": 2,
+        "SOLVER.ADVERSARIAL.COUNT_BATCHES": True,
+        "SOLVER.ADVERSARIAL.CLIP": 1.0,
+        "SOLVER.ADVERSARIAL.CLEAN": 0.25,
+        "SOLVER.ADVERSARIAL.WARMUP": 0.5,
+        "SOLVER.ADVERSARIAL.NORM": "linf",
+        "SOLVER.ADVERSARIAL.EPS": 4.0,
+    },
+    "pgd from the image, evaluated under attack": {
+        **SMALL,
+        "SOLVER.ADVERSARIAL.STEPS": 2,
+        "SOLVER.ADVERSARIAL.STEP_SIZE": 0.2,
+        "SOLVER.ADVERSARIAL.START": "image",
+        "SOLVER.ADVERSARIAL.EVAL_IMAGES": 3,
+        "TEST.EVAL_PERIOD": 2,
+    },
+    "scaled": {
+        **SMALL,
+        "SOLVER.REFERENCE_WORLD_SIZE": 1,
+        "SOLVER.IMS_PER_BATCH": 1,
+        "SOLVER.MAX_ITER": 8,
+        "SOLVER.WARMUP_ITERS": 0,
+    },
     "everything": {
         "MODEL.RESNETS.NORM": "BN",
         "SOLVER.EMA": 0.5,
@@ -52,6 +100,16 @@ ALL = {
 }
 
 
+# What one process needs to be told to do as two.
+ALONE = {
+    "scaled": {
+        "SOLVER.REFERENCE_WORLD_SIZE": 0,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.MAX_ITER": 4,
+        "SOLVER.BASE_LR": 0.002,
+    }
+}
+
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -64,10 +122,10 @@ def farthest(one: dict, other: dict, names) -> float:
 )
 def test_two_processes_train_as_one(tool_server, tiny_opts, tmp_path, variants):
     tiny = dict(zip(tiny_opts[::2], tiny_opts[1::2], strict=True))
-    options = json.dumps({name: {**tiny, **chosen} for name, chosen in variants.items()})
-    for how in ("together", "alone"):
+    for how, told in (("together", {}), ("alone", ALONE)):
+        options = {name: {**tiny, **chosen, **told.get(name, {})} for name, chosen in variants.items()}
         (tmp_path / how).mkdir()
-        ended = run_tool([PROGRAM, how, tmp_path / how, options], tmp_path)
+        ended = run_tool([PROGRAM, how, tmp_path / how, json.dumps(options)], tmp_path)
         assert ended.returncode == 0, ended.stderr
     for name, chosen in variants.items():
         folder = tmp_path / "together" / name

@@ -311,7 +311,7 @@ def test_the_class_count_is_checked(tiny_cfg, tmp_path):
 @pytest.mark.parametrize("key", ["MODEL.FPN.OUT_CHANNELS", "MODEL.ROI_BOX_HEAD.FC_DIM"])
 def test_layers_of_no_width_are_one_line(tiny_cfg, tmp_path, key):
     """torch builds them; the first step would end in its RuntimeError."""
-    with pytest.raises(InputError, match=r"has no weights \(.*0.*\): check the numbers in MODEL"):
+    with pytest.raises(InputError, match=r"has no weights \(.*0.*\): check the numbers of MODEL"):
         Trainer.build_model(tiny_cfg(tmp_path, key, 0))
 
 

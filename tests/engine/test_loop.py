@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rt_detectron.checkpoint.checkpointer import periodic_checkpoints
-from rt_detectron.engine.loop import sole_training
+from rt_detectron.engine.loop import folder_of_evaluation, sole_run
 from rt_detectron.pretrain.strategies import Adversarial
 from rt_detectron.pretrain.trainer import do_train
 from rt_detectron.utils.errors import InputError
@@ -123,15 +123,24 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
         assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
 
 
-def test_a_folder_has_one_training_at_a_time(tmp_path):
+def test_a_folder_has_one_run_at_a_time(tmp_path):
     folder = str(tmp_path / "out")
     with (
-        sole_training(folder),
-        pytest.raises(InputError, match=r"another process is training into .*out: choose"),
+        sole_run(folder),
+        pytest.raises(InputError, match=r"another process writes to .*out: wait for its end"),
     ):
-        sole_training(folder).__enter__()
-    with sole_training(folder):
+        sole_run(folder).__enter__()
+    with sole_run(folder):
         pass
+
+
+def test_an_evaluation_into_a_trainings_folder_goes_below_it(tmp_path):
+    assert folder_of_evaluation(str(tmp_path / "none")) == str(tmp_path / "none")
+    assert folder_of_evaluation(str(tmp_path)) == str(tmp_path)
+    for name in ("model_0000004.pth", "model_final.pth"):
+        (tmp_path / name).touch()
+        assert folder_of_evaluation(str(tmp_path)) == str(tmp_path / "evaluation")
+        (tmp_path / name).unlink()
 
 
 def test_the_recipes_rate_counts_when_a_training_is_resumed(trained, digits_cfg, caplog):

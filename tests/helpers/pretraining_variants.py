@@ -23,7 +23,7 @@ from rt_detectron.pretrain.label_free import LabelFree
 from rt_detectron.pretrain.recipe import load_pretrain_config
 from rt_detectron.pretrain.schedules import Resolution
 from rt_detectron.pretrain.strategies import Fast, Free, Standard, Trades
-from rt_detectron.pretrain.trainer import ClassifierTrainer, build_model, train_classifier
+from rt_detectron.pretrain.trainer import ClassifierTrainer, build_model, start, train_classifier
 
 INTERRUPTED = 5  # iterations of the variant that is
 
@@ -35,6 +35,17 @@ def _schedule(cfg, **keys):
 def _label_free(cfg):
     cfg.model.strategy.attack.random_start = True
     cfg.model.strategy = L(LabelFree)(attack=cfg.model.strategy.attack)
+
+
+def _from_file(cfg):
+    """Of another number of classes; each process has other tensors, as if its copy of the file were old."""
+    cfg.train.init_checkpoint = f"{cfg.train.output_dir}-{comm.get_rank()}.start"
+    torch.save(tiny_classifier(3).network.state_dict(), cfg.train.init_checkpoint)
+
+
+def _label_free_from_file(cfg):
+    _from_file(cfg)
+    _label_free(cfg)
 
 
 def _free(cfg):
@@ -56,6 +67,7 @@ EQUAL = {
     "images grow": lambda cfg: _schedule(cfg, clean=0.2, warmup=0.6, grows="images"),
     "small at first": lambda cfg: cfg.model.update(resolution=L(Resolution)(start=8, until=0.6, multiple=4)),
     "accumulate": _accumulate,
+    "from a file": _from_file,
     "free": _free,
     "free, interrupted": _free,
 }
@@ -66,7 +78,7 @@ OTHERS = {
         strategy=L(Trades)(attack={**cfg.model.strategy.attack, "random_start": True})
     ),
     "eps at random": lambda cfg: _schedule(cfg, random=True),
-    "without labels": _label_free,
+    "without labels": _label_free_from_file,
     "amp": lambda cfg: cfg.train.update(amp="bf16"),
     "batch norm of each process": lambda cfg: cfg.train.update(sync_bn=False, ema=0.9),
 }
@@ -84,8 +96,8 @@ def tiny_classifier(num_classes: int, **_) -> Classifier:
 
 def train_all(data: str, output: str) -> None:
     averages = []
-    start = ExponentialMovingAverage.before_train
-    ExponentialMovingAverage.before_train = lambda self: averages.append(self.averaged) or start(self)
+    begin = ExponentialMovingAverage.before_train
+    ExponentialMovingAverage.before_train = lambda self: averages.append(self.averaged) or begin(self)
     save = TrainingCheckpointer.save
     for name, change in {**EQUAL, **OTHERS}.items():
         averages.clear()
@@ -93,10 +105,12 @@ def train_all(data: str, output: str) -> None:
         torch.set_default_dtype(torch.float32 if name == "amp" else torch.float64)
         TrainingCheckpointer.save = save if "interrupted" in name else lambda *_, **__: None
         cfg = recipe(data, f"{output}/{name}")
-        change(cfg)
         torch.manual_seed(comm.get_rank())  # weights of their own, until the first process's are shared
+        change(cfg)
         model = _trained(cfg, "interrupted" in name)
         found = {"weights": dict(model.classifier.named_parameters())}
+        if "original" in (state := getattr(model.strategy, "state_dict", dict)()):
+            found["original"] = state["original"]
         if averages:
             found["average"] = averages[0].state_dict()
         torch.save(found, f"{output}/{name}-{comm.get_rank()}.pth")
@@ -149,7 +163,7 @@ def _trained(cfg, is_interrupted: bool):
 
 def _train(cfg, resume: bool):
     model = build_model(cfg)
-    model.strategy.begin(model.classifier, True)
+    start(model, cfg.train.init_checkpoint, resume)
     loader = instantiate(cfg.dataloader.train)
     train_classifier(cfg, model, loader, evaluate=lambda _: {}, finish=lambda *_: None, resume=resume)
     return model

@@ -253,7 +253,7 @@ def test_a_second_training_into_the_same_folder_is_refused(start, run):
     first = start(*ENDLESS)
     second = run(CONFIG, *ENDLESS, "--resume")
     assert second.returncode == 2
-    assert second.stderr.splitlines()[-1].startswith("error: another process is training into out")
+    assert second.stderr.splitlines()[-1].startswith("error: another process writes to out")
     assert first.poll() is None
     first.kill()
     first.wait()

@@ -28,9 +28,13 @@ def test_two_processes_train_then_one_evaluates_the_same(run, two_processes, tin
     assert "backbone.pkl" in (tmp_path / "trained/config.yaml").read_text()
     assert "building resnet18" in (tmp_path / "trained/log.txt").read_text()
 
-    evaluated = run("--eval-only", *tiny_opts, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", "evaluated")
+    # Into the training's folder, which keeps what is there.
+    evaluated = run("--eval-only", *tiny_opts, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", "trained")
     assert evaluated.returncode == 0, evaluated.stderr
-    again = json.loads((tmp_path / "evaluated/results.json").read_text())
+    assert evaluated.stdout.rstrip().endswith("Wrote trained/evaluation/results.json")
+    assert json.loads((tmp_path / "trained/results.json").read_text()) == results
+    assert "backbone.pkl" in (tmp_path / "trained/config.yaml").read_text()
+    again = json.loads((tmp_path / "trained/evaluation/results.json").read_text())
     assert again["metrics"] == results["metrics"]
     assert again["iterations"] == 0
     assert again["weights"] == str(weights)
@@ -40,7 +44,7 @@ def test_two_processes_train_then_one_evaluates_the_same(run, two_processes, tin
             [p["image_id"], p["category_id"], round(p["score"], 4), [round(x, 1) for x in p["bbox"]]]
             for p in json.loads((tmp_path / folder / "inference/coco_instances_results.json").read_text())
         )
-        for folder in ("trained", "evaluated")
+        for folder in ("trained", "trained/evaluation")
     )
     assert len(first) > 10
     assert [p[:2] for p in first] == [p[:2] for p in second]
