@@ -54,6 +54,7 @@ def load_lazy_config(path: str, overrides: list[str]):
     cfg = read_lazy_config(path, overrides, KEYS, "configs/lazy/")
     if "max_iter" not in cfg.train:
         raise InputError(f"--config-file {path}: train has no max_iter; tools/pretrain.py takes recipes")
+    _check_counts(cfg.train)
     check_datasets([*dataset_names(cfg, "train"), *dataset_names(cfg, "test")])
     set_num_classes(cfg)
     _count_iterations(cfg)
@@ -65,6 +66,15 @@ def load_lazy_config(path: str, overrides: list[str]):
             "set both to what the weights were trained on"
         )
     return cfg
+
+
+def _check_counts(train) -> None:
+    """Numbers of iterations and checkpoints, with which a training would do nothing or lose something."""
+    least = {"max_iter": 1, "eval_period": 0, "log_period": 1, "checkpointer.max_to_keep": 0}
+    for key, number in least.items():
+        value = OmegaConf.select(train, key)
+        if value is not None and (not isinstance(value, int) or value < number):
+            raise InputError(f"train.{key} is {value!r}; it must be a whole number >= {number}")
 
 
 def _adversarial(cfg) -> AdversarialTraining:
@@ -150,7 +160,7 @@ def do_train(cfg, resume: bool = False) -> dict:
     checkpoints = Checkpoints(
         checkpointer,
         [train.checkpointer.period],
-        train.checkpointer.max_to_keep,
+        train.checkpointer.max_to_keep or None,
         train.eval_period,
         trainer.state_of_process,
     )

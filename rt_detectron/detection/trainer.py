@@ -1,6 +1,7 @@
 """Detectron2's DefaultTrainer with safe checkpoints, and its configuration, for tools/train_net.py."""
 
 import ast
+import functools
 import importlib
 import logging
 import os
@@ -150,6 +151,13 @@ def _check_values(cfg: CfgNode) -> None:
         values = cfg.INPUT[key] if isinstance(cfg.INPUT[key], list | tuple) else [cfg.INPUT[key]]
         if not values or not all(isinstance(value, int) and value >= least for value in values):
             raise InputError(f"INPUT.{key} is {cfg.INPUT[key]!r}; it must be in pixels, >= {least}")
+    rpn = [f"MODEL.RPN.{when}_NMS_TOPK_{mode}" for when in ("PRE", "POST") for mode in ("TRAIN", "TEST")]
+    least = {"SOLVER.MAX_TO_KEEP": 0, "DATALOADER.NUM_WORKERS": 0, **dict.fromkeys(rpn, 1)}
+    for key, number in least.items():
+        if (value := functools.reduce(getattr, key.split("."), cfg)) < number:
+            raise InputError(f"{key} is {value}; it must be >= {number}")
+    if cfg.TEST.DETECTIONS_PER_IMAGE == 0:
+        raise InputError("TEST.DETECTIONS_PER_IMAGE is 0, with which AP is 0; it must be > 0, or -1 for all")
     if cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):
         raise InputError(f"INPUT.MASK_FORMAT is {cfg.INPUT.MASK_FORMAT!r}; it must be polygon or bitmask")
 

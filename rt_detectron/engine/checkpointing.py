@@ -127,7 +127,7 @@ class SafeCheckpointing(HookBase):
         self.signals = signals
         self.diverged = diverged
         self.advice = advice
-        self._done = 0  # iterations
+        self._done = -1  # iterations; below 0 if the training has broken off, or has not begun
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import tempfile
+import traceback
 
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -12,7 +13,6 @@ from detectron2.utils import comm
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from rt_detectron.utils.errors import InputError, building, one_line
 from rt_detectron.utils.files import find_config, text_sha256
@@ -39,9 +39,11 @@ def read_lazy_config(path: str, overrides: list[str], keys: tuple[str, ...], fol
         raise InputError(f"--config-file {path or '(none)'}: no such file; {folder} holds the shipped ones")
     try:
         cfg = LazyConfig.load(path)
-    except (SyntaxError, ImportError, AssertionError, ValueError, YAMLError) as error:
-        raise InputError(f"--config-file {path}: not a LazyConfig file ({one_line(error)[:200]})") from None
-    missing = [key for key in keys if key not in cfg]
+    except Exception as error:  # the file is a program
+        raise InputError(
+            f"--config-file {path}: not a LazyConfig file ({_where(error)}{one_line(error)[:200]})"
+        ) from None
+    missing = [key for key in keys if not OmegaConf.is_dict(cfg) or key not in cfg]
     if missing:
         raise InputError(
             f"--config-file {path}: not for this tool, it lacks {', '.join(missing)}; "
@@ -74,6 +76,12 @@ def read_lazy_config(path: str, overrides: list[str], keys: tuple[str, ...], fol
             logger.warning("Mixed precision is off (train.amp.enabled=False): it needs a GPU")
             cfg.train.amp.enabled = False
     return cfg
+
+
+def _where(error: Exception) -> str:
+    """The line of a configuration in Python that raised ``error``, and its type; "" for other files."""
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"]
+    return f"{lines[-1].filename}, line {lines[-1].lineno}: {type(error).__name__}: " if lines else ""
 
 
 def _value(cfg, key: str):

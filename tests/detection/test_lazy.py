@@ -70,6 +70,9 @@ class TestLoadLazyConfig:
             ("nowhere.py", [], r"nowhere.py: no such file; configs/lazy/ holds"),
             ("configs/pretrain/demo_l2.py", [], r"train has no max_iter; tools/pretrain.py takes recipes"),
             (CONFIG, ["optimizer.rl=1"], "unknown configuration key 'optimizer.rl'"),
+            (CONFIG, ["train.max_iter=0"], "train.max_iter is 0; it must be a whole number >= 1"),
+            (CONFIG, ["train.max_iter=1.5"], "train.max_iter is 1.5; it must be a whole number"),
+            (CONFIG, ["train.checkpointer.max_to_keep=-1"], "max_to_keep is -1; it must be .* >= 0"),
             (CONFIG, ["optimizer.lr"], "'optimizer.lr' is not of the form key=value"),
             (
                 CONFIG,

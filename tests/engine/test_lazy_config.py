@@ -33,6 +33,24 @@ def test_values_of_another_type_are_named(override, words):
         read(override)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.py", "train = {}\nmodel = L(3)", "a.py, line 2: NameError: name 'L' is not defined)"),
+        ("a.py", "train = {}\ntrain.seed.x = 3", "a.py, line 2: AttributeError: 'dict' object has no"),
+        ("a.yaml", "3", "a.yaml: not a LazyConfig file ("),
+        ("a.yaml", "[train]", "a.yaml: not for this tool, it lacks train"),
+        ("a.yaml", "train: *nothing", "a.yaml: not a LazyConfig file (found undefined alias"),
+        ("a.txt", "train: {}", "a.txt has to be a python or yaml file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(words)) as error:
+        read_lazy_config(str(tmp_path / name), [], ("train",), "configs/pretrain/")
+    assert "\n" not in str(error.value)
+
+
 def test_what_recipes_allow_is_left_alone():
     cfg = read(
         "train.epochs=0.5", "evaluator.max_attacked=null", "train.amp=bf16", "optimizer.lr=1", "+train.new=x"
