@@ -26,12 +26,17 @@ class ThreatModel:
     def __post_init__(self):
         if self.norm not in ("l1", "l2", "linf"):
             raise InputError(f"threat model: norm {self.norm!r} is unknown; use 'l1', 'l2' or 'linf'")
-        if not (isinstance(self.eps, int | float) and math.isfinite(self.eps) and self.eps >= 0):
+        is_number = isinstance(self.eps, int | float) and not isinstance(self.eps, bool)
+        if not (is_number and math.isfinite(self.eps) and self.eps >= 0):
             raise InputError(f"threat model: eps is {self.eps!r}; it must be a finite number >= 0")
         if self.norm == "linf" and 0 < self.eps < 0.1:
             raise InputError(
                 f"threat model: a linf eps is written in units of 1/255, and {self.eps} would be next to "
                 f"nothing; did you mean eps={self.eps * 255:g}?"
+            )
+        if self.norm == "linf" and self.eps > 255:
+            raise InputError(
+                f"threat model: a linf eps is written in units of 1/255; {self.eps} is more than all of 255"
             )
 
     @property

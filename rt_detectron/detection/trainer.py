@@ -152,10 +152,15 @@ def _check_values(cfg: CfgNode) -> None:
         if not values or not all(isinstance(value, int) and value >= least for value in values):
             raise InputError(f"INPUT.{key} is {cfg.INPUT[key]!r}; it must be in pixels, >= {least}")
     rpn = [f"MODEL.RPN.{when}_NMS_TOPK_{mode}" for when in ("PRE", "POST") for mode in ("TRAIN", "TEST")]
-    least = {"SOLVER.MAX_TO_KEEP": 0, "DATALOADER.NUM_WORKERS": 0, **dict.fromkeys(rpn, 1)}
-    for key, number in least.items():
+    counts = {"SOLVER.MAX_TO_KEEP": 0, "DATALOADER.NUM_WORKERS": 0, "TEST.COCO_MAX_DETS": 0}
+    for key, number in {**counts, **dict.fromkeys(rpn, 1)}.items():
         if (value := functools.reduce(getattr, key.split("."), cfg)) < number:
             raise InputError(f"{key} is {value}; it must be >= {number}")
+    for group in ("ATTACK", "CORRUPTION"):
+        for key, value in cfg.TEST[group].items():
+            values = value if isinstance(value, list | tuple) else ()
+            if not all(isinstance(each, str | int | float) for each in values):
+                raise InputError(f"TEST.{group}.{key} is {value!r}; it must be numbers or names, one by one")
     if cfg.TEST.DETECTIONS_PER_IMAGE == 0:
         raise InputError("TEST.DETECTIONS_PER_IMAGE is 0, with which AP is 0; it must be > 0, or -1 for all")
     if cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):

@@ -86,7 +86,9 @@ def test_an_overflowed_gradient_gives_a_step_of_the_asked_size(threat_model):
         ("l2", -1.0, "finite number >= 0"),
         ("l2", float("nan"), "finite number >= 0"),
         ("l2", "3", "finite number >= 0"),
+        ("l2", True, "finite number >= 0"),
         ("linf", 8 / 255, "did you mean eps=8"),
+        ("linf", 1000.0, "units of 1/255; 1000.0 is more than all of 255"),
     ],
 )
 def test_bad_input_is_one_line(norm, eps, words):

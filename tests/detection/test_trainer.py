@@ -129,6 +129,12 @@ class TestLoadConfig:
             (["MODEL.RPN.POST_NMS_TOPK_TEST", "0"], "MODEL.RPN.POST_NMS_TOPK_TEST is 0; it must be >= 1"),
             (["MODEL.RPN.PRE_NMS_TOPK_TRAIN", "-1"], "MODEL.RPN.PRE_NMS_TOPK_TRAIN is -1; it must be >= 1"),
             (["TEST.DETECTIONS_PER_IMAGE", "0"], "TEST.DETECTIONS_PER_IMAGE is 0, with which AP is 0"),
+            (
+                ["TEST.ATTACK.L2_EPS", "[[1]]"],
+                r"TEST.ATTACK.L2_EPS is \[\[1\]\]; it must be numbers or names",
+            ),
+            (["TEST.CORRUPTION.NAMES", "(None,)"], r"TEST.CORRUPTION.NAMES is \(None,\); it must be"),
+            (["TEST.COCO_MAX_DETS", "-1"], "TEST.COCO_MAX_DETS is -1; it must be >= 0"),
             (["INPUT.MASK_FORMAT", "rle"], "INPUT.MASK_FORMAT is 'rle'; it must be polygon or bitmask"),
             (["DATASETS.TEST", "(1,)"], r"DATASETS.TEST is \(1,\); it must be names"),
         ],

@@ -287,8 +287,7 @@ def _attacks(cfg: CfgNode, keys: CfgNode) -> Iterator[DetectorAttack]:
         raise InputError(f"TEST.ATTACK.STEP_SIZE is {keys.STEP_SIZE}; it must be >= 0, in the units of eps")
     try:
         for norm, all_eps in (("l2", keys.L2_EPS), ("linf", keys.LINF_EPS)):
-            for eps in unique(all_eps):
-                ball = ThreatModel(norm, eps)
+            for ball in unique(ThreatModel(norm, eps) for eps in all_eps):
                 pgd = (APGD if keys.ADAPTIVE else PGD)(
                     ball,
                     keys.STEPS,
