@@ -96,8 +96,9 @@ def _keys() -> CN:
 
     # tools/evaluate_robustness.py: AP under attack. PGD on the detector's input.
     cfg.TEST.ATTACK = CN()
-    # "ours": the keys below count. "oddefense" (Li et al., TIFS 2025) and "ares" (ARES 2.0) set them as
-    # published; several, such as "ours,oddefense,ares", are all measured. See docs/evaluate-robustness.md.
+    # "ours": the keys below count. "oddefense" (Li et al., TIFS 2025), "ares" (ARES 2.0) and, of semantic
+    # segmentation, "sea" (Croce et al., ECCV 2024) set them as published; several, such as
+    # "ours,oddefense,ares", are all measured. See docs/evaluate-robustness.md.
     cfg.TEST.ATTACK.PROTOCOL = "ours"
     # L2 eps, for images in [0, 1] after resizing, such as (0.5, 1.0). Empty: no L2 attack.
     cfg.TEST.ATTACK.L2_EPS = ()
@@ -108,6 +109,8 @@ def _keys() -> CN:
     cfg.TEST.ATTACK.STEP_SIZE = 0.0
     # APGD, which finds its step sizes itself and keeps the best iterate, instead of PGD.
     cfg.TEST.ATTACK.ADAPTIVE = False
+    # With ADAPTIVE: begin in a ball of 2 eps, go on in one of 1.5 eps, and end in that of eps.
+    cfg.TEST.ATTACK.REDUCE_RADIUS = False
     # Where PGD begins: at the "image", or at a "random" point of the ball.
     cfg.TEST.ATTACK.START = "image"
     # Keep the iterate with the largest objective instead of the last one.

@@ -1,12 +1,17 @@
 """Shipped configs by name."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from omegaconf import DictConfig
 
 from rt_detectron import model_zoo
 from rt_detectron.checkpoint.formats import read_pickle
+from rt_detectron.detection import load_detector_config
+from rt_detectron.evaluation.robustness import robustness_evaluations
 from rt_detectron.utils.errors import InputError
 
 YAML, LAZY = "robust_r50_eps3.yaml", "lazy/mask_rcnn_robust_r50_eps3.py"
@@ -36,3 +41,23 @@ def test_wrong_names_are_one_line():
         model_zoo.get_config_file("robust_r50_eps4.yaml")
     with pytest.raises(InputError, match="no trained detector is published"):
         model_zoo.get_config(YAML, trained=True)
+
+
+@pytest.mark.parametrize("kind", ["deeplabv3plus", "panoptic_fpn"])
+def test_segmentors_on_a_robust_and_a_standard_backbone(kind):
+    """Both are built alike, have SEA, and differ in their weights alone."""
+    robust, standard = (
+        load_detector_config(f"configs/{kind}_{weights}.yaml", ["MODEL.DEVICE", "cpu"])
+        for weights in ("robust_r50_eps4", "standard_r50_eps0")
+    )
+    model = build_model(robust)
+    assert model.backbone.output_shape()["res2" if kind == "deeplabv3plus" else "p2"].stride == 4
+    sea = robust.clone()
+    sea.defrost()
+    sea.merge_from_list(["TEST.ATTACK.PROTOCOL", "sea", "TEST.ATTACK.LINF_EPS", "(4,)"])
+    attack = {each.name: each for each in robustness_evaluations(sea)}["attack"]
+    attack.check(SimpleNamespace(model=model, test_set=SimpleNamespace(dicts=[]), dataset=""))
+    for cfg in (robust, standard):
+        cfg.defrost()
+        cfg.OUTPUT_DIR = cfg.MODEL.WEIGHTS = ""
+    assert robust == standard

@@ -1,13 +1,14 @@
 """Auto-PGD: projected gradient descent that finds its step sizes itself."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rt_detectron.attacks.pgd import PGD, Objective
 from rt_detectron.attacks.threat_model import ThreatModel
+from rt_detectron.utils.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,39 @@ class APGD(PGD):
     three of four steps since the last look, or whose best loss has not risen although the step is the same.
     It then goes on from its best point. The best iterate is kept: ``relative_step_size`` and ``best`` have no
     say.
+
+    Attributes:
+        reduce_radius: "red-eps" of Croce, Singh & Hein (2024, https://arxiv.org/abs/2306.12941, section 3):
+            climb in a ball of twice the radius first, for 3 of 10 steps, then of 1.5 times, for 3, then in
+            the ball itself, each time from the best point of the one before, projected.
     """
+
+    reduce_radius: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.reduce_radius and self.steps < 4:
+            raise InputError(f"APGD: steps is {self.steps}; to reduce the radius takes 4 or more")
 
     @property
     def name(self) -> str:
         return f"a{super().name}"
 
     @property
+    def _balls(self) -> list[tuple[ThreatModel, int]]:
+        """The balls that it climbs in, and the steps in each."""
+        if not self.reduce_radius:
+            return [(self.threat_model, self.steps)]
+        part = int(0.3 * self.steps)
+        sizes = ((2.0, part), (1.5, part), (1.0, self.steps - 2 * part))
+        ball = self.threat_model
+        return [(replace(ball, scale=factor * ball.scale), steps) for factor, steps in sizes]
+
+    @property
     def passes(self) -> dict[str, int]:
         compared = self.restarts > 1 or self.best
         return {
-            "forward": self.restarts * (self.steps + 1 + compared),
+            "forward": self.restarts * (self.steps + len(self._balls) + compared),
             "backward": self.restarts * self.steps,
         }
 
@@ -40,22 +63,34 @@ class APGD(PGD):
         visit: Callable | None = None,
     ) -> list[Tensor]:
         """The best iterates."""
-        starts = self._starts(batches, generators)
-        climbs = [_Climb(self.threat_model, *both) for both in zip(batches, starts, strict=True)]
-        looks = _looks(self.steps)
-        for step in range(self.steps):
-            points = [climb.point.requires_grad_(True) for climb in climbs]
-            found = objective(points)
-            grads = torch.autograd.grad(sum(losses.sum() for losses, _ in found), points)
-            for climb, (losses, _), grad in zip(climbs, found, grads, strict=True):
-                climb.note(losses.detach(), grad)
-                if step in looks:
-                    climb.look(step - looks[step])
-                climb.move(momentum=step > 0)
-        with torch.no_grad():
-            for climb, (losses, _) in zip(climbs, objective([climb.point for climb in climbs]), strict=True):
-                climb.note(losses, climb.grad)
-        return [climb.best for climb in climbs]
+        (first, steps), *smaller = self._balls
+        starts = replace(self, threat_model=first)._starts(batches, generators)
+        points = _climbed(objective, batches, starts, first, steps)
+        for ball, steps in smaller:
+            starts = [ball.nearest(*each) for each in zip(points, batches, strict=True)]
+            points = _climbed(objective, batches, starts, ball, steps)
+        return points
+
+
+def _climbed(
+    objective: Objective, batches: list[Tensor], starts: list[Tensor], ball: ThreatModel, steps: int
+) -> list[Tensor]:
+    """The best of ``steps`` steps in ``ball`` around ``batches``."""
+    climbs = [_Climb(ball, *both) for both in zip(batches, starts, strict=True)]
+    looks = _looks(steps)
+    for step in range(steps):
+        points = [climb.point.requires_grad_(True) for climb in climbs]
+        found = objective(points)
+        grads = torch.autograd.grad(sum(losses.sum() for losses, _ in found), points)
+        for climb, (losses, _), grad in zip(climbs, found, grads, strict=True):
+            climb.note(losses.detach(), grad)
+            if step in looks:
+                climb.look(step - looks[step])
+            climb.move(momentum=step > 0)
+    with torch.no_grad():
+        for climb, (losses, _) in zip(climbs, objective([climb.point for climb in climbs]), strict=True):
+            climb.note(losses, climb.grad)
+    return [climb.best for climb in climbs]
 
 
 def _looks(steps: int) -> dict[int, int]:

@@ -139,6 +139,7 @@ class DetectorAttack(ABC):
             "loss": self.name,
             "steps": self.pgd.steps,
             "adaptive": adaptive,
+            **({"reduce_radius": True} if getattr(self.pgd, "reduce_radius", False) else {}),
             "step_size": None
             if adaptive
             else round(self.pgd.relative_step_size * ball.eps / self.pgd.steps, 9),

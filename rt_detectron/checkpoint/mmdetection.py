@@ -121,9 +121,10 @@ def _detector_in(file: WeightsFile) -> dict[str, Tensor]:
             return {name: tensor for name, tensor in tensors.items() if not is_counter(name)}
         if "bbox_head.conv_centerness.weight" in tensors:
             raise InputError(
-                f"{file.path} holds an FCOS (bbox_head.conv_centerness.weight), which Detectron2 has for "
-                "LazyConfigs only, and scores otherwise: convert its backbone, with --prefix backbone. "
-                "instead of --detector"
+                f"{file.path} holds an FCOS (bbox_head.conv_centerness.weight), and Detectron2's, which no "
+                "YAML config builds, would find other boxes: it has no learned scale of each level "
+                "(bbox_head.scales), and its threshold counts the centerness: convert its backbone, with "
+                "--prefix backbone. instead of --detector"
             )
     name = next(iter(next(iter(file.state_dicts.values()))))
     raise InputError(

@@ -451,6 +451,27 @@ class Natural(Evaluation):
     def images(self, outcome: Outcome) -> int:
         return sum(result.get("images", 0) for result in (self.part(outcome) or {"results": []})["results"])
 
+    def on_resamples(self, outcome: Outcome) -> Any:
+        part = self.part(outcome)
+        results = [
+            {
+                **result,
+                "metrics": condition_on_resamples(
+                    outcome, result.get("matches"), result["metrics"], result["dataset"]
+                ),
+            }
+            for result in part["results"]
+        ]
+        if not all(result["metrics"] for result in results):
+            return None
+        mean = np.mean([result["metrics"]["bbox"]["AP"] for result in results], axis=0)
+        score = None
+        if part["effective_robustness"] is not None and "coco_kept" in part:
+            on_coco = clean_on_resamples(outcome)["bbox"]["AP"]
+            of_coco_o = [each["metrics"]["bbox"]["AP"] for each in results if each["of_coco_o"]]
+            score = np.mean(of_coco_o, axis=0) - part["coco_kept"] * on_coco
+        return {**part, "results": results, "mean": mean, "effective_robustness": score}
+
     def numbers(self, part: Any) -> Numbers:
         found: Numbers = {}
         for result in part["results"]:

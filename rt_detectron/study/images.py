@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -82,19 +83,25 @@ def errors_of(outcome: Outcome) -> dict[str, dict[str, float]]:
     return {task: {kind: float(found[kind]) for kind in ERROR_TYPES}}
 
 
-def condition_on_resamples(outcome: Outcome, matches: str | None, metrics: Metrics) -> Resampled:
+def condition_on_resamples(
+    outcome: Outcome, matches: str | None, metrics: Metrics, dataset: str = ""
+) -> Resampled:
     """The same on changed images, from the matches that their evaluation kept; {} if it kept none.
 
     Args:
         matches: path of a matches.npz, relative to the trial's folder.
         metrics: as robustness.json has them. Those of single categories are not resampled.
+        dataset: name of the images' set, if it is not the study's: equal image ids then are other images.
     """
     if not matches:
         return {}
     path = outcome.folder / matches
 
     def resampled() -> Resampled:
-        found = _precision(read_matches(path, {}), metrics, str(path))
+        read = read_matches(path, {})
+        if dataset:
+            read = {task: _in_set(dataset, matches) for task, matches in read.items()}
+        found = _precision(read, metrics, str(path))
         # A study may have hundreds of conditions, and no report shows single categories of them.
         return {
             task: {metric: values for metric, values in by_metric.items() if not metric.startswith("AP-")}
@@ -102,6 +109,10 @@ def condition_on_resamples(outcome: Outcome, matches: str | None, metrics: Metri
         }
 
     return _kept(path, resampled)
+
+
+def _in_set(dataset: str, matches: Matches) -> Matches:
+    return replace(matches, image_ids=np.array([f"{dataset}/{image}" for image in matches.image_ids]))
 
 
 def _precision(found: Mapping[str, Matches], metrics: Metrics, file: str) -> Resampled:

@@ -18,8 +18,11 @@ def objective(batches):
     return [(hills(images), images.new_zeros(len(images), dtype=torch.bool)) for images in batches]
 
 
-def published(image, ball, steps):
-    """Algorithm 1 of Croce & Hein (2020) on one image (C, H, W), after their code's checkpoints."""
+def published(image, ball, steps, start=None):
+    """Algorithm 1 of Croce & Hein (2020) on one image (C, H, W), after their code's checkpoints.
+
+    It begins at ``start``, (1, C, H, W), or at the image.
+    """
     x0 = image[None]
 
     def inside(x):
@@ -39,7 +42,8 @@ def published(image, ball, steps):
     def step(grad, size):
         return size * (grad / grad.norm() if ball.norm == "l2" else grad.sign())
 
-    size, x, before = 2 * ball.radius, x0, x0
+    start = x0 if start is None else start
+    size, x, before = 2 * ball.radius, start, start
     length, since, risen, reduced, best_at_look = max(int(0.22 * steps), 1), 0, 0, True, None
     best = best_x = best_grad = last = None
     for k in range(steps):
@@ -107,3 +111,32 @@ def test_restarts_keep_the_best():
     assert hills(often).mean() > hills(once).mean()
     assert attack.passes == {"forward": 4 * 7, "backward": 20}
     assert attack.name == "apgd5x4"
+
+
+@pytest.mark.parametrize(
+    "ball", [ThreatModel("linf", 16), ThreatModel("l2", 0.8)], ids=lambda ball: ball.norm
+)
+def test_reduced_radii_are_climbs_one_after_another(ball):
+    """Red-eps against the published algorithm in balls of 2, 1.5 and 1 eps, each from the last one's best."""
+    torch.manual_seed(0)
+    images = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    farthest = []
+
+    def noted(batches):
+        moved = (batches[0].detach() - images).flatten(1)
+        norms = moved.norm(dim=1) if ball.norm == "l2" else moved.abs().amax(1)
+        farthest.append(float(norms.max()) / ball.radius)
+        return objective(batches)
+
+    attack = APGD(ball, STEPS, reduce_radius=True)
+    (found,) = attack.maximize(noted, [images])
+    for image, attacked in zip(images, found, strict=True):
+        point = image[None]
+        for factor, steps in ((2, 6), (1.5, 6), (1, 8)):
+            wider = ThreatModel(ball.norm, factor * ball.eps)
+            point = published(image, wider, steps, wider.nearest(point, image[None]))
+        assert torch.allclose(point[0], attacked, atol=1e-9)
+    assert len(farthest) == attack.passes["forward"] == STEPS + 3
+    parts = [max(farthest[:7]), max(farthest[7:14]), max(farthest[14:])]
+    assert parts == pytest.approx([2, 1.5, 1], abs=0.3)
+    assert parts[2] <= 1 + 1e-6

@@ -1,8 +1,10 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rt_detectron.evaluation.coco import evaluate_detections, write_evaluations
@@ -262,12 +264,29 @@ def test_intervals_under_attack_and_corruption_cover_images(tmp_path, build_stud
         corruption["mPC"] = {"bbox": metrics["bbox"]["AP"]}
         for result in corruption["results"]:
             result |= {key: known[key] for key in ("metrics", "matches")}
+        ap, results = metrics["bbox"]["AP"], []
+        for name in ("coco_o_sketch", "coco_o_tattoo"):
+            shutil.copytree(outcome.folder / "a", outcome.folder / name)
+            result = {"dataset": name, "requested": True, "of_coco_o": True, "images": 6}
+            results.append({**result, "metrics": metrics, "matches": f"{name}/matches.npz"})
+        score = {"effective_robustness": ap - 0.45 * ap, "coco_kept": 0.45}
+        outcome.robustness["natural"] = {"results": results, "mean": ap, **score}
     comparison = compared(study, outcomes)
     assert comparison.notes == []
     main = select(comparison.scores, arm="robust", main=True)
-    assert main["kind"].tolist() == ["clean", "attack: mean", "mPC"]
-    assert set(main["over"]) == {"seeds and images"}
-    assert main["se"].tolist() == pytest.approx([main["se"].iloc[0]] * 3, rel=1e-4)
+    assert main["kind"].tolist() == ["clean", "attack: mean", "mPC", "natural: mean"]
+    natural = comparison.scores[comparison.scores["kind"].isin(["natural", "effective robustness"])]
+    natural = select(natural, arm="robust", metric="AP")
+    assert set(main["over"]) == set(natural["over"]) == {"seeds and images"}
+    assert main["se"].tolist() == pytest.approx([main["se"].iloc[0]] * 4, rel=0.5)
+    of_clean, *changed, shifted = (
+        comparison.samples["faster_rcnn", Quantity(kind, "bbox", "AP")]["robust"].draws
+        for kind in main["kind"]
+    )
+    assert all(np.allclose(each, of_clean, atol=1e-3, equal_nan=True) for each in changed)
+    # Two sets of other images, which are drawn independently: their mean varies less.
+    ratio = np.nanstd(shifted, axis=1) / np.nanstd(of_clean, axis=1)
+    assert np.all((ratio > 0.55) & (ratio < 0.9))
     assert 9.0 not in comparison.table["level"].tolist()  # which only an earlier evaluation asked for
 
 

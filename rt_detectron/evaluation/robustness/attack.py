@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -65,6 +66,7 @@ class AttackEvaluation(Evaluation):
         "TEST.ATTACK.STEPS 10": "steps of PGD",
         "TEST.ATTACK.STEP_SIZE 1": "in the units of eps; 0: 2.5 eps / STEPS",
         "TEST.ATTACK.ADAPTIVE True": "APGD, which finds its step sizes itself, instead of PGD",
+        "TEST.ATTACK.REDUCE_RADIUS True": "APGD in balls of 2, 1.5 and 1 eps, as SEA",
         "TEST.ATTACK.START random": "begin at a random point of the ball, not at the image",
         "TEST.ATTACK.RESTARTS 1": "random restarts; each image keeps the strongest",
         "TEST.ATTACK.BEST True": "keep the strongest iterate, not the last",
@@ -281,6 +283,8 @@ def _attacks(cfg: CfgNode, keys: CfgNode) -> Iterator[DetectorAttack]:
         raise InputError(f"TEST.ATTACK.START is {keys.START!r}; it takes 'image' or 'random'")
     if keys.ADAPTIVE and keys.STEP_SIZE:
         raise InputError("TEST.ATTACK: ADAPTIVE finds its step sizes itself: leave STEP_SIZE at 0")
+    if keys.REDUCE_RADIUS and not keys.ADAPTIVE:
+        raise InputError("TEST.ATTACK: REDUCE_RADIUS is for APGD: set ADAPTIVE")
     if keys.AMP and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise InputError("TEST.ATTACK.AMP needs a GPU: leave it False")
     if not keys.STEP_SIZE >= 0:
@@ -288,7 +292,8 @@ def _attacks(cfg: CfgNode, keys: CfgNode) -> Iterator[DetectorAttack]:
     try:
         for norm, all_eps in (("l2", keys.L2_EPS), ("linf", keys.LINF_EPS)):
             for ball in unique(ThreatModel(norm, eps) for eps in all_eps):
-                pgd = (APGD if keys.ADAPTIVE else PGD)(
+                kind = partial(APGD, reduce_radius=keys.REDUCE_RADIUS) if keys.ADAPTIVE else PGD
+                pgd = kind(
                     ball,
                     keys.STEPS,
                     keys.STEP_SIZE * keys.STEPS / ball.eps if keys.STEP_SIZE and ball.eps else 2.5,

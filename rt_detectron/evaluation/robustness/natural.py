@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from detectron2.config import CfgNode
 
 from rt_detectron.data import check_datasets, load_test_set
-from rt_detectron.data.coco_o import SETS, effective_robustness
+from rt_detectron.data.coco_o import KEPT, SETS, effective_robustness
 from rt_detectron.evaluation.coco import COCOEvaluator
 from rt_detectron.evaluation.robustness.evaluation import Evaluation, Row, register_evaluation, unique
 from rt_detectron.evaluation.robustness.session import Session
@@ -63,14 +63,20 @@ class NaturalEvaluation(Evaluation):
                 raise InputError(f"TEST.NATURAL: {name} is not evaluated as COCO is, by box AP")
             images.evaluator._tasks = ["bbox"]  # all that COCO-O has annotations of
             measured = other.measure(f"natural-{name}", images, settings={"tasks": ["bbox"]})
-            result = {"dataset": name, "requested": True, "images": len(images.dicts)}
+            result = {
+                "dataset": name,
+                "requested": True,
+                "images": len(images.dicts),
+                "of_coco_o": name in SETS,
+            }
             results.append({**result, "metrics": measured.metrics, "matches": measured.matches})
         aps = {result["dataset"]: _box_ap(result["metrics"]) for result in results}
         score = None
         if session.dataset == COCO and set(SETS) <= aps.keys():
             clean = _box_ap(session.clean(session.test_set).metrics)
             score = effective_robustness([aps[name] for name in SETS], clean)
-        return {"results": results, "mean": sum(aps.values()) / len(aps), "effective_robustness": score}
+        mean = sum(aps.values()) / len(aps)
+        return {"results": results, "mean": mean, "effective_robustness": score, "coco_kept": KEPT}
 
     @staticmethod
     def merged(earlier: dict | None, results: dict | None) -> dict | None:

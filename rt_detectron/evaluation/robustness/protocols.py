@@ -18,6 +18,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "STEPS": 10,
         "STEP_SIZE": 1.0,
         "ADAPTIVE": False,
+        "REDUCE_RADIUS": False,
         "START": "image",
         "RESTARTS": 1,
         "BEST": False,
@@ -33,11 +34,29 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "STEPS": 20,
         "STEP_SIZE": 1.0,
         "ADAPTIVE": False,
+        "REDUCE_RADIUS": False,
         "START": "random",
         "RESTARTS": 1,
         "BEST": False,
         "TARGETED": False,
         "LOSSES": ("no_regression",),
+        "CLIP": 0.0,
+        "PADDING": False,
+    },
+    # The Segmentation Ensemble Attack, Croce, Singh & Hein (ECCV 2024), for any Linf eps. Their code,
+    # nmndeep/robust-segmentation, has the steps and radii (semseg/utils/attacker.py, tools/infer.py); since
+    # the paper it has other losses.
+    "sea": {
+        "L2_EPS": (),
+        "STEPS": 300,
+        "STEP_SIZE": 0.0,
+        "ADAPTIVE": True,
+        "REDUCE_RADIUS": True,
+        "START": "random",
+        "RESTARTS": 1,
+        "BEST": False,
+        "TARGETED": False,
+        "LOSSES": ("MCE_Bal", "MCE", "JS"),
         "CLIP": 0.0,
         "PADDING": False,
     },
@@ -49,15 +68,17 @@ def attack_keys(cfg: CfgNode) -> dict[str, CfgNode]:
 
     Raises:
         InputError: for an unknown protocol, a key that has been given another value than the protocol's, or
-            keys without an eps beside published protocols.
+            an eps that is missing.
     """
     given = cfg.TEST.ATTACK
     names = [name.strip() for name in given.PROTOCOL.split(",")]
     found = {name: _with(given, name, is_for_ours=OURS in names) for name in names}
-    if len(found) > 1 and OURS in found and not (given.LINF_EPS or given.L2_EPS):
-        raise InputError(
-            f"TEST.ATTACK.PROTOCOL is {given.PROTOCOL!r}: give {OURS!r} a LINF_EPS or L2_EPS, or drop it"
-        )
+    for name, keys in found.items():
+        if given.PROTOCOL != OURS and not (keys.LINF_EPS or keys.L2_EPS):
+            raise InputError(
+                f"TEST.ATTACK.PROTOCOL is {given.PROTOCOL!r}, and {name} takes the size of the attack from "
+                "you: give a LINF_EPS, such as (4, 8), or drop it"
+            )
     return found
 
 

@@ -45,6 +45,19 @@ def test_ares_as_published():
     assert attack.objective(losses) == 3
 
 
+def test_sea_as_published():
+    """Croce, Singh & Hein (ECCV 2024): APGD with 300 steps in balls of 2, 1.5 and 1 eps, three losses."""
+    found = attacks("TEST.ATTACK.PROTOCOL", "sea", "TEST.ATTACK.LINF_EPS", "(8,)")
+    assert [attack.name for attack in found] == ["MCE_Bal", "MCE", "JS"]
+    for attack in found:
+        assert isinstance(attack.pgd, APGD)
+        assert attack.pgd.threat_model == ThreatModel("linf", 8)
+        assert (attack.pgd.steps, attack.pgd.reduce_radius, attack.pgd.random_start) == (300, True, True)
+        assert attack.settings["reduce_radius"]
+        # 300 steps, a look at the end of each ball, and the objective before and after for the checks
+        assert attack.passes == {"forward": 305, "backward": 300}
+
+
 def test_our_own_keys():
     keys = {"STEPS": 8, "STEP_SIZE": 0.5, "START": "random", "BEST": True, "TARGETED": True, "CLIP": 3.0}
     opts = [str(part) for key, value in keys.items() for part in (f"TEST.ATTACK.{key}", value)]
@@ -73,7 +86,11 @@ def test_our_own_keys():
         ),
         (["PROTOCOL", "ares,odefense"], "did you mean oddefense"),
         (["PROTOCOL", "ares,oddefense", "STEPS", 7], "PROTOCOL ares sets it to 20"),
-        (["PROTOCOL", "ours,ares"], "give 'ours' a LINF_EPS or L2_EPS, or drop it"),
+        (["PROTOCOL", "ours,ares"], "ours takes the size of the attack from you: give a LINF_EPS"),
+        (["PROTOCOL", "sea"], "sea takes the size of the attack from you: give a LINF_EPS, such as"),
+        (["PROTOCOL", "sea", "LINF_EPS", "(4,)", "STEPS", 50], "PROTOCOL sea sets it to 300"),
+        (["LINF_EPS", "(4,)", "REDUCE_RADIUS", True], "REDUCE_RADIUS is for APGD: set ADAPTIVE"),
+        (["LINF_EPS", "(4,)", "REDUCE_RADIUS", True, "ADAPTIVE", True, "STEPS", 3], "takes 4 or more"),
         (["LINF_EPS", "(4,)", "START", "noise"], "START is 'noise'; it takes 'image' or 'random'"),
         (["LINF_EPS", "(4,)", "STEP_SIZE", -1.0], "STEP_SIZE is -1"),
         (["LINF_EPS", "(4,)", "STEP_SIZE", 1.0, "ADAPTIVE", True], "leave STEP_SIZE at 0"),
