@@ -2,16 +2,15 @@
 
 import io
 import os
-import re
 from collections.abc import Callable
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
+from rt_detectron.data.class_folders import list_images
 from rt_detectron.data.unreadable import UnreadableImages
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.files import printable
@@ -48,35 +47,42 @@ def unchanged(image: torch.Tensor) -> torch.Tensor:
     return image
 
 
+def load(encoded: bytes, transform: Callable) -> torch.Tensor:
+    """An image file's bytes, decoded and transformed.
+
+    Args:
+        transform: of a uint8 RGB tensor (3, H, W), or torchvision's Compose of such. The first one may have a
+            method ``from_encoded``, which takes the bytes and so need not decode all of the image.
+
+    Raises:
+        as :func:`decode`.
+    """
+    first, *others = getattr(transform, "transforms", [transform])
+    image = first.from_encoded(encoded) if hasattr(first, "from_encoded") else first(decode(encoded))
+    for other in others:
+        image = other(image)
+    return image
+
+
 class FolderDataset(Dataset):
     """Images below ``root/CLASS/``, one folder per class, as torchvision's ImageFolder sorts them.
 
     Args:
         root: the folder of class folders.
         num_classes: the expected number of class folders; None takes any.
-        transform: of a uint8 RGB tensor (3, H, W) to a uint8 one or a float one in [0, 1]; None is none.
+        transform: as for :func:`load`, to uint8 RGB (3, H, W) or to float in [0, 1]; None is none.
         on_corrupt: "stop" or "skip"; skipped images are replaced by the next readable one.
     """
 
     def __init__(
         self, root: str, num_classes: int | None, transform: Callable | None, on_corrupt: str = "stop"
     ):
-        if not os.path.isdir(root):
-            raise InputError(f"{root}: no such folder; datasets/README.md shows the expected tree")
-        try:
-            folder = ImageFolder(root)
-        except FileNotFoundError as error:
-            # torchvision's message names the class folders without images.
-            empty = re.search(r"for the classes? (.*?)\. ", str(error))
-            problem = f"no images of {empty[1]}" if empty else "expected class folders, each with images"
-            raise InputError(f"{root}: {problem}; datasets/README.md shows the tree") from None
-        if num_classes is not None and len(folder.classes) != num_classes:
-            raise InputError(
-                f"{root}: has {len(folder.classes)} class folders, but num_classes is {num_classes}"
-            )
+        classes, images = list_images(root)
+        if num_classes is not None and len(classes) != num_classes:
+            raise InputError(f"{root}: has {len(classes)} class folders, but num_classes is {num_classes}")
         self.root = root
-        self.classes = [printable(name) for name in folder.classes]
-        self.images = folder.samples
+        self.classes = [printable(name) for name in classes]
+        self.images = images
         self.transform = transform or unchanged
         self.unreadable = UnreadableImages(on_corrupt)
 
@@ -91,11 +97,11 @@ class FolderDataset(Dataset):
             path, label = self.images[(index + offset) % len(self)]
             try:
                 with open(path, "rb") as file:
-                    image = decode(file.read())
+                    image = load(file.read(), self.transform)
             except (OSError, SyntaxError) as error:
                 self.unreadable.report(path, error)
                 continue
-            return self.transform(image), label, printable(os.path.relpath(path, self.root))
+            return image, label, printable(os.path.relpath(path, self.root))
         raise InputError(f"none of the {len(self)} images can be read")
 
 

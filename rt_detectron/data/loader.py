@@ -12,7 +12,7 @@ import torch
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
-from rt_detectron.data.images import FolderDataset
+from rt_detectron.data.augmentation import ColorNoise, UnfinishedImages
 from rt_detectron.data.shards import ShardDataset
 from rt_detectron.data.workers import leave_signals_to_the_trainer
 from rt_detectron.utils.errors import InputError
@@ -37,15 +37,33 @@ class TrainLoader:
     Args:
         dataset: :class:`FolderDataset` or :class:`ShardDataset`.
         total_batch_size: images in an iteration, over all processes.
-        num_workers: loader processes for each training process.
+        num_workers: loader processes for each training process; 0 loads in the training process. Of shards,
+            no more than there are for a process.
         seed: of order and augmentation.
+        batch_transform: what the device does to whole batches of uint8 images, such as :class:`ColorNoise`.
+            The batches' images are then :class:`.UnfinishedImages`, which :func:`to_device` finishes.
+        prefetch_factor: batches that each loader process has ready.
+        device: where the batches go. If it is a GPU, they lie in pinned memory, from which they are copied
+            while the GPU computes.
 
     Attributes:
         batch_size: images in an iteration of this process.
         iterations_per_epoch: ``len(dataset) // total_batch_size``.
     """
 
-    def __init__(self, dataset: Dataset, total_batch_size: int, num_workers: int = 4, seed: int = 0):
+    def __init__(
+        self,
+        dataset: Dataset,
+        total_batch_size: int,
+        num_workers: int = 4,
+        seed: int = 0,
+        batch_transform: ColorNoise | None = None,
+        prefetch_factor: int = 2,
+        device: str | torch.device = "cpu",
+    ):
+        for name, value, least in (("num_workers", num_workers, 0), ("prefetch_factor", prefetch_factor, 1)):
+            if type(value) is not int or value < least:
+                raise InputError(f"{name} is {value!r}; it must be a whole number >= {least}")
         world_size = comm.get_world_size()
         if total_batch_size < 1 or total_batch_size % world_size:
             raise InputError(
@@ -60,13 +78,16 @@ class TrainLoader:
                 raise InputError(
                     f"{len(dataset.urls)} shards cannot feed {world_size} processes; make more or use fewer"
                 )
-            num_workers = min(num_workers, len(dataset.urls) // world_size)
+            num_workers = _workers_with_shards(len(dataset.urls), num_workers)
         self.dataset = dataset
         self.total_batch_size = total_batch_size
         self.batch_size = total_batch_size // world_size
         self.iterations_per_epoch = len(dataset) // total_batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.batch_transform = batch_transform
+        self.prefetch_factor = prefetch_factor
+        self.pin_memory = torch.device(device).type == "cuda"
 
     def __iter__(self) -> Iterator[list]:
         return self.batches()
@@ -76,19 +97,44 @@ class TrainLoader:
         if isinstance(self.dataset, ShardDataset):
             source = {"dataset": _ShardStream(self, start), "batch_size": self.batch_size}
         else:
-            source = {"dataset": _Augmented(self.dataset), "batch_sampler": _Order(self, start)}
+            source = {"dataset": _Augmented(self), "batch_sampler": _Order(self, start)}
         closing = multiprocessing.Event()
         try:
-            yield from DataLoader(
+            for images, labels, keys, *drawn in DataLoader(
                 **source,
                 num_workers=self.num_workers,
+                prefetch_factor=self.prefetch_factor if self.num_workers else None,
                 collate_fn=collate,
-                pin_memory=torch.cuda.is_available(),
+                pin_memory=self.pin_memory,
                 worker_init_fn=functools.partial(leave_signals_to_the_trainer, closing),
                 generator=torch.Generator(),  # or else it uses the global one
-            )
+            ):
+                if self.batch_transform:
+                    images = UnfinishedImages(images, drawn[0], self.batch_transform)
+                yield [images, labels, keys]
         finally:
             closing.set()
+
+    def drawn(self) -> tuple[torch.Tensor, ...]:
+        """What follows the key in a sample: the factors of the batch's transform, if there is one."""
+        return (self.batch_transform.draw(),) if self.batch_transform else ()
+
+
+def _workers_with_shards(shards: int, num_workers: int) -> int:
+    """``num_workers``, but no more than each process has shards; logs how they are dealt."""
+    world_size = comm.get_world_size()
+    workers = min(num_workers, shards // world_size)
+    if workers < num_workers:
+        logger.warning(
+            "%d shards for %d processes feed %d of num_workers=%d each; more and smaller shards feed more",
+            shards, world_size, workers, num_workers,
+        )  # fmt: skip
+    few, more = divmod(shards, world_size * max(workers, 1))
+    logger.info(
+        "%d shards: %d%s for each of %d loader processes",
+        shards, few, f" or {few + 1}" if more else "", world_size * max(workers, 1),
+    )  # fmt: skip
+    return workers
 
 
 class _Order:
@@ -115,13 +161,13 @@ class _Order:
 class _Augmented(Dataset):
     """A dataset whose index is (index, seed)."""
 
-    def __init__(self, dataset: FolderDataset):
-        self.dataset = dataset
+    def __init__(self, loader: TrainLoader):
+        self.loader = loader
 
     def __getitem__(self, index_and_seed: tuple[int, int]):
         index, seed = index_and_seed
         with seeded(seed):
-            return self.dataset[index]
+            return *self.loader.dataset[index], *self.loader.drawn()
 
 
 class _ShardStream(IterableDataset):
@@ -171,7 +217,8 @@ class _ShardStream(IterableDataset):
 
     def _decode(self, sample: dict, seed: int):
         with seeded(seed):
-            return self.loader.dataset.decode(sample)
+            decoded = self.loader.dataset.decode(sample)
+            return decoded and (*decoded, *self.loader.drawn())
 
     def _shuffled(self, urls: list[str], generator: torch.Generator) -> Iterator[dict]:
         """The shards' samples, repeated endlessly, each drawn from a buffer of the next ones."""
@@ -220,21 +267,26 @@ def build_test_loader(dataset: Dataset, batch_size: int, num_workers: int = 4) -
     )
 
 
-def collate(samples: list[tuple[torch.Tensor, int, str]]) -> list:
-    """A batch (images, labels, keys) of (image, label, key).
+def collate(samples: list[tuple]) -> list:
+    """A batch (images, labels, keys, ...) of (image, label, key, ...).
+
+    Images whose colours lie side by side in memory, as decoders give them, stay so.
 
     Raises:
         InputError: for images of different sizes, naming two of them.
     """
-    first, _, first_key = samples[0]
-    for image, _, key in samples:
+    first, _, first_key = samples[0][:3]
+    for image, _, key, *_ in samples:
         if image.shape != first.shape:
             sizes = ["x".join(map(str, shape)) for shape in (first.shape, image.shape)]
             raise InputError(
                 f"after the transform {first_key} is {sizes[0]} and {key} {sizes[1]}: end the transform in "
                 "one that gives one size, such as CenterCrop"
             )
-    return default_collate(samples)
+    if first.is_contiguous():
+        return default_collate(samples)
+    images, *others = default_collate([(image.permute(1, 2, 0), *rest) for image, *rest in samples])
+    return [images.permute(0, 3, 1, 2), *others]
 
 
 def share(images: int) -> int:
@@ -260,13 +312,15 @@ def to_device(batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The images of a batch, as float in [0, 1], and its labels on ``device``.
 
     Args:
-        batch: images (N, 3, H, W), float in [0, 1] or uint8, labels (N,), and keys or nothing.
+        batch: images (N, 3, H, W), float in [0, 1], uint8 or unfinished; labels (N,); and keys or nothing.
 
     Raises:
         InputError: for other images, such as those of a transform that normalises.
     """
     images, labels = (part.to(device, non_blocking=True) for part in batch[:2])
+    if isinstance(images, UnfinishedImages):
+        return images.finish(), labels
     if images.dtype == torch.uint8:
-        return images.float() / 255, labels
+        return images.to(torch.float32, memory_format=torch.contiguous_format) / 255, labels
     check_images(images)
     return images, labels

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from rt_detectron.data.images import decode, unchanged
+from rt_detectron.data.images import load, unchanged
 from rt_detectron.data.unreadable import UnreadableImages
 from rt_detectron.utils.errors import InputError, optional_import
 from rt_detectron.utils.files import printable
@@ -28,7 +28,7 @@ class ShardDataset(IterableDataset):
             (``train-{000000..000146}.tar``), or anything else that webdataset opens.
         num_samples: the number of samples in the shards, which is an epoch's length.
         num_classes: labels must lie in 0..num_classes-1.
-        transform: of a uint8 RGB tensor (3, H, W) to a uint8 one or a float one in [0, 1]; None is none.
+        transform: as for :func:`.load`, to uint8 RGB (3, H, W) or to float in [0, 1]; None is none.
         on_corrupt: "stop" or "skip".
         shuffle_buffer: the number of samples from which training draws the next one.
         classes: keep only samples of these class indices, and number them from 0 in this order; None keeps
@@ -101,11 +101,11 @@ class ShardDataset(IterableDataset):
         """Image, class and key ("SHARD: KEY") of a sample; None if it cannot be decoded and is skipped."""
         encoded, label, name = self.encoded(sample)
         try:
-            image = decode(encoded)
+            image = load(encoded, self.transform)
         except (OSError, SyntaxError) as error:
             self.unreadable.report(name, error)
             return None
-        return self.transform(image), label, name
+        return image, label, name
 
     def encoded(self, sample: dict) -> tuple[bytes, int, str]:
         """Image file, class and key of a sample.

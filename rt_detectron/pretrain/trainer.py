@@ -232,9 +232,10 @@ class ClassifierTrainer(BaseTrainer):
 
     def _replayed(self, start: int) -> Iterator:
         skip = start % self.replays
-        for batch in self.data_loader.batches(start // self.replays):
+        for images, labels, keys in self.data_loader.batches(start // self.replays):
+            images = images.to(self.device, non_blocking=True)  # whole: parts of it are not in pinned memory
             for _ in range(self.replays - skip):
-                yield batch
+                yield images, labels, keys
             skip = 0
 
     def after_train(self):

@@ -122,7 +122,13 @@ def build_datasets(cfg) -> tuple[ClassificationDataset, ClassificationDataset]:
 
 def full_network(cfg, classifier: Classifier, train, test, finish: Finish, resume: bool = False) -> None:
     """Train all of ``classifier``."""
-    loader = TrainLoader(train, cfg.dataloader.total_batch_size, cfg.dataloader.num_workers, cfg.train.seed)
+    loader = TrainLoader(
+        train,
+        cfg.dataloader.total_batch_size,
+        cfg.dataloader.num_workers,
+        cfg.train.seed,
+        device=cfg.train.device,
+    )
     test_loader = build_test_loader(test, loader.batch_size, cfg.dataloader.num_workers)
     train_classifier(
         cfg,

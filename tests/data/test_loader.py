@@ -13,6 +13,7 @@ from small_images import as_is, encoded, jpeg
 from torch.utils.data import Subset
 from torchvision.transforms import v2 as T
 
+from rt_detectron.data.augmentation import ColorNoise
 from rt_detectron.data.images import FolderDataset
 from rt_detectron.data.loader import TrainLoader, build_test_loader, collate, in_order, share, to_device
 from rt_detectron.data.shards import ShardDataset
@@ -231,6 +232,47 @@ class TestTrainLoader:
         assert take(loader, 4, 5) == first[5:]
         assert any(grey % 10 for batch in first for grey in batch)
 
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_colour_noise_is_drawn_with_each_image_and_resumed_bit_by_bit(self, dataset, num_workers):
+        """Of a batch's images, wherever it begins, in parts of it, and whenever it is finished."""
+        loader = TrainLoader(dataset, 5, num_workers, 3, ColorNoise(0.4, 0.4, 0.4, lighting=0.1))
+
+        def finished(start):
+            batches = [images for (images, _, _), _ in zip(loader.batches(start), range(3), strict=False)]
+            first = [to_device((images, torch.zeros(5)), torch.device("cpu"))[0] for images in batches]
+            assert all(
+                torch.equal(one[1::2], images[1::2].finish())
+                for one, images in zip(first, batches, strict=True)
+            )
+            return first
+
+        whole, resumed = finished(0), finished(2)
+        assert torch.equal(whole[2], resumed[0])
+        plain = next(TrainLoader(dataset, 5, num_workers, 3).batches())[0] / 255
+        shifts = (whole[0] - plain).mean((1, 2, 3))
+        assert len(set(shifts.tolist())) == 5  # each image has its own
+
+    def test_processes_draw_the_same_colour_noise_as_one(self, folder, monkeypatch):
+        noise = ColorNoise(0.4, 0.4, 0.4, lighting=0.1)
+        alone = next(TrainLoader(folder, 10, 0, batch_transform=noise).batches())[0].finish()
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+        for rank in range(2):
+            monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+            mine = next(TrainLoader(folder, 10, 0, batch_transform=noise).batches())[0].finish()
+            torch.testing.assert_close(mine, alone[rank::2], rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [{"num_workers": -1}, {"num_workers": 1.0}, {"prefetch_factor": 0}, {"prefetch_factor": None}],
+    )
+    def test_wrong_numbers_are_one_line(self, folder, wrong):
+        with pytest.raises(InputError, match=rf"{next(iter(wrong))} is .*a whole number >= [01]"):
+            TrainLoader(folder, 5, **wrong)
+
+    def test_memory_is_pinned_for_a_gpu_only(self, folder):
+        assert TrainLoader(folder, 5, device="cuda:1").pin_memory
+        assert not TrainLoader(folder, 5, device="cpu").pin_memory
+
     def test_the_global_random_numbers_are_neither_used_nor_disturbed(self, dataset):
         dataset.transform = T.RandomHorizontalFlip()
         torch.manual_seed(1)
@@ -297,6 +339,16 @@ class TestTrainLoader:
         assert loader.num_workers == 1
         assert sorted(take(loader, 1)[0]) == [0, 10, 20, 30, 40]
 
+    def test_it_is_logged_how_many_shards_a_worker_has(self, shards, caplog, monkeypatch):
+        caplog.set_level("INFO")
+        dataset = shard_dataset(shards / "train-*.tar.gz")
+        TrainLoader(dataset, 6, num_workers=3)
+        assert "4 shards: 1 or 2 for each of 3 loader processes" in caplog.text
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+        TrainLoader(dataset, 6, num_workers=3)
+        assert "4 shards for 2 processes feed 2 of num_workers=3 each" in caplog.text
+        assert "4 shards: 1 for each of 4 loader processes" in caplog.text
+
     def test_impossible_batches(self, folder, shards, monkeypatch):
         with pytest.raises(InputError, match="exceeds the 20 training images"):
             TrainLoader(folder, 21)
@@ -338,6 +390,15 @@ def test_images_of_two_sizes_are_named():
     assert (images.shape, labels.tolist(), list(keys)) == ((2, 3, 4, 4), [0, 1], ["a.jpg", "b.jpg"])
     with pytest.raises(InputError, match=r"a.jpg is 3x4x4 and c.jpg 3x4x5: end the transform in"):
         collate([*samples, (torch.zeros(3, 4, 5), 1, "c.jpg")])
+
+
+def test_colours_that_lie_side_by_side_stay_so():
+    decoded = [torch.randint(0, 256, (4, 5, 3), dtype=torch.uint8).permute(2, 0, 1) for _ in range(3)]
+    images, labels, _, extra = collate([(image, 1, "a", torch.ones(2)) for image in decoded])
+    assert torch.equal(images, torch.stack(decoded))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert (labels.tolist(), extra.shape) == ([1, 1, 1], (3, 2))
+    assert to_device((images, labels), torch.device("cpu"))[0].is_contiguous()  # as networks take them
 
 
 def test_normalised_images_are_one_line():

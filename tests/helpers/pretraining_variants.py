@@ -17,6 +17,7 @@ from torch import nn
 
 from rt_detectron.checkpoint.architectures import get_architecture
 from rt_detectron.checkpoint.checkpointer import TrainingCheckpointer
+from rt_detectron.data.augmentation import ColorNoise
 from rt_detectron.engine.train_hooks import ExponentialMovingAverage
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.label_free import LabelFree
@@ -59,6 +60,12 @@ def _accumulate(cfg):
     cfg.train.update(sync_bn=False, accumulate=4 // comm.get_world_size())
 
 
+def _noise(cfg):
+    cfg.dataloader.train.batch_transform = L(ColorNoise)(
+        brightness=0.3, contrast=0.3, saturation=0.3, lighting=0.1
+    )
+
+
 # Those that train as one process does with the same batch ...
 EQUAL = {
     "plain": lambda cfg: None,
@@ -68,6 +75,7 @@ EQUAL = {
     "small at first": lambda cfg: cfg.model.update(resolution=L(Resolution)(start=8, until=0.6, multiple=4)),
     "accumulate": _accumulate,
     "from a file": _from_file,
+    "colour noise": _noise,
     "free": _free,
     "free, interrupted": _free,
 }

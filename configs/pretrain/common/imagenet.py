@@ -12,7 +12,8 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torchvision.transforms import v2 as T
 
 from rt_detectron.attacks import PGD, ThreatModel
-from rt_detectron.data.images import FolderDataset, Lighting
+from rt_detectron.data.augmentation import ColorNoise, RandomResizedCrop
+from rt_detectron.data.images import FolderDataset
 from rt_detectron.data.loader import TrainLoader, build_test_loader
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.evaluation import AccuracyEvaluator
@@ -43,17 +44,19 @@ dataloader = dict(
             num_classes="${model.classifier.num_classes}",
             transform=L(T.Compose)(
                 transforms=[
-                    L(T.RandomResizedCrop)(size=224, antialias=True),
+                    L(RandomResizedCrop)(size=224),
                     L(T.RandomHorizontalFlip)(),
-                    L(T.ColorJitter)(brightness=0.1, contrast=0.1, saturation=0.1),
-                    L(Lighting)(std=0.05),
                 ]
             ),
             on_corrupt="stop",
         ),
+        # On the device, a batch at a time; or null, for a transform above that does it.
+        batch_transform=L(ColorNoise)(brightness=0.1, contrast=0.1, saturation=0.1, lighting=0.05),
         total_batch_size=512,
-        num_workers=8,
+        num_workers=8,  # loader processes for each training process
+        prefetch_factor=2,  # batches that each of them has ready, in /dev/shm
         seed="${train.seed}",
+        device="${train.device}",
     ),
     test=L(build_test_loader)(
         dataset=L(FolderDataset)(

@@ -22,6 +22,7 @@ dataloader.train.dataset = L(ShardDataset)(
     on_corrupt="stop",
     classes=None,  # or only these, renumbered, e.g. [0, 1, 2] with num_classes 3 and 15,000 samples
 )
+dataloader.train.batch_transform = None
 dataloader.train.total_batch_size = 128
 dataloader.train.num_workers = 2
 dataloader.test.dataset = L(ShardDataset)(
