@@ -131,7 +131,7 @@ class TestLoadConfig:
             (["TEST.DETECTIONS_PER_IMAGE", "0"], "TEST.DETECTIONS_PER_IMAGE is 0, with which AP is 0"),
             (
                 ["TEST.ATTACK.L2_EPS", "[[1]]"],
-                r"TEST.ATTACK.L2_EPS is \[\[1\]\]; it must be numbers or names",
+                r"TEST.ATTACK.L2_EPS is \(\[1\],\); it must be",
             ),
             (["TEST.CORRUPTION.NAMES", "(None,)"], r"TEST.CORRUPTION.NAMES is \(None,\); it must be"),
             (["TEST.COCO_MAX_DETS", "-1"], "TEST.COCO_MAX_DETS is -1; it must be >= 0"),
