@@ -10,7 +10,7 @@ from torch import nn
 
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.engine.checkpointing import SafeCheckpointing
-from rt_detectron.engine.processes import SameStart, share_buffers
+from rt_detectron.engine.processes import SameStart, first_ones_buffers
 from rt_detectron.engine.train_hooks import (
     EvalHook,
     ExponentialMovingAverage,
@@ -151,8 +151,8 @@ def training_hooks(
     is_main = comm.is_main_process()
 
     def evaluate_what_is_saved() -> dict:
-        share_buffers(evaluated)
-        return evaluate()
+        with first_ones_buffers(evaluated):
+            return evaluate()
 
     return [
         hooks.IterationTimer(),

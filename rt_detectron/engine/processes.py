@@ -1,5 +1,8 @@
 """What the processes of one training agree on: decisions, and the weights that they start from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -37,6 +40,23 @@ def share_buffers(model: nn.Module) -> None:
     """
     for buffer in model.buffers() if comm.get_world_size() > 1 else ():
         torch.distributed.broadcast(buffer, 0)
+
+
+@contextmanager
+def first_ones_buffers(model: nn.Module) -> Iterator[None]:
+    """Within this, every process has the first one's buffers; afterwards its own again.
+
+    So an evaluation leaves a training as it was, and one that is resumed behind it goes on alike.
+    """
+    is_alone = comm.get_world_size() == 1
+    own = [] if is_alone else [buffer.clone() for buffer in model.buffers()]
+    share_buffers(model)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(() if is_alone else model.buffers(), own, strict=True):
+                buffer.copy_(value)
 
 
 class SameStart(HookBase):

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock
 
@@ -39,6 +40,21 @@ def write_json(path: str | os.PathLike, content: dict) -> None:
     """Write ``content``, without NaN in it, atomically."""
     with replaced_atomically(path) as temporary, open(temporary, "w") as file:
         json.dump(content, file, indent=2, allow_nan=False)
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The object in a file that we have written; None if it is not there or, with a warning, damaged."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        logger.warning("%s is damaged: it is made again", path)
+        return None
+    return content
 
 
 def cache_folder(kind: str) -> str:

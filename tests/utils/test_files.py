@@ -4,7 +4,19 @@ import stat
 import pytest
 
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import cache_folder, find_config, replaced_atomically, shipped
+from rt_detectron.utils.files import cache_folder, find_config, read_json, replaced_atomically, shipped
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff\xfe"])
+def test_a_damaged_file_of_ours_is_told_and_made_again(tmp_path, content, caplog):
+    path = tmp_path / "result.json"
+    assert read_json(path) is None
+    assert not caplog.text
+    path.write_bytes(content)
+    assert read_json(path) is None
+    assert f"{path} is damaged: it is made again" in caplog.text
+    path.write_text('{"AP": 1}')
+    assert read_json(path) == {"AP": 1}
 
 
 def test_shipped_configs_are_found_by_name_from_any_folder(tmp_path, monkeypatch):

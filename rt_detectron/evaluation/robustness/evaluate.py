@@ -1,6 +1,5 @@
 """Run all evaluations that a config asks for, write robustness.json and print its table."""
 
-import json
 import logging
 import os
 import tempfile
@@ -14,7 +13,7 @@ from rt_detectron.evaluation.results import provenance
 from rt_detectron.evaluation.robustness.evaluation import EVALUATIONS, Row, robustness_evaluations, unique
 from rt_detectron.evaluation.robustness.measurement import digest, main_metric
 from rt_detectron.evaluation.robustness.session import Session, robustness_config
-from rt_detectron.utils.files import write_json
+from rt_detectron.utils.files import read_json, write_json
 from rt_detectron.utils.numbers import is_number
 
 logger = logging.getLogger(__name__)
@@ -80,10 +79,9 @@ def evaluate_robustness(cfg: CfgNode, model: nn.Module, surrogate: nn.Module | N
 
 def _earlier(path: str, session: Session) -> dict:
     """The content of the robustness.json that is there; that of another detector is moved away."""
-    if not os.path.isfile(path):
+    content = read_json(path)
+    if content is None:
         return {}
-    with open(path) as file:
-        content = json.load(file)
     if content.get("identity") == session.identity:
         return content
     kept = os.path.join(session.folder, f"robustness-{digest(content)}.json")

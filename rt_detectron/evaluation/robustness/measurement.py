@@ -30,7 +30,7 @@ from torch import distributed
 
 from rt_detectron.evaluation.panoptic import COCOPanopticEvaluator
 from rt_detectron.evaluation.sem_seg import SemSegEvaluator
-from rt_detectron.utils.files import text_sha256, write_json
+from rt_detectron.utils.files import read_json, text_sha256, write_json
 from rt_detectron.utils.numbers import finite
 
 _PATIENCE = timedelta(days=7)  # how long a process waits for another one
@@ -103,11 +103,8 @@ def from_main(value: Any) -> Any:
 
 def read_result(folder: str) -> dict[str, Any] | None:
     """The content of a finished measurement's ``result.json``; in all processes what the first one finds."""
-    path, found = os.path.join(folder, "result.json"), None
-    if comm.is_main_process() and os.path.isfile(path):
-        with open(path) as file:
-            found = json.load(file)
-    return from_main(found)
+    is_main = comm.is_main_process()
+    return from_main(read_json(os.path.join(folder, "result.json")) if is_main else None)
 
 
 def write_result(folder: str, result: dict[str, Any]) -> None:
@@ -201,8 +198,9 @@ def _image_files(folder: str) -> list[str]:
 def _read_lines(path: str) -> list[dict[str, Any]]:
     """The whole lines of the file. Those that were cut off when the process was killed are left out."""
     lines = []
-    with open(path) as file:
+    with open(path, errors="replace") as file:
         for text in file:
             with suppress(ValueError):
                 lines.append(json.loads(text))
-    return [line for line in lines if "predictions" in line]  # an older version's have not
+    # An older version's have no predictions.
+    return [line for line in lines if isinstance(line, dict) and "predictions" in line]

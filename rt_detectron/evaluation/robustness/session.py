@@ -1,6 +1,5 @@
 """What the evaluations of one run share. Each measurement is made once, also over several runs."""
 
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -43,7 +42,8 @@ from rt_detectron.evaluation.robustness.test_set import (
 )
 from rt_detectron.evaluation.robustness.worst import worst_case, worst_counts
 from rt_detectron.evaluation.sem_seg import read_labels
-from rt_detectron.utils.files import write_json
+from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import read_json, write_json
 from rt_detectron.utils.modes import eval_mode
 from rt_detectron.utils.numbers import finite
 
@@ -234,8 +234,11 @@ class Session:
             return {}
         read = []
         for part in parts:
-            with open(os.path.join(self.cfg.OUTPUT_DIR, str(part.counts))) as file:
-                read.append(json.load(file))
+            path = os.path.join(self.cfg.OUTPUT_DIR, str(part.counts))
+            content = read_json(path)
+            if content is None:
+                raise InputError(f"{path} is damaged: delete its folder, which is then measured again")
+            read.append(content)
         counting = {
             part.task: part for part in parts_of(self._changed.evaluator) if isinstance(part, COUNTING)
         }
@@ -320,11 +323,7 @@ class Session:
         count, path = self.cfg.TEST.PICTURES, os.path.join(folder, "pictures.json")
         if not count:
             return []
-        found = None
-        if comm.is_main_process() and os.path.isfile(path):
-            with open(path) as file:
-                found = json.load(file)
-        found = from_main(found)
+        found = from_main(read_json(path) if comm.is_main_process() else None)
         if found is None or found["count"] < count:
             shown = spread(images.dicts, count)
             pictures = BeforeAfter(

@@ -4,9 +4,10 @@ from datetime import timedelta
 
 import pytest
 from detectron2.engine import launch
+from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 
-from rt_detectron.evaluation.robustness.measurement import from_main, summary
+from rt_detectron.evaluation.robustness.measurement import ImageByImage, from_main, read_result, summary
 from rt_detectron.utils.errors import InputError
 
 
@@ -15,6 +16,17 @@ def test_an_objective_in_four_numbers():
     assert summary(pairs) == {"before": 2.0, "after": 2.0, "images": 3, "not_risen": 2}
     assert summary([(0.0, 0.0)]) is summary([]) is None
     assert summary([(1.0, math.nan)]) == {"before": 1.0, "after": None, "images": 1, "not_risen": 1}
+
+
+def test_damaged_files_of_an_interrupted_measurement_do_not_count(tmp_path, tiny_cfg):
+    (tmp_path / "result.json").write_text('{"metrics"')
+    assert read_result(str(tmp_path)) is None
+    line = '{"image_id": 3, "seconds": 1, "predictions": [{}]}'
+    (tmp_path / "images-0.jsonl").write_bytes(
+        f"\n{line}\n3\n[]\n".encode() + b'\xff\xfe\n{"image_id": 4, "pr'
+    )
+    evaluator = COCOEvaluator(tiny_cfg(tmp_path).DATASETS.TEST[0], output_dir=None)
+    assert ImageByImage(evaluator, str(tmp_path)).done == {3}
 
 
 def slow_then_broken():
