@@ -16,7 +16,7 @@ import _environment  # noqa: F401  (first, since it checks this Python)
 from rt_detectron.checkpoint.convert import read_network
 from rt_detectron.checkpoint.zoo import TABLE
 from rt_detectron.utils.errors import InputError, one_line_errors
-from rt_detectron.utils.files import file_sha256, replaced_atomically
+from rt_detectron.utils.files import file_sha256, write_text
 
 ENDINGS = (".bin", ".ckpt", ".pt", ".pth", ".tar")
 DOCUMENT = Path(__file__).parents[1] / "docs" / "MODEL_ZOO.md"
@@ -207,8 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.mirror is not None:
             record(table, args.mirror, args.overwrite)
         for path, text in ((TABLE, dumped(table)), (DOCUMENT, document(table))):
-            with replaced_atomically(path) as temporary:
-                Path(temporary).write_text(text, encoding="utf-8")
+            write_text(path, text)
 
 
 if __name__ == "__main__":

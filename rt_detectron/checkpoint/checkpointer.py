@@ -25,7 +25,7 @@ from rt_detectron.checkpoint.formats import (
 from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.checkpoint.preprocessing import check_preprocessing
 from rt_detectron.utils.errors import InputError, one_line
-from rt_detectron.utils.files import replaced_atomically, text_sha256
+from rt_detectron.utils.files import text_sha256, write_text
 
 logger = logging.getLogger(__name__)
 TO_KEEP = 2  # one to fall back on, should the last one turn out damaged
@@ -113,9 +113,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.logger.info("Saved %s", path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        path = os.path.join(self.save_dir, "last_checkpoint")
-        with replaced_atomically(path) as temporary, open(temporary, "w") as file:
-            file.write(last_filename_basename)
+        write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
 
 
 def periodic_checkpoints(folder: str) -> list[str]:

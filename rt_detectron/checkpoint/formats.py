@@ -132,6 +132,20 @@ def _classifier_names(tensors: dict[str, Tensor], metadata: Metadata | None, pat
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
+def backbone_metadata(path: str) -> Metadata:
+    """What a backbone's ``.pkl`` says of itself.
+
+    Raises:
+        InputError: as :func:`read_pickle`, and for a file that rt_detectron has not written.
+    """
+    content = read_pickle(path)
+    if not isinstance(content, dict) or "rt_detectron" not in content:
+        raise InputError(
+            f"{path} was not written by rt_detectron: convert it with tools/convert_checkpoint.py"
+        )
+    return Metadata.from_dict(content["rt_detectron"], path)
+
+
 def read_pickle(path: str):
     """Read a ``.pkl`` of plain containers and numpy arrays, as Detectron2's model zoo has them.
 

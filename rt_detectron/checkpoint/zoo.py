@@ -14,10 +14,10 @@ from iopath.common.file_io import PathHandler
 
 from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD
 from rt_detectron.checkpoint.convert import convert_checkpoint
-from rt_detectron.checkpoint.formats import check_file, read_pickle
+from rt_detectron.checkpoint.formats import backbone_metadata, check_file
 from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.utils.errors import InputError, did_you_mean, one_line, optional_import
-from rt_detectron.utils.files import cache_folder, file_sha256, locked, replaced_atomically, text_sha256
+from rt_detectron.utils.files import cache_folder, file_sha256, locked, text_sha256, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def _converter() -> str:
 
 def _check_backbone(path: str, name: str) -> None:
     """Raise :class:`InputError` for a ``.pkl`` that may run code, or is not ``name``."""
-    found, known = _read_metadata(path), _entries().get(name.removesuffix(BGR))
+    found, known = backbone_metadata(path), _entries().get(name.removesuffix(BGR))
     wanted: dict[str, object] = {"input_format": "BGR"} if name.endswith(BGR) else {}
     if known:
         wanted = {"arch": known.arch, "norm": known.norm, "eps": known.eps, "input_format": "RGB", **wanted}
@@ -264,7 +264,7 @@ def metadata(name: str) -> Metadata:
     _check_name(name)
     own = _in_mirror(f"{name}.pkl")
     if own:
-        return _read_metadata(own)
+        return backbone_metadata(own)
     entry = _find_for(name)
     pixel_mean, pixel_std = entry.mean_and_std
     rgb = Metadata(
@@ -281,15 +281,6 @@ def metadata(name: str) -> Metadata:
     if not name.endswith(BGR):
         return rgb
     return replace(rgb, input_format="BGR", pixel_mean=rgb.pixel_mean[::-1], pixel_std=(1.0,) * 3)
-
-
-def _read_metadata(path: str) -> Metadata:
-    content = read_pickle(path)
-    if not isinstance(content, dict) or "rt_detectron" not in content:
-        raise InputError(
-            f"{path} was not written by rt_detectron: convert it with tools/convert_checkpoint.py"
-        )
-    return Metadata.from_dict(content["rt_detectron"], path)
 
 
 def name_in(path: str) -> str:
@@ -402,8 +393,7 @@ def _download(entry: Entry, force: bool) -> tuple[str, str]:
         then = "it was removed; try again" if _discard(path) else "remove it and try again"
         raise InputError(f"{problem}: {then}, or {_by_hand(entry)}")
     if sha256 is None:
-        with replaced_atomically(_note(entry)) as temporary:
-            Path(temporary).write_text(f"{announced}\n")
+        write_text(_note(entry), f"{announced}\n")
     return path, announced
 
 

@@ -9,7 +9,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from rt_detectron.utils.files import replaced_atomically
+from rt_detectron.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,5 @@ def save_config(text: str, folder: str) -> None:
     """
     if comm.is_main_process():
         path = os.path.join(folder, "config.yaml")
-        with replaced_atomically(path) as temporary, open(temporary, "w") as file:
-            file.write(text)
+        write_text(path, text)
         logger.info("The whole configuration, in %s:\n%s", path, text)

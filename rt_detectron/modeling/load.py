@@ -16,8 +16,7 @@ from rt_detectron.checkpoint import zoo
 from rt_detectron.checkpoint.architectures import Architecture, get_architecture, is_counter
 from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.checkpoint.convert import read_network
-from rt_detectron.checkpoint.formats import WRITERS, file_architecture, file_name, read_pickle
-from rt_detectron.checkpoint.metadata import Metadata
+from rt_detectron.checkpoint.formats import WRITERS, backbone_metadata, file_architecture, file_name
 from rt_detectron.checkpoint.preprocessing import compare
 from rt_detectron.config import add_robust_config
 from rt_detectron.modeling.classifier import Classifier, versioned
@@ -64,12 +63,7 @@ def load_backbone(
     """
     name = file_name(name)
     path = PathManager.get_local_path(name) if name.endswith(".pkl") else zoo.backbone(name)
-    content = read_pickle(path)
-    if not isinstance(content, dict) or "rt_detectron" not in content:
-        raise InputError(
-            f"{path} was not written by rt_detectron: convert it with tools/convert_checkpoint.py"
-        )
-    metadata = Metadata.from_dict(content["rt_detectron"], path)
+    metadata = backbone_metadata(path)
     given = {"INPUT.FORMAT": input_format, "MODEL.PIXEL_MEAN": pixel_mean, "MODEL.PIXEL_STD": pixel_std}
     compare(given, metadata)
     cfg = _config(file_architecture(metadata, path), detector, norm, freeze_at)

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from rt_detectron.study.evaluations import EVALUATIONS, Evaluation
-from rt_detectron.study.grid import Study
+from rt_detectron.study.grid import FINAL, Study
 from rt_detectron.study.intervals import FEW
 from rt_detectron.study.selection import Choice
 from rt_detectron.study.statistics import (
@@ -29,7 +29,6 @@ from rt_detectron.study.tables import counted, format_interval, format_number
 from rt_detectron.study.targets import Pooled, pooled
 
 _FEW_RUNS = 5
-_BY = {BETTER: "better", WORSE: "worse"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +106,8 @@ def sentence(comparison: Comparison, one: Pooled, evaluation: Evaluation, measur
     elif one.arm and baseline in single:
         baseline = f"this checkpoint of {baseline}"
     interval = format_interval(one.low, one.high) if one.over else ""
-    if one.verdict in _BY:
-        claim = f"is {_BY[one.verdict]} than {baseline} by {abs(one.change):.2f} {measure}"
+    if one.verdict in (BETTER, WORSE):
+        claim = f"is {one.verdict} than {baseline} by {abs(one.change):.2f} {measure}"
         ends = sorted(map(abs, (one.low, one.high)))
         claim += f" [{ends[0]:.2f}, {ends[1]:.2f}]"
     elif one.verdict == EQUIVALENT:
@@ -167,7 +166,7 @@ def test_images(comparison: Comparison, evaluation: Evaluation, targets: Sequenc
     found: dict[str, int] = {}
     for outcome in comparison.outcomes:
         target = outcome.trial.target
-        if target in targets and outcome.results and outcome.trial.stage == "final":
+        if target in targets and outcome.results and outcome.trial.stage == FINAL:
             found[comparison.test_sets.get(target, target)] = evaluation.images(outcome)
     return sum(found.values()) if found and all(found.values()) else 0
 

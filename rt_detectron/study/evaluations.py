@@ -39,9 +39,10 @@ from rt_detectron.study.statistics import (
     select,
     trial_key,
 )
-from rt_detectron.study.tables import Table, score_table
+from rt_detectron.study.tables import Table, counted, score_table
 from rt_detectron.utils.numbers import is_number
 
+_NAMED = 4  # arms and targets in one note
 Numbers = dict[Quantity, Any]  # floats, with None for undefined ones; or (B,) arrays of values on resamples
 
 
@@ -102,9 +103,9 @@ class Evaluation(ABC):
         """
         return None
 
-    def notes(self, outcome: Outcome) -> list[str]:
-        """What speaks against its numbers of a trial that has them, for the report's first page."""
-        return []
+    def notes(self, outcome: Outcome) -> dict[str, str]:
+        """What speaks against its numbers of a trial that has them -> what that rests on."""
+        return {}
 
     @abstractmethod
     def tables(self, scores: pd.DataFrame, task: str) -> list[Table]:
@@ -235,8 +236,7 @@ class Attack(Evaluation):
     name, title, question, main_kind = "attack", "Under attack", "Under attack", MEAN
 
     def part(self, outcome: Outcome) -> Any:
-        # The file also keeps what an earlier evaluation had asked for.
-        return [attack for attack in super().part(outcome) or [] if attack.get("requested", True)]
+        return _requested(super().part(outcome) or [])
 
     def images(self, outcome: Outcome) -> int:
         return min((attack.get("images", 0) for attack in self.part(outcome)), default=0)
@@ -343,15 +343,18 @@ class Attack(Evaluation):
             )
         return found
 
-    def notes(self, outcome: Outcome) -> list[str]:
-        return [
-            f"{outcome.trial.arm}, {outcome.trial.target}: {attack_name(_condition(attack))} at eps "
-            f"{attack['eps']:g} may be too weak, so the detector may be less robust than this AP says: "
-            f"{check['text']}."
-            for attack in self.part(outcome)
-            for check in attack.get("checks", ())
-            if check["level"] == "error"
-        ]
+    def notes(self, outcome: Outcome) -> dict[str, str]:
+        found = {}
+        for attack in self.part(outcome):
+            for check in attack.get("checks", ()):
+                if check["level"] == "error":
+                    doubt = (
+                        f"{outcome.trial.arm}, {outcome.trial.target}: {attack_name(_condition(attack))} at "
+                        f"eps {attack['eps']:g} may be too weak (check: {check['check']}), so the detector "
+                        "may be less robust than this AP says"
+                    )
+                    found[doubt] = check["text"]
+        return found
 
     def figures(self, charts: Charts) -> list[Figure]:
         figures: list[Figure] = []
@@ -379,8 +382,8 @@ class Corruption(Evaluation):
     name, title, question, main_kind = "corruption", "Under corruption", "Under corruption", MPC
 
     def part(self, outcome: Outcome) -> Any:
-        part = super().part(outcome) or {"results": []}
-        results = [result for result in part["results"] if result.get("requested", True)]
+        part = super().part(outcome)
+        results = _requested(part["results"]) if part else []
         return {**part, "results": results} if results else None
 
     def images(self, outcome: Outcome) -> int:
@@ -444,8 +447,8 @@ class Natural(Evaluation):
     name, title, question, main_kind = "natural", "Under natural shifts", "Under natural shifts", MEAN
 
     def part(self, outcome: Outcome) -> Any:
-        part = super().part(outcome) or {"results": []}
-        results = [result for result in part["results"] if result.get("requested", True)]
+        part = super().part(outcome)
+        results = _requested(part["results"]) if part else []
         return {**part, "results": results} if results else None
 
     def images(self, outcome: Outcome) -> int:
@@ -521,7 +524,7 @@ def compared(study: Study, outcomes: Sequence[Outcome]) -> Comparison:
     """Everything that is known of a study's outcomes."""
     draws: dict[tuple, Numbers] = {}
     reasons: dict[tuple[str, str], str] = {}
-    doubts: dict[str, None] = {}
+    doubts: dict[str, list[str]] = {}
     for outcome in outcomes:
         trial = outcome.trial
         if trial.stage != FINAL or not outcome.results:
@@ -531,7 +534,8 @@ def compared(study: Study, outcomes: Sequence[Outcome]) -> Comparison:
         for evaluation in EVALUATIONS:
             if not evaluation.part(outcome):
                 continue
-            doubts |= dict.fromkeys(evaluation.notes(outcome))
+            for doubt, ground in evaluation.notes(outcome).items():
+                doubts.setdefault(doubt, []).append(ground)
             if outcome.draws is not None:
                 continue
             try:
@@ -539,10 +543,26 @@ def compared(study: Study, outcomes: Sequence[Outcome]) -> Comparison:
                     found |= evaluation.numbers(part)
             except UNREADABLE as error:
                 reasons[trial.arm, trial.target] = one_reason(error)
-    notes = [f"{arm}, {target}: {reason}." for (arm, target), reason in reasons.items()] + list(doubts)
+    notes = [*_not_resampled(reasons), *(_with_first(*doubt) for doubt in doubts.items())]
     kinds = [evaluation.main_kind for evaluation in EVALUATIONS]
     lower = [kind for evaluation in EVALUATIONS for kind in evaluation.lower_is_better]
     return compare(study, outcomes, tidy_table(outcomes), draws, kinds, lower, notes)
+
+
+def _not_resampled(reasons: Mapping[tuple[str, str], str]) -> list[str]:
+    """A note on the arms and targets whose test images cannot be resampled, if there are any."""
+    if not reasons:
+        return []
+    names = [f"{arm}, {target}" for arm, target in reasons]
+    more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
+    reason = next(iter(reasons.values()))
+    return [f"Test images could not be resampled for {'; '.join(names[:_NAMED] + more)} ({reason})."]
+
+
+def _with_first(doubt: str, grounds: Sequence[str]) -> str:
+    """A doubt with what it rests on in the first of its trials."""
+    more = f" (and {counted(len(grounds) - 1, 'more trial')})" if len(grounds) > 1 else ""
+    return f"{doubt}: {grounds[0]}{more}."
 
 
 WORST, OURS = "worst", "ours"  # as tools/evaluate_robustness.py names a loss, and a protocol
@@ -590,6 +610,11 @@ def _answering(conditions: Iterable[str]) -> set[str]:
 
 def _title(task: str) -> str:
     return TASKS[task][0].upper() + TASKS[task][1:]
+
+
+def _requested(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that the study asks for. The file also keeps what an earlier evaluation had asked for."""
+    return [result for result in results if result.get("requested", True)]
 
 
 def _numbers(

@@ -11,12 +11,12 @@ from PIL import Image
 
 from rt_detectron.study.bootstrap import f1_per_image, precision_at_recall
 from rt_detectron.study.figures import Charts, Figure
+from rt_detectron.study.grid import FINAL
 from rt_detectron.study.images import UNREADABLE, datasets_of, load_matches, one_reason, test_sets_of
 from rt_detectron.study.record import Outcome
 from rt_detectron.study.statistics import (
     CLEAN,
     Comparison,
-    final_outcomes,
     lines_of,
     main_metric,
     select,
@@ -67,16 +67,21 @@ def best_and_worst(comparison: Comparison) -> tuple[list[Figure], list[str]]:
 
 def _first_pair(comparison: Comparison, line: Any) -> tuple[Outcome, Outcome] | None:
     """The first outcomes of an arm and of its baseline, of the same seed if there is one."""
-    ours, theirs = (
-        {key[2:]: outcome for key, outcome in final_outcomes(comparison.outcomes).items() if key[:2] == cell}
-        for cell in ((line.target, line.arm), (line.target, line.baseline))
-    )
+    ours, theirs = (_runs_of(comparison, line.target, arm) for arm in (line.arm, line.baseline))
     if not ours or not theirs:
         return None
-    common = next((key for key in ours if key in theirs), None)
-    return (
-        (ours[common], theirs[common]) if common else (next(iter(ours.values())), next(iter(theirs.values())))
-    )
+    first = next((run for run in ours if run in theirs), next(iter(ours)))
+    return ours[first], theirs.get(first, next(iter(theirs.values())))
+
+
+def _runs_of(comparison: Comparison, target: str, arm: str) -> dict[tuple[int, str], Outcome]:
+    """(seed, checkpoint) -> outcome, of the final trials of one arm and target that have results."""
+    return {
+        (outcome.trial.seed, outcome.trial.checkpoint): outcome
+        for outcome in comparison.outcomes
+        if outcome.trial.stage == FINAL and outcome.results
+        if (outcome.trial.target, outcome.trial.arm) == (target, arm)
+    }
 
 
 def _largest_differences(scores: pd.DataFrame) -> pd.DataFrame:
@@ -120,14 +125,11 @@ def _comparison(line: Any, outcome: Outcome, baseline: Outcome, each: int) -> li
 
 def precision_curves(comparison: Comparison, charts: Charts) -> Iterator[Figure]:
     """For each detector, precision against recall of the first run of each arm, as far as it can be read."""
-    first: dict[tuple[str, str], Outcome] = {}
-    for cell, outcome in final_outcomes(comparison.outcomes).items():
-        first.setdefault(cell[:2], outcome)
     for target in comparison.study.targets:
         curves: dict[str, np.ndarray] = {}
         for arm in comparison.study.arms:
-            with suppress(*UNREADABLE):  # the report names these elsewhere
-                outcome = first[target.name, arm.name]
+            with suppress(*UNREADABLE, StopIteration):  # the report names these elsewhere
+                outcome = next(iter(_runs_of(comparison, target.name, arm.name).values()))
                 dataset, metrics = datasets_of(outcome)[0], (outcome.results or {})["metrics"]
                 task = "bbox" if "bbox" in metrics else "segm"
                 matches = load_matches(dataset["json_file"], dataset["predictions"], task)

@@ -136,7 +136,7 @@ class Charts:
         values = _by_arm(self.series, lines)
         return svg_figure(
             f"clean-{target}-{task}",
-            f"{target}: {TASKS[task]} of each arm; a dot per seed, a bar at the mean.",
+            f"{target}: {TASKS[task]} of each arm; a dot per trial, a bar at the mean.",
             _in_words(self.series, values),
             plots.dot_plot(self.series, values, f"{TASKS[task]} (%)"),
             target,
@@ -163,7 +163,7 @@ class Charts:
         labels = ("eps that the backbone was trained with", f"{TASKS[task]} (%)")
         return svg_figure(
             f"clean-{target}-{task}",
-            f"{target}: {TASKS[task]} against the backbone's training eps; a dot per seed, the line joins "
+            f"{target}: {TASKS[task]} against the backbone's training eps; a dot per trial, the line joins "
             "the means.",
             _in_words(list(values), list(values.values())),
             plots.radius_plot(families, labels),
@@ -198,7 +198,7 @@ class Charts:
                     by_arm = list(zip(*values.values(), strict=True))
                     yield svg_figure(
                         f"{name}-{target}-{task}{self._suffix(baseline)}",
-                        f"{target}: {measured} {what}{which}; a dot per seed, a bar at the mean.",
+                        f"{target}: {measured} {what}{which}; a dot per trial, a bar at the mean.",
                         "; ".join(f"{key}: {_in_words(series, column)}" for key, column in values.items()),
                         plots.group_plot(series, list(metrics), by_arm, f"{measured} (%)"),
                         target,
@@ -267,7 +267,7 @@ class Charts:
             dotted = " Dotted: random noise of the same size." if any(noises) else ""
             yield svg_figure(
                 f"{name}{self._suffix(baseline)}",
-                f"{caption} Lines are means over seeds, bands show the range of the values.{dotted}",
+                f"{caption} Lines are means over trials, bands show the range of the values.{dotted}",
                 "; ".join(f"eps {level:g}: {_in_words(series, by_arm)}" for level, by_arm in values.items()),
                 plots.line_plot(series, points, noises, (label, f"{TASKS[task]} (%)")),
                 lines["target"].iloc[0],
@@ -286,7 +286,7 @@ class Charts:
                 if any(curves):
                     yield svg_figure(
                         f"training-{target.name}{self._suffix(baseline)}",
-                        f"{target.name}: total training loss; a line per seed.",
+                        f"{target.name}: total training loss; a line per trial.",
                         f"total training loss of {target.name} against the iteration",
                         plots.curve_plot(series, curves),
                         target.name,
@@ -325,7 +325,7 @@ def svg_figure(name: str, caption: str, alt: str, svg: bytes, target: str = "") 
 
 
 def _by_arm(series: Sequence[plots.Series], lines: pd.DataFrame) -> list[list[float]]:
-    """The value of each seed, for each arm."""
+    """The value of each trial, for each arm."""
     values = dict(zip(lines["arm"], lines["values"], strict=True))
     return [values.get(one.name, []) for one in series]
 

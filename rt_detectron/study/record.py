@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from rt_detectron.study.grid import Study, Trial
 from rt_detectron.study.worker import PROCESSES, read_json
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import replaced_atomically, write_json
+from rt_detectron.utils.files import write_json, write_text
 
 SPECIFICATION, RECORD = "trial.json", "record.json"
 STUDY = "study.json"  # in the output folder: the study as it runs, for reports without its files
@@ -212,12 +212,6 @@ def output_folder(output: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` is always either the old file or the complete new one."""
-    with replaced_atomically(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
 
 
 def mean_if_defined(values: Iterable[Any]) -> Any:

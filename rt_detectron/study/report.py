@@ -27,7 +27,7 @@ from rt_detectron.study.evaluations import EVALUATIONS, Chapter, Errors
 from rt_detectron.study.examples import SCORE_THRESHOLD, best_and_worst, precision_curves
 from rt_detectron.study.figures import Charts, Figure
 from rt_detectron.study.grid import FINAL, Study
-from rt_detectron.study.record import RECORD, Outcome, write_text
+from rt_detectron.study.record import RECORD, Outcome
 from rt_detectron.study.saved import REPORTED, RESAMPLED, write_draws
 from rt_detectron.study.selection import choose
 from rt_detectron.study.statistics import (
@@ -44,7 +44,7 @@ from rt_detectron.study.statistics import (
 )
 from rt_detectron.study.tables import counted, format_interval, format_number, latex, markdown, score_cell
 from rt_detectron.study.worker import read_json
-from rt_detectron.utils.files import replaced_atomically, write_json
+from rt_detectron.utils.files import replaced_atomically, write_json, write_text
 from rt_detectron.utils.numbers import finite
 
 _TABLE_NOTE = "{} in percent, mean ± sample standard deviation over runs."
@@ -80,6 +80,8 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
     found = answers(comparison, choices)
     curves = list(charts.curves(outcomes))
     precision = list(precision_curves(comparison, charts))
+    measures = {evaluation.main_kind: evaluation.measure(scores, task) for evaluation in EVALUATIONS}
+    runs = [(measures[line.kind], line) for line in lines_of(select(scores, main=True))]
     page = {
         "study": study,
         "command": command,
@@ -103,8 +105,7 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
         "chapters": chapters,
         "across": across,
         "targets": [
-            _target(target.name, chapters, examples, [*precision, *curves], scores)
-            for target in study.targets
+            _target(target.name, chapters, examples, [*precision, *curves], runs) for target in study.targets
         ],
         "picture_notes": picture_notes + [text for chapter in chapters for text in chapter.notes],
         "examples": examples,
@@ -174,9 +175,13 @@ def _target(
     chapters: Sequence[Chapter],
     examples: Sequence[Figure],
     curves: Sequence[Figure],
-    scores: pd.DataFrame,
+    runs: Sequence[tuple[str, Any]],
 ) -> dict[str, Any]:
-    """What the page shows of one target."""
+    """What the page shows of one target.
+
+    Args:
+        runs: (what it measures, line of the scores) of the main numbers of all targets.
+    """
 
     def here(figures: Sequence[Figure]) -> list[Figure]:
         return [figure for figure in figures if figure.target == name]
@@ -204,7 +209,7 @@ def _target(
         "sections": sections,
         "examples": here(examples),
         "curves": here(curves),
-        "runs": list(lines_of(select(scores, target=name, main=True))),
+        "runs": [(measure, line) for measure, line in runs if line.target == name],
     }
 
 

@@ -102,13 +102,16 @@ def _from_report(output: Path, content: dict[str, Any], draws: Draws) -> Outcome
     )
 
 
-def write_draws(path: Path, draws: Draws) -> str:
-    """Write the values of all trials on resampled test images. Gives the file's SHA-256."""
+def write_draws(path: Path, draws: Draws) -> str | None:
+    """Write the values of all trials on resampled test images. Gives the file's SHA-256; None without any."""
     lines = {
         json.dumps([*trial, *quantity]): values
         for trial, of_trial in draws.items()
         for quantity, values in of_trial.items()
     }
+    if not lines:
+        path.unlink(missing_ok=True)
+        return None
     with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, names=np.array([*lines], str), values=np.array([*lines.values()], "f4"))
     return file_sha256(path)

@@ -398,12 +398,3 @@ def verdicts(
         UNDECIDED if explored and one in (BETTER, WORSE) and not discovered else one
         for one, explored, discovered in zip(found, exploratory, chosen, strict=True)
     ]
-
-
-def final_outcomes(outcomes: Sequence[Outcome]) -> Mapping[tuple[str, str, int, str], Outcome]:
-    """(target, arm, seed, checkpoint) -> outcome, of the final trials that have results."""
-    return {
-        (outcome.trial.target, outcome.trial.arm, outcome.trial.seed, outcome.trial.checkpoint): outcome
-        for outcome in outcomes
-        if outcome.trial.stage == FINAL and outcome.results
-    }

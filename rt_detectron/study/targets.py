@@ -242,14 +242,14 @@ def _random(
     for role in (0, 1):
         of_sets = [[cells[target, plan[target][role]] for target in targets] for targets in by_set.values()]
         samples = [sample for targets in of_sets for sample in targets]
-        runs = {tuple(sample.values) for sample in samples}
-        if len(runs) == 1 and len(arms := {names[role] for names in plan.values()}) == 1 and arms:
-            n = len(samples[0].values)
-            if samples[0].kind == CHECKPOINTS and n > 1:
-                means = [np.mean([list(s.values.values()) for s in targets], axis=0) for targets in of_sets]
-                covariance = np.cov(means)
-                off = (covariance.sum() - np.trace(covariance)) / (k * (k - 1))
-                parts.append((max(0.0, float(off)) / n, n - 1))
+        n = len(samples[0].values)
+        same_arm = len({names[role] for names in plan.values()}) == 1
+        same_runs = len({tuple(sample.values) for sample in samples}) == 1
+        if same_arm and same_runs and samples[0].kind == CHECKPOINTS and n > 1:
+            means = [np.mean([list(s.values.values()) for s in targets], axis=0) for targets in of_sets]
+            covariance = np.cov(means)
+            shared = (covariance.sum() - np.trace(covariance)) / (k * (k - 1))
+            parts.append((max(0.0, float(shared)) / n, n - 1))
     variance = sum(part for part, _ in parts)
     if variance == 0:
         return None

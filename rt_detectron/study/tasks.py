@@ -1,7 +1,6 @@
 """The downstream tasks that a study can compare backbones on: detection and classification transfer."""
 
 import ast
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,9 +12,10 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from rt_detectron.study.grid import DownstreamTask, Resources, Target, Trial
-from rt_detectron.study.record import RESULTS, ROBUSTNESS, by_test_set, mean_if_defined, write_text
+from rt_detectron.study.record import RESULTS, ROBUSTNESS, by_test_set, mean_if_defined
 from rt_detectron.study.worker import Step
 from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import text_sha256, write_text
 from rt_detectron.utils.numbers import is_number
 
 
@@ -37,7 +37,7 @@ class Detection(DownstreamTask):
 
     def digest(self, config: str) -> str:
         keys = CfgNode.load_yaml_with_base(config)  # with the keys of its _BASE_ files
-        return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+        return text_sha256(json.dumps(keys, sort_keys=True))
 
     def copy_config(self, config: str, folder: Path) -> str:
         path = folder / Path(config).name
@@ -98,7 +98,7 @@ class ClassificationTransfer(DownstreamTask):
 
     def digest(self, config: str) -> str:
         texts = {str(path): path.read_text(encoding="utf-8") for path in _imported(Path(config))}
-        return hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()
+        return text_sha256("\0".join(texts.values()))
 
     def copy_config(self, config: str, folder: Path) -> str:
         found = [Path(os.path.abspath(path)) for path in _imported(Path(config))]

@@ -57,6 +57,12 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
     return content
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write ``text`` in UTF-8 atomically."""
+    with replaced_atomically(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
 def cache_folder(kind: str) -> str:
     """The folder for files of this kind: in ``$RT_DETECTRON_CACHE``, else in ``~/.cache/rt_detectron``.
 

@@ -29,6 +29,11 @@ def color_of(index: int) -> tuple[int, int, int]:
     return PALETTE[index % len(PALETTE)]
 
 
+def css_color(color: tuple[int, int, int]) -> str:
+    """``#rrggbb`` of an RGB colour (0..255)."""
+    return "#{:02x}{:02x}{:02x}".format(*color)
+
+
 def readable_on(color: tuple[int, int, int]) -> tuple[int, int, int]:
     """Black or white, whichever has the higher contrast on ``color`` (relative luminance of WCAG 2)."""
     return (0, 0, 0) if _luminance(color) > 0.179 else (255, 255, 255)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from rt_detectron.visualization.colors import GAIN, LOSS, PLOT_PALETTE
+from rt_detectron.visualization.colors import GAIN, LOSS, PLOT_PALETTE, css_color
 
 _RC = {
     "svg.fonttype": "none",  # text stays text: smaller, sharp, readable aloud
@@ -33,8 +33,8 @@ _NAMED_DOTS = 8  # names of more would cover each other
 _UPRIGHT_TICKS = 7  # so many fit beside each other on a logarithmic axis
 _LEVEL_GROUPS = 4  # with more groups side by side, their names are tilted
 _VERDICTS = {
-    "better": ("#{:02x}{:02x}{:02x}".format(*GAIN), "^"),
-    "worse": ("#{:02x}{:02x}{:02x}".format(*LOSS), "v"),
+    "better": (css_color(GAIN), "^"),
+    "worse": (css_color(LOSS), "v"),
     "equivalent": (_INK, "s"),
 }
 _MARKERS, _LINES = ("o", "s", "D", "^"), ("-", "--", "-.", (0, (5, 1, 1, 1)))
@@ -91,10 +91,8 @@ def difference_plot(groups: Mapping[str, Sequence[Difference]], label: str) -> b
             color, marker = _VERDICTS.get(line.verdict, (_INK, "o"))
             if line.low is not None:
                 axes.plot([line.low, line.high], [row, row], color=color, linewidth=2.5)
-            # An open mark has no interval.
-            axes.plot(
-                line.value, row, marker, color=color, markersize=8, fillstyle=_fill(line.low is not None)
-            )
+            fill = "none" if line.low is None else "full"  # an open mark has no interval
+            axes.plot(line.value, row, marker, color=color, markersize=8, fillstyle=fill)
         names = [line if isinstance(line, str) else line.name for line in lines]
         _rows_on(axes, names)
         for text, line in zip(axes.get_yticklabels(), lines, strict=True):
@@ -125,7 +123,7 @@ def heat_map(
                 if (row, column) not in cells:
                     continue
                 value, verdict = cells[row, column]
-                color = _rgb(GAIN if value > 0 else LOSS)
+                color = css_color(GAIN if value > 0 else LOSS)
                 shade = 0.45 * abs(value) / limit
                 axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, alpha=shade, linewidth=0))
                 text = f"{value:+.1f}".replace("-", "\N{MINUS SIGN}") + f" {marks.get(verdict, '')}"
@@ -366,16 +364,8 @@ def _legend(axes: Axes) -> None:
     figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False, handlelength=1.4)
 
 
-def _fill(filled: bool) -> str:
-    return "full" if filled else "none"
-
-
 def _hex(index: int) -> str:
-    return _rgb(PLOT_PALETTE[index % len(PLOT_PALETTE)])
-
-
-def _rgb(color: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*color)
+    return css_color(PLOT_PALETTE[index % len(PLOT_PALETTE)])
 
 
 def _svg(figure: Figure) -> bytes:

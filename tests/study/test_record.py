@@ -12,7 +12,6 @@ from rt_detectron.study.record import (
     prepare,
     read_outcome,
     write_record,
-    write_text,
 )
 from rt_detectron.utils.errors import InputError
 
@@ -78,11 +77,3 @@ def test_output_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write to --output"), output_folder(tmp_path / "file"):
         pass
-
-
-def test_failed_write_keeps_the_old_file(tmp_path):
-    write_text(tmp_path / "a", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "a", "new \ud800")
-    assert (tmp_path / "a").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -234,7 +234,7 @@ def test_single_seed_without_predictions_is_undecided(report):
 
     page = report(lose, seeds=[3])
     assert re.search(r"differs from standard by -\d+\.\d\d box AP, perhaps by chance: there is no", page.text)
-    assert "robust, faster_rcnn: FileNotFoundError" in page.text
+    assert "could not be resampled for robust, faster_rcnn (FileNotFoundError" in page.text
     assert "A difference without an interval may be due to chance" in page.text
     assert "robust, faster_rcnn: no pictures (FileNotFoundError" in page.text
 

@@ -4,7 +4,14 @@ import stat
 import pytest
 
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import cache_folder, find_config, read_json, replaced_atomically, shipped
+from rt_detectron.utils.files import (
+    cache_folder,
+    find_config,
+    read_json,
+    replaced_atomically,
+    shipped,
+    write_text,
+)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff\xfe"])
@@ -40,6 +47,14 @@ def test_temporary_files_of_hosts_with_the_same_process_number_differ(tmp_path):
             with open(temporary, "w") as file:
                 file.write("whole")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    write_text(tmp_path / "a", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a", "new \ud800")
+    assert (tmp_path / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 class TestCacheFolder:
