@@ -27,7 +27,7 @@ def make(write_study):
         return lambda samples: Comparison(
             study, [], None, None,
             {(t, AP): {arm: s for (target, arm), s in samples.items() if target == t} for t in targets},
-            sets or {}, [],
+            {}, sets or {}, [],
         )  # fmt: skip
 
     return make
