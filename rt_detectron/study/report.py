@@ -78,8 +78,9 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
     examples, picture_notes = best_and_worst(comparison)
     trials = _trials(comparison)
     found = answers(comparison, choices)
-    curves = list(charts.curves(outcomes))
-    precision = list(precision_curves(comparison, charts))
+    curves = [*precision_curves(comparison, charts), *charts.curves(outcomes)]
+    shown = [(answer, _answer_figure(answer, charts)) for answer in found]
+    scatters = [figure for answer in found[1:] for figure in _scatters(answer, charts)]
     measures = {evaluation.main_kind: evaluation.measure(scores, task) for evaluation in EVALUATIONS}
     runs = [(measures[line.kind], line) for line in lines_of(select(scores, main=True))]
     page = {
@@ -89,35 +90,27 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
         "trials": trials,
         "missing": study.count_trials() - sum(outcome.error is None for outcome in outcomes),
         "wanted": study.count_trials(),
-        "answers": [(answer, _answer_figure(answer, charts)) for answer in found],
-        "scatters": [figure for answer in found[1:] for figure in _scatters(answer, charts)],
+        "answers": shown,
+        "scatters": scatters,
         "single": single_checkpoints(study),
         "cautions": cautions(comparison, choices, found),
         "method": method(study, found),
         "label": partial(label, study=study),
         "name_of": partial(name_of, study),
-        "interval": lambda low, high: "" if math.isnan(low) else format_interval(low, high),
-        "number": format_number,
-        "counted": counted,
         "choices": choices,
         "common_rates": common_rate_changes(study, choices),
         "table_note": note,
-        "chapters": chapters,
         "across": across,
-        "targets": [
-            _target(target.name, chapters, examples, [*precision, *curves], runs) for target in study.targets
-        ],
+        "targets": [_target(target.name, chapters, examples, curves, runs) for target in study.targets],
         "picture_notes": picture_notes + [text for chapter in chapters for text in chapter.notes],
-        "examples": examples,
-        "curves": [*precision, *curves],
-        "score_threshold": SCORE_THRESHOLD,
         "cost": _cost(study, outcomes),
         "versions": _versions(outcomes),
         "options": dict.fromkeys(" ".join(outcome.trial.opts) or "none" for outcome in outcomes),
-        "uri": _data_uri,
-        "suffixes": _SUFFIXES,
     }
-    tables = [table for chapter in [*chapters, across] for table in chapter.tables]
+    figures = [*(figure for _, figure in shown), *scatters, *examples, *curves]
+    for chapter in (*chapters, across):
+        figures += chapter.figures + chapter.details + chapter.pictures
+    tables = [table for chapter in (*chapters, across) for table in chapter.tables]
     content = {
         "study": study.description(),
         "command": command,
@@ -130,7 +123,7 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
     write_text(output / "results.csv", comparison.table.to_csv(index=False))
     write_text(output / "tables.md", markdown(tables, note + _PLAIN_NOTE))
     write_text(output / "tables.tex", latex(tables, note + _PLAIN_NOTE))
-    _write_figures(output / "figures", page)
+    _write_figures(output / "figures", figures)
     write_text(output / "report.html", _template().render(page))
     return output / "report.html"
 
@@ -230,12 +223,8 @@ def _seconds(outcome: Outcome) -> float:
     return sum(part.get("wall_time_s") or 0.0 for part in parts)
 
 
-def _write_figures(folder: Path, page: dict[str, Any]) -> None:
+def _write_figures(folder: Path, figures: Sequence[Figure]) -> None:
     folder.mkdir(exist_ok=True)
-    figures: list[Figure] = [figure for _, figure in page["answers"]] + page["scatters"]
-    figures += page["examples"] + page["curves"]
-    for chapter in [*page["chapters"], page["across"]]:
-        figures += chapter.figures + chapter.details + chapter.pictures
     for figure in figures:
         with replaced_atomically(folder / f"{figure.name}.{_SUFFIXES[figure.media_type]}") as temporary:
             Path(temporary).write_bytes(figure.content)
@@ -331,4 +320,12 @@ def _data_uri(figure: Figure) -> str:
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.globals |= {
+        "counted": counted,
+        "interval": lambda low, high: "" if math.isnan(low) else format_interval(low, high),
+        "number": format_number,
+        "score_threshold": SCORE_THRESHOLD,
+        "suffixes": _SUFFIXES,
+        "uri": _data_uri,
+    }
     return environment.get_template("report.html.j2")
