@@ -1,4 +1,4 @@
-"""COCO's AP as pycocotools computes it, at the speed of faster-coco-eval."""
+"""COCO's AP as pycocotools computes it, many times as fast (benchmarks/coco_eval.py)."""
 
 import itertools
 import json
@@ -12,19 +12,20 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
-from pycocotools import mask as rle_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rt_detectron.data.annotations import annotations_of, are_numbers, shape_problem
 from rt_detectron.evaluation.matching import (
+    Annotations,
+    Detections,
     Matches,
-    Objects,
     Overlap,
     box_iou,
     column,
     curves_of,
     keypoint_similarity,
+    mask_areas,
     mask_iou,
     precision_and_recall,
     write_matches,
@@ -128,8 +129,7 @@ def evaluate_detections(
     """AP and AR of detections, as pycocotools' loadRes(), evaluate(), accumulate() and summarize() give them.
 
     An annotation with id 0 counts like any other; pycocotools never matches it.
-    Overlaps are computed by pycocotools, matching and precision by faster-coco-eval. A mask's area is
-    its own, as in Detectron2, not that of a box given with it.
+    A mask's area is its own, as in Detectron2, not that of a box given with it.
 
     Args:
         coco: the annotations. Segmentations are replaced by run-length encodings, as pycocotools does.
@@ -238,21 +238,20 @@ def write_detections(results: list[dict], path: str) -> None:
         file.write(json.dumps(results))  # several times as fast as json.dump()
 
 
-def _annotations(coco: COCO, params) -> Objects:
+def _annotations(coco: COCO, params) -> Annotations:
     annotations = coco.loadAnns(coco.getAnnIds(imgIds=params.imgIds, catIds=set(params.catIds)))
     shapes = [_annotated_shape(coco, annotation, params) for annotation in annotations]
-    records = []
-    for annotation in annotations:
-        crowd = bool(annotation.get("iscrowd", 0))
-        records.append(
-            {
-                "id": 1,  # not its own, which may be 0: that looks like no match
-                "area": annotation["area"],
-                "iscrowd": crowd,
-                "ignore": crowd or (params.iouType == "keypoints" and annotation["num_keypoints"] == 0),
-            }
-        )
-    return _objects(annotations, shapes, records, params)
+    crowd = np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], bool)
+    ignored = crowd
+    if params.iouType == "keypoints":
+        ignored = crowd | np.array([annotation["num_keypoints"] == 0 for annotation in annotations], bool)
+    return Annotations(
+        *_places(annotations, params),
+        _shapes(shapes, params),
+        np.array([annotation["area"] for annotation in annotations], float),
+        ignored,
+        crowd,
+    )
 
 
 def _annotated_shape(coco: COCO, annotation: dict[str, Any], params) -> Any:
@@ -285,7 +284,7 @@ def _check_keypoints(annotation: dict[str, Any], count: int) -> None:
         )
 
 
-def _detections(coco: COCO, results: list[dict[str, Any]], params) -> Objects:
+def _detections(coco: COCO, results: list[dict[str, Any]], params) -> Detections:
     field = SHAPES[params.iouType]
     try:
         shapes = [result[field] for result in results]
@@ -302,36 +301,37 @@ def _detections(coco: COCO, results: list[dict[str, Any]], params) -> Objects:
             f"detections need {len(params.kpt_oks_sigmas)} keypoints (x, y, score), one for each OKS sigma "
             "(TEST.KEYPOINT_OKS_SIGMAS)"
         )
-    areas = _areas(results, shapes, params.iouType)
-    records = [
-        {"id": 1, "score": result["score"], "area": area} for result, area in zip(results, areas, strict=True)
-    ]
-    return _objects(results, shapes, records, params)
+    return Detections(
+        *_places(results, params),
+        _shapes(shapes, params),
+        _areas(results, shapes, params.iouType),
+        np.zeros(len(results), bool),
+        np.array([result["score"] for result in results], float),
+    )
 
 
-def _areas(results: list[dict[str, Any]], shapes: list, task: str) -> list[float]:
+def _areas(results: list[dict[str, Any]], shapes: list, task: str) -> np.ndarray:
     """In pixels, as pycocotools' loadRes() computes them."""
-    if not results:
-        return []
     if task == "segm":
-        return [
-            int(rle_masks.area(shape)) for shape in shapes
-        ]  # one by one: pycocotools 2.0.11 fails on lists longer than 255
-    if task == "keypoints" and not results[0].get("bbox"):
+        return mask_areas(shapes)
+    if task == "keypoints" and results and not results[0].get("bbox"):
         points = np.array(shapes, float).reshape(len(shapes), -1, 3)[..., :2]
-        return np.ptp(points, axis=1).prod(axis=1).tolist()
-    return [result["bbox"][2] * result["bbox"][3] for result in results]
+        return np.ptp(points, axis=1).prod(axis=1)
+    return np.array([result["bbox"] for result in results], float).reshape(-1, 4)[:, 2:].prod(axis=1)
 
 
-def _objects(dicts: list[dict[str, Any]], shapes: list, records: list[dict], params) -> Objects:
+def _places(dicts: list[dict[str, Any]], params) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of images and of categories, -1 for others than are evaluated."""
     images = {img_id: number for number, img_id in enumerate(params.imgIds)}
     categories = {cat_id: number for number, cat_id in enumerate(params.catIds)}
-    return Objects(
+    return (
         np.array([images.get(one["image_id"], -1) for one in dicts], int),
         np.array([categories.get(one["category_id"], -1) for one in dicts], int),
-        column(shapes) if params.iouType == "segm" else np.array(shapes, float),
-        column(records),
     )
+
+
+def _shapes(shapes: list, params) -> np.ndarray:
+    return column(shapes) if params.iouType == "segm" else np.array(shapes, float)
 
 
 def check_shapes(dataset: dict[str, Any], path: str, masks: bool, keypoints: int = 0) -> None:

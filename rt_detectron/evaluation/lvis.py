@@ -1,11 +1,9 @@
-"""LVIS's AP as the lvis package computes it, at the speed of faster-coco-eval."""
+"""LVIS's AP as the lvis package computes it, many times as fast."""
 
 import copy
 import itertools
 import logging
 import os
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,14 @@ from rt_detectron.evaluation.coco import (
     restore_category_ids,
     write_detections,
 )
-from rt_detectron.evaluation.matching import Objects, box_iou, column, mask_iou, precision_and_recall
+from rt_detectron.evaluation.matching import (
+    Annotations,
+    Detections,
+    box_iou,
+    column,
+    mask_iou,
+    precision_and_recall,
+)
 from rt_detectron.utils.errors import InputError, optional_import
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
@@ -76,8 +81,7 @@ def evaluate_lvis_detections(
 ) -> dict[str, float]:
     """AP of detections on a federated dataset, in percent, as the lvis package's LVISEval gives it.
 
-    The package removes detections of categories that an image was not searched for, and summarises. Overlaps
-    are computed by pycocotools, matching and precision by faster-coco-eval.
+    The package removes detections of categories that an image was not searched for, and summarises.
 
     Args:
         lvis: the annotations, an lvis.LVIS.
@@ -122,21 +126,25 @@ def _curves(evaluation, field: str) -> dict[str, Any]:
     """What LVISEval.evaluate() and accumulate() compute."""
     params = evaluation.params
 
-    def objects(groups: dict[tuple, list[dict]], record: Callable[[dict], dict]) -> Objects:
-        dicts = list(itertools.chain.from_iterable(groups.values()))
-        return Objects(
+    def columns(dicts: list[dict]) -> list[np.ndarray]:
+        shapes = [one[field] for one in dicts]
+        return [
             np.searchsorted(params.img_ids, [one["image_id"] for one in dicts]),
             np.searchsorted(params.cat_ids, [one["category_id"] for one in dicts]),
-            column([one[field] for one in dicts]) if field == "segmentation" else boxes(dicts),
-            column([record(one) for one in dicts]),
-        )
+            column(shapes) if field == "segmentation" else np.array(shapes, float).reshape(-1, 4),
+            np.array([one["area"] for one in dicts], float),
+        ]
 
-    def boxes(dicts: list[dict]) -> np.ndarray:
-        return np.array([one["bbox"] for one in dicts], float).reshape(-1, 4)
-
+    annotated, detected = (
+        list(itertools.chain.from_iterable(groups.values())) for groups in (evaluation._gts, evaluation._dts)
+    )
+    ignored = np.array([one["ignore"] for one in annotated], bool)
+    unsure = [one["category_id"] in evaluation.img_nel[one["image_id"]] for one in detected]
     curves = precision_and_recall(
-        objects(evaluation._gts, _annotation),
-        objects(evaluation._dts, partial(_detection, evaluation.img_nel)),
+        Annotations(*columns(annotated), ignored, np.zeros(len(annotated), bool)),  # LVIS has no crowds
+        Detections(
+            *columns(detected), np.array(unsure, bool), np.array([one["score"] for one in detected], float)
+        ),
         {"bbox": box_iou, "segmentation": mask_iou}[field],
         num_categories=len(params.cat_ids),
         iou_thrs=params.iou_thrs,
@@ -146,24 +154,6 @@ def _curves(evaluation, field: str) -> dict[str, Any]:
         max_dets=[max(map(len, evaluation._dts.values()), default=1)],
     )
     return {"params": params, "precision": curves["precision"][..., 0], "recall": curves["recall"][..., 0]}
-
-
-def _annotation(annotation: dict) -> dict:
-    return {
-        "id": 1,  # as in coco.py
-        "area": annotation["area"],
-        "iscrowd": False,  # LVIS has no crowds
-        "ignore": bool(annotation["ignore"]),
-    }
-
-
-def _detection(not_exhaustive: dict[int, list[int]], detection: dict) -> dict:
-    return {
-        "id": 1,
-        "score": detection["score"],
-        "area": detection["area"],
-        "lvis_mark": detection["category_id"] in not_exhaustive[detection["image_id"]],
-    }
 
 
 def _check_federation(dataset: dict[str, Any], path: str) -> None:

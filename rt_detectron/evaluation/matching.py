@@ -1,7 +1,8 @@
 """Matching of detections with annotations, for COCO's and LVIS's AP.
 
-The matching itself is faster-coco-eval's C++ code. Its Python loop is replaced: that one holds the matches of
-all images times all categories in memory, this one those of a single category, with the same result.
+pycocotools visits each image, category, size and threshold in Python. Here all images are matched at once,
+with NumPy, and only pairs are looked at that overlap by the lowest threshold or more. Most detections have no
+such object, and most others have one.
 
 What was matched is kept as :class:`Matches`: from it AP can be computed again on any choice of the images, as
 intervals over test images need it.
@@ -10,19 +11,17 @@ intervals over test images need it.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from itertools import chain
-from types import SimpleNamespace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from faster_coco_eval import faster_eval_api_cpp as cpp
 from pycocotools import mask as rle_masks
 
 from rt_detectron.utils.files import replaced_atomically
 
-# From shapes of detections, shapes of annotations, and which of these are crowds: (detections, annotations).
-Overlap = Callable[[np.ndarray, np.ndarray, list[bool]], np.ndarray]
+# Detections that are matched at once, and pairs that are compared at once: they bound the memory.
+BLOCK, PAIRS = 100_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -140,40 +139,75 @@ def read_matches(path: str) -> tuple[dict[str, Matches], dict[str, np.ndarray]]:
 
 
 @dataclass(frozen=True)
-class Objects:
-    """n annotations or n detections, by column.
+class _Columns:
+    """What is known of n objects, one array of n for each field.
 
     Attributes:
-        image: (n,) index of the image among those evaluated, -1 for others. Equal scores are ranked by it.
-        category: (n,) index of the category, -1 for others.
+        image: index of the image among those evaluated, -1 for others. Equal scores are ranked by it.
+        category: index of the category, -1 for others.
         shape: (n, ...) what the overlap function takes: boxes, masks or keypoints.
-        record: n dicts for the C++ code. For an annotation: "id" (0: never matched, else 1), "area" in
-            pixels, "iscrowd", "ignore". For a detection: "id" (1), "score", "area" and, for LVIS, "lvis_mark"
-            (ignored unless it matches).
+        area: in pixels.
+        ignored: bool. An annotation does not count, a detection does not count unless it matches.
     """
 
     image: np.ndarray
     category: np.ndarray
     shape: np.ndarray
-    record: np.ndarray
+    area: np.ndarray
+    ignored: np.ndarray
 
-    def __getitem__(self, rows) -> "Objects":
-        return Objects(self.image[rows], self.category[rows], self.shape[rows], self.record[rows])
+    def __getitem__(self, rows):
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-    @cached_property
-    def score(self) -> np.ndarray:
-        return np.array([record.get("score", 0) for record in self.record], float)
+    @property
+    def rank(self) -> np.ndarray:
+        """(n,) 0, 1, ... in each image and category, if they are sorted by these."""
+        return _rank((np.diff(self.image, prepend=-1) != 0) | (np.diff(self.category, prepend=-1) != 0))
 
-    def grouped(self, limit: int | None = None) -> "Objects":
-        """Sorted by category, image and falling score; at most ``limit`` for each image and category."""
-        known = self[(self.image >= 0) & (self.category >= 0)]
-        known = known[np.lexsort((-known.score, known.image, known.category))]  # stable
-        if limit is None:
-            return known
-        row = np.arange(len(known.record))
-        first = np.ones(len(row), bool)
-        first[1:] = (np.diff(known.image) != 0) | (np.diff(known.category) != 0)
-        return known[row - np.maximum.accumulate(np.where(first, row, 0)) < limit]
+    def of(self, categories: np.ndarray):
+        """Those of these categories, in the images evaluated."""
+        return self[(self.image >= 0) & np.isin(self.category, categories)]
+
+
+@dataclass(frozen=True)
+class Annotations(_Columns):
+    """Annotations by column.
+
+    Attributes:
+        crowd: (n,) bool, whether it may match any number of detections. Then it must be ignored, too.
+    """
+
+    crowd: np.ndarray
+
+    def grouped(self) -> "Annotations":
+        """Sorted by category and image."""
+        return self[np.lexsort((self.image, self.category))]
+
+
+@dataclass(frozen=True)
+class Detections(_Columns):
+    """Detections by column.
+
+    Attributes:
+        score: (n,).
+    """
+
+    score: np.ndarray
+
+    def grouped(self) -> "Detections":
+        """Sorted by category, image and falling score."""
+        return self[np.lexsort((-self.score, self.image, self.category))]  # stable
+
+
+def _rank(first: np.ndarray) -> np.ndarray:
+    """0, 1, ... from each True on."""
+    row = np.arange(len(first))
+    return row - np.maximum.accumulate(np.where(first, row, 0))
+
+
+# From the detections, the annotations, and the indices of P pairs of them, sorted by detection and then by
+# annotation, to (P,) overlaps. Those under the number given last cannot match, and may be any such number.
+Overlap = Callable[[Detections, Annotations, np.ndarray, np.ndarray, float], np.ndarray]
 
 
 def column(values: Sequence[Any]) -> np.ndarray:
@@ -183,18 +217,102 @@ def column(values: Sequence[Any]) -> np.ndarray:
     return result
 
 
-def box_iou(found: np.ndarray, wanted: np.ndarray, crowd: list[bool]) -> np.ndarray:
-    """IoU of boxes (x, y, width, height), by pycocotools; (detections, annotations)."""
-    return rle_masks.iou(found, wanted, crowd)
+def box_iou(
+    found: Detections, wanted: Annotations, d: np.ndarray, g: np.ndarray, least: float = 0
+) -> np.ndarray:
+    """IoU of boxes (x, y, width, height), as pycocotools computes it; an :data:`Overlap`."""
+    both = _intersection(found.shape[d], wanted.shape[g])
+    size_found, size_wanted = (objects.shape[:, 2] * objects.shape[:, 3] for objects in (found, wanted))
+    return _iou(both, size_found[d], size_wanted[g], wanted.crowd[g])
 
 
-def mask_iou(found: np.ndarray, wanted: np.ndarray, crowd: list[bool]) -> np.ndarray:
-    """IoU of compressed run-length encodings, by pycocotools; (detections, annotations)."""
-    return rle_masks.iou(list(found), list(wanted), crowd)
+def _intersection(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Its area in pixels, for (P, 4) boxes (x, y, width, height) each."""
+    sides = []
+    for corner, side in ((0, 2), (1, 3)):
+        ends = (each[:, corner] + each[:, side] for each in (boxes, others))
+        sides.append(np.minimum(*ends) - np.maximum(boxes[:, corner], others[:, corner]))
+    return np.where((sides[0] > 0) & (sides[1] > 0), sides[0] * sides[1], 0.0)
 
 
-def keypoint_similarity(found: np.ndarray, wanted: np.ndarray, crowd: list[bool], *, sigmas) -> np.ndarray:
-    """OKS as pycocotools computes it, all detections at once; (detections, annotations).
+def _iou(both: np.ndarray, found: np.ndarray, wanted: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """From areas; of a crowd, the part of the detection that it covers."""
+    union = np.where(crowd, found, found + wanted - both)
+    return np.divide(both, union, out=np.zeros(len(both)), where=both > 0)
+
+
+def mask_iou(
+    found: Detections, wanted: Annotations, d: np.ndarray, g: np.ndarray, least: float = 0
+) -> np.ndarray:
+    """IoU of compressed run-length encodings, by pycocotools; an :data:`Overlap`.
+
+    Masks are compared only where their boxes and areas leave an IoU of ``least`` possible.
+    """
+    bounds = []
+    for objects, rows in ((found, d), (wanted, g)):
+        used, rows = np.unique(rows, return_inverse=True)
+        shapes = objects.shape[used].tolist()
+        boxes = np.asarray(rle_masks.toBbox(shapes)).reshape(-1, 4)
+        bounds.append((boxes[rows], mask_areas(shapes)[rows]))
+    (found_boxes, found_areas), (wanted_boxes, wanted_areas) = bounds
+    both = np.minimum(_intersection(found_boxes, wanted_boxes), np.minimum(found_areas, wanted_areas))
+    iou = _iou(both, found_areas, wanted_areas, wanted.crowd[g])
+    near = (iou >= least) & (iou > 0)
+    iou[near] = _image_by_image(_mask_table, found, wanted, d[near], g[near])
+    return iou
+
+
+def _mask_table(found: np.ndarray, wanted: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    return rle_masks.iou(found.tolist(), wanted.tolist(), crowd.tolist())
+
+
+def mask_areas(masks: Sequence[dict]) -> np.ndarray:
+    """(n,) pixels of compressed run-length encodings, as floats."""
+    step = 255  # pycocotools 2.0.11 fails on longer lists
+    parts = [rle_masks.area(masks[start : start + step]) for start in range(0, len(masks), step)]
+    return np.concatenate([np.zeros(0), *parts])
+
+
+def _image_by_image(
+    table: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    found: Detections,
+    wanted: Annotations,
+    d: np.ndarray,
+    g: np.ndarray,
+) -> np.ndarray:
+    """(P,) overlaps.
+
+    Args:
+        table: of one image and category, from the shapes of detections, the shapes of annotations, and which
+            of these are crowds, to (detections, annotations).
+    """
+    used, d = np.unique(d, return_inverse=True)
+    found = found[used]
+    used, g = np.unique(g, return_inverse=True)
+    wanted = wanted[used]
+    starts = [np.append(np.flatnonzero(objects.rank == 0), len(objects.image)) for objects in (found, wanted)]
+    group = (np.cumsum(found.rank == 0) - 1)[d]
+    tables, offsets = [np.zeros(0)], [0]
+    for (a, b), (c, e) in zip(*map(pairwise, starts), strict=True):
+        tables.append(np.ravel(table(found.shape[a:b], wanted.shape[c:e], wanted.crowd[c:e])))
+        offsets.append(offsets[-1] + tables[-1].size)
+    row, column = d - starts[0][group], g - starts[1][group]
+    return np.concatenate(tables)[np.array(offsets)[group] + row * np.diff(starts[1])[group] + column]
+
+
+def keypoint_similarity(
+    found: Detections, wanted: Annotations, d: np.ndarray, g: np.ndarray, least: float = 0, *, sigmas
+) -> np.ndarray:
+    """OKS as pycocotools computes it; an :data:`Overlap`.
+
+    Args:
+        sigmas: k standard deviations, https://cocodataset.org/#keypoints-eval.
+    """
+    return _image_by_image(partial(_oks, sigmas), found, wanted, d, g)
+
+
+def _oks(sigmas, found: np.ndarray, wanted: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """(detections, annotations).
 
     If no keypoint of an annotation is visible, what counts is how far a detection's keypoints lie outside the
     annotation's box, enlarged to three times its sides.
@@ -203,7 +321,6 @@ def keypoint_similarity(found: np.ndarray, wanted: np.ndarray, crowd: list[bool]
         found: (D, 3 k): x, y and a score of each keypoint.
         wanted: (G, 3 k + 5): x, y and visibility of each, the box (x, y, width, height), and the area.
         crowd: not used.
-        sigmas: k standard deviations, https://cocodataset.org/#keypoints-eval.
     """
     variances = (2 * np.asarray(sigmas)) ** 2
     points = found.reshape(len(found), -1, 3)[..., :2]
@@ -222,8 +339,8 @@ def keypoint_similarity(found: np.ndarray, wanted: np.ndarray, crowd: list[bool]
 
 
 def precision_and_recall(
-    annotations: Objects,
-    detections: Objects,
+    annotations: Annotations,
+    detections: Detections,
     overlap: Overlap,
     *,
     num_categories: int,
@@ -235,47 +352,140 @@ def precision_and_recall(
 ) -> dict[str, Any]:
     """The arrays of pycocotools' COCOeval.accumulate(); -1 where a category has no annotation.
 
-    Each of the K categories is matched by itself, on the images where it was annotated or detected.
-
     Args:
-        annotations: in any order.
+        annotations: in any order; equal overlaps go to the last.
         detections: in any order; equal scores in an image keep theirs.
-        overlap: function from the shapes of detections, the shapes of annotations, and which annotations are
-            crowds, to an array (detections, annotations).
         num_categories: K.
         iou_thrs: T thresholds of the overlap.
         rec_thrs: R recall levels at which precision is sampled.
         area_rng: A ranges (smallest, largest) of the area in pixels.
         max_dets: M limits on the number of detections of a category in an image, ascending.
-        keep_matches: whether to give the matches, too, which takes about twice as long.
+        keep_matches: whether to give the matches, too.
 
     Returns:
         "precision" and "scores" of shape (T, R, K, A, M), "recall" of shape (T, K, A, M), and "matches" if
         they are asked for.
     """
-    settings = SimpleNamespace(  # as the C++ code names them
-        iouThrs=list(iou_thrs),
-        recThrs=list(rec_thrs),
-        areaRng=[tuple(map(float, limits)) for limits in area_rng],
-        maxDets=list(map(int, max_dets)),
-        catIds=[0],
-        useCats=1,
-    )
-    t, r, a, m = map(len, (settings.iouThrs, settings.recThrs, settings.areaRng, settings.maxDets))
-    precision, scores = (np.full((t, r, num_categories, a, m), -1.0) for _ in range(2))
-    recall = np.full((t, num_categories, a, m), -1.0)
-    matches: list[Matches] = []
-    annotations, detections = annotations.grouped(), detections.grouped(max_dets[-1])
-    for k in np.unique(annotations.category):
-        wanted, found = (
-            o[slice(*np.searchsorted(o.category, [k, k + 1]))] for o in (annotations, detections)
-        )
-        curves, matched = _match(wanted, found, overlap, settings, keep_matches)
-        precision[:, :, k], scores[:, :, k] = curves["precision"][:, :, 0], curves["scores"][:, :, 0]
-        recall[:, k] = curves["recall"][:, 0]
-        matches += matched
+    sizes = len(iou_thrs), len(rec_thrs), num_categories, len(area_rng), len(max_dets)
+    precision, scores = np.full(sizes, -1.0), np.full(sizes, -1.0)
+    recall = np.full((sizes[0], *sizes[2:]), -1.0)
+    matches = []
+    annotations = annotations.of(np.arange(num_categories)).grouped()
+    detections = detections.of(np.unique(annotations.category)).grouped()
+    detections = detections[detections.rank < max_dets[-1]]
+    for wanted, found in _blocks(annotations, detections):
+        matched = _match(wanted, found, overlap, np.asarray(iou_thrs), np.asarray(area_rng, float))
+        rank, before = found.rank, -1
+        for m, limit in enumerate(max_dets):
+            rows = np.flatnonzero(rank < limit)
+            if len(rows) == before:  # the same as with the smaller limit
+                same = slice(wanted.category[0], wanted.category[-1] + 1)
+                for array in (precision, scores, recall):
+                    array[..., same, :, m] = array[..., same, :, m - 1]
+                continue
+            before = len(rows)
+            for k, curves in _curves(matched._of_detections(rows), np.asarray(rec_thrs)):
+                precision[:, :, k, :, m], recall[:, k, :, m], scores[:, :, k, :, m] = curves
+        if keep_matches:
+            matches.append(matched)
     found_curves = {"precision": precision, "recall": recall, "scores": scores}
-    return found_curves | ({"matches": Matches.joined(matches, a, t)} if keep_matches else {})
+    if keep_matches:
+        found_curves["matches"] = Matches.joined(matches, len(area_rng), len(iou_thrs))
+    return found_curves
+
+
+def _blocks(annotations: Annotations, detections: Detections) -> Iterator[tuple[Annotations, Detections]]:
+    """Both, which are sorted by category, some whole categories at a time."""
+    categories = np.unique(annotations.category)
+    block = np.searchsorted(detections.category, categories, side="right") // BLOCK
+    for number in np.unique(block):
+        ends = categories[block == number][[0, -1]] + (0, 1)
+        wanted, found = (
+            objects[slice(*np.searchsorted(objects.category, ends))] for objects in (annotations, detections)
+        )
+        yield wanted, found
+
+
+def _match(
+    wanted: Annotations, found: Detections, overlap: Overlap, iou_thrs: np.ndarray, area_rng: np.ndarray
+) -> Matches:
+    """As pycocotools' COCOeval.evaluateImg(), of all images and categories; both are grouped.
+
+    In each image and category the detections choose one after another, the best of the objects that are left.
+    """
+    # A: sizes, T: thresholds, D: detections, G: annotations.
+    low, high = area_rng.T[:, :, None]
+    others, unfound = (
+        (o.area < low) | (o.area > high) | o.ignored for o in (wanted, found)
+    )  # (A, G), (A, D)
+    hit = np.zeros((len(area_rng), len(iou_thrs), len(found.image)), bool)
+    ignored = np.repeat(unfound[:, None], len(iou_thrs), axis=1)
+    taken = np.zeros((len(wanted.image), len(area_rng), len(iou_thrs)), bool)
+    for d, g, iou in _rounds(found, *_near_pairs(wanted, found, overlap, iou_thrs.min())):
+        reaches = iou[:, None] >= np.minimum(iou_thrs, 1 - 1e-10)
+        able = reaches[:, None] & (~taken[g] | wanted.crowd[g][:, None, None])  # (pairs, A, T)
+        # The best object is that of the last pair, but one that counts comes before all others.
+        place = np.arange(len(d))
+        value = np.where(others[:, g].T, place[:, None], place[:, None] + len(d))[:, :, None]
+        first = np.flatnonzero(np.diff(d, prepend=-1))
+        best = np.maximum.reduceat(np.where(able, value, -1), first)  # (detections of this round, A, T)
+        matched, counts, rows = best >= 0, best >= len(d), d[first]
+        _, a, t = np.nonzero(matched)
+        taken[g[best[matched] % len(d)], a, t] = True
+        hit[..., rows] = counts.transpose(1, 2, 0)
+        ignored[..., rows] = np.where(matched, ~counts, unfound[:, rows].T[:, :, None]).transpose(1, 2, 0)
+    return Matches(
+        image=found.image,
+        category=found.category,
+        score=found.score,
+        hit=hit,
+        ignored=ignored,
+        object_image=wanted.image,
+        object_category=wanted.category,
+        object_ignored=others,
+    )
+
+
+def _near_pairs(
+    wanted: Annotations, found: Detections, overlap: Overlap, least: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pairs of an image and category that overlap by ``least`` or more, and how much.
+
+    Returns:
+        Indices of detections, indices of annotations, overlaps. Sorted by detection, then by overlap, then by
+        annotation.
+    """
+    images = max((o.image.max() + 1 for o in (wanted, found) if len(o.image)), default=0)
+    groups = [o.category * images + o.image for o in (wanted, found)]
+    first, last = (np.searchsorted(groups[0], groups[1], side) for side in ("left", "right"))
+    counts = last - first
+    block = np.cumsum(counts) // PAIRS
+    parts = []
+    for number in np.unique(block):
+        rows = np.flatnonzero((block == number) & (counts > 0))
+        if not len(rows):
+            continue
+        d = np.repeat(rows, counts[rows])
+        g = first[d] + _rank(np.diff(d, prepend=-1) != 0)
+        iou = overlap(found, wanted, d, g, least)
+        near = np.flatnonzero(iou >= least)
+        near = near[np.lexsort((iou[near], d[near]))]  # stable
+        parts.append((d[near], g[near], iou[near]))
+    nothing = np.zeros(0, int), np.zeros(0, int), np.zeros(0)
+    d, g, iou = (np.concatenate(each) for each in zip(nothing, *parts, strict=True))
+    return d, g, iou
+
+
+def _rounds(
+    found: Detections, d: np.ndarray, g: np.ndarray, iou: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The pairs of the first detection of each image and category, then of each one's second, and so on."""
+    choosing, of_pair = np.unique(d, return_inverse=True)
+    rank = found[choosing].rank[of_pair]
+    order = np.argsort(rank, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(rank[order])) + 1):
+        if len(rows):
+            yield d[rows], g[rows], iou[rows]
 
 
 def curves_of(
@@ -290,24 +500,60 @@ def curves_of(
     areas, thresholds = matches.hit.shape[:2]
     precision = np.full((thresholds, len(rec_thrs), num_categories, areas), -1.0)
     recall = np.full((thresholds, num_categories, areas), -1.0)
-    for k in np.unique(matches.object_category):
-        rows = np.flatnonzero(matches.category == k)
-        # Equal scores are ranked by the image.
-        rows = rows[np.lexsort((matches.image[rows], -matches.score[rows]))]
-        for a in range(areas):
-            objects = np.count_nonzero(~matches.object_ignored[a, matches.object_category == k])
-            if not objects:
-                continue
-            hit = matches.hit[a][:, rows]
-            true = np.cumsum(hit, axis=1)
-            false = np.cumsum(~hit & ~matches.ignored[a][:, rows], axis=1)
-            best = np.maximum.accumulate((true / np.maximum(true + false, 1))[:, ::-1], axis=1)[:, ::-1]
-            found = true / objects
-            recall[:, k, a] = found[:, -1] if len(rows) else 0
-            for t in range(thresholds):
-                reached = np.searchsorted(found[t], rec_thrs)
-                precision[t, :, k, a] = np.append(best[t], 0)[reached]
+    for k, curves in _curves(matches, np.asarray(rec_thrs)):
+        precision[:, :, k], recall[:, k], _ = curves
     return precision, recall
+
+
+def _curves(
+    matches: Matches, rec_thrs: np.ndarray
+) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """Each category with objects, its precision (T, R, A), recall (T, A) and scores (T, R, A)."""
+    for k in np.unique(matches.object_category):
+        first, last = np.searchsorted(matches.category, [k, k + 1])
+        # Equal scores are ranked by the image.
+        rows = first + np.argsort(-matches.score[first:last], kind="stable")
+        counting = ~matches.object_ignored[:, slice(*np.searchsorted(matches.object_category, [k, k + 1]))]
+        yield (
+            k,
+            _curve(
+                matches.hit[..., rows],
+                matches.ignored[..., rows],
+                matches.score[rows],
+                np.count_nonzero(counting, axis=1),
+                rec_thrs,
+            ),
+        )
+
+
+def _curve(
+    hit: np.ndarray, ignored: np.ndarray, score: np.ndarray, objects: np.ndarray, rec_thrs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of one category.
+
+    Precision is only computed where a detection hits: between two hits it falls.
+
+    Args:
+        hit, ignored: (A, T, D) by falling score.
+        objects: (A,) their number.
+    """
+    areas, thresholds, _ = hit.shape
+    counted = np.cumsum(~ignored, axis=2, dtype=np.int32)
+    a, t, place = np.nonzero(hit)
+    n = _rank(np.diff(a * thresholds + t, prepend=-1) != 0)  # this hit is the n-th, from 0
+    best, at_score = np.zeros((2, areas, thresholds, objects.max() + 1))
+    best[a, t, n] = (n + 1) / (counted[a, t, place] + np.spacing(1))
+    at_score[a, t, n] = score[place]
+    best = np.maximum.accumulate(best[..., ::-1], axis=2)[..., ::-1]
+    precision, scores = np.full((2, thresholds, len(rec_thrs), areas), -1.0)
+    recall = np.full((thresholds, areas), -1.0)
+    for area in np.flatnonzero(objects):
+        needed = np.searchsorted(np.arange(1, objects[area] + 1) / objects[area], rec_thrs)
+        precision[..., area] = best[area][:, needed]
+        recall[:, area] = np.count_nonzero(hit[area], axis=1) / objects[area]
+        scores[..., area] = at_score[area][:, needed]
+        scores[:, rec_thrs <= 0, area] = score[0] if len(score) else 0
+    return precision, recall, scores
 
 
 def average_precision(matches: Matches, num_categories: int, rec_thrs: Sequence[float]) -> float:
@@ -330,82 +576,3 @@ def chosen_matches(parts: Sequence[Matches], choice: np.ndarray) -> Matches:
     }
     order = np.lexsort((joined["image"], joined["category"]))  # stable
     return replace(parts[0], **{name: values[..., order] for name, values in joined.items()})
-
-
-def _match(
-    annotations: Objects,
-    detections: Objects,
-    overlap: Callable,
-    settings: SimpleNamespace,
-    keep_matches: bool,
-) -> tuple[dict[str, Any], list[Matches]]:
-    """Precision, recall and scores of one category, and what matched if it is asked for."""
-    images = np.union1d(annotations.image, detections.image)
-    datasets, bounds = [], []
-    for objects in (annotations, detections):
-        dataset = cpp.Dataset()
-        numbers = np.searchsorted(images, objects.image).tolist()
-        for image, record in zip(numbers, objects.record, strict=True):
-            dataset.append_ref(image, 0, record)
-        datasets.append(dataset)
-        bounds += [np.searchsorted(objects.image, images + step).tolist() for step in (0, 1)]
-    overlaps: list = []
-    crowd = [record["iscrowd"] for record in annotations.record]
-    for first, last, best, worst in zip(*bounds, strict=True):
-        table = []
-        if first < last and best < worst:
-            found, wanted = detections.shape[best:worst], annotations.shape[first:last]
-            table = overlap(found, wanted, crowd[first:last]).tolist()
-        overlaps.append([table])
-    images_and_category = (list(range(len(images))), settings.catIds)
-    settings = SimpleNamespace(**vars(settings), imgIds=images_and_category[0])
-    if not keep_matches:
-        inputs = (overlaps, *datasets, *images_and_category)
-        return cpp.COCOevalEvaluateAccumulate(settings, *inputs, True), []
-    evaluated = cpp.COCOevalEvaluateImages(
-        settings.areaRng, settings.maxDets[-1], settings.iouThrs, overlaps, *datasets,
-        *images_and_category, True,
-    )  # fmt: skip
-    curves = cpp.COCOevalAccumulate(settings, evaluated)
-    return curves, [_matches(annotations, detections, evaluated, settings)]
-
-
-def _matches(
-    annotations: Objects, detections: Objects, evaluated: list, settings: SimpleNamespace
-) -> Matches:
-    """From the C++ code's results of all images at the first area range, then at the next."""
-    areas, thresholds = len(settings.areaRng), len(settings.iouThrs)
-    # For each image: whether each detection matched at each threshold, of each object whether it is ignored,
-    # and of each detection at each threshold. (The rest of the state is not needed.)
-    states = [one.__getstate__() for one in evaluated]
-    found, objects = len(detections.image), len(annotations.image)
-    places = _places(detections.image, thresholds)
-    matched, ignored = (
-        np.fromiter(
-            chain.from_iterable(state[part] for state in states), bool, areas * thresholds * found
-        ).reshape(areas, thresholds * found)[:, places]
-        for part in (0, 4)
-    )
-    ignored_objects = np.fromiter(chain.from_iterable(state[3] for state in states), bool, areas * objects)
-    return Matches(
-        image=detections.image,
-        category=detections.category,
-        score=detections.score,
-        hit=matched & ~ignored,
-        ignored=ignored,
-        # In each image the C++ code puts the objects that do not count last.
-        object_image=annotations.image,
-        object_category=annotations.category,
-        object_ignored=ignored_objects.reshape(areas, objects),
-    )
-
-
-def _places(image: np.ndarray, thresholds: int) -> np.ndarray:
-    """(T, D): where the value of a threshold and a detection is, if those of an image lie side by side.
-
-    Args:
-        image: (D,) of each detection, ascending.
-    """
-    _, first, which, counts = np.unique(image, return_index=True, return_inverse=True, return_counts=True)
-    within = np.arange(len(image)) - first[which]
-    return thresholds * first[which] + np.arange(thresholds)[:, None] * counts[which] + within

@@ -4,7 +4,7 @@ import platform
 from importlib import metadata
 
 VERSION = "0.1.0"  # of rt_detectron
-PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "faster-coco-eval")
+PACKAGES = ("torch", "torchvision", "numpy", "pycocotools")
 
 
 def versions() -> dict[str, str]:
