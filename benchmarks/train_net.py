@@ -1,7 +1,9 @@
 """Seconds per iteration of fine-tuning: ours against Detectron2's own trainer on the same config.
 
-    DETECTRON2_DATASETS=... python benchmarks/train_net.py [--config-file F --rounds 20 --threads 1,2]
-        [--size 320 --images 2] [KEY VALUE ...]
+    DETECTRON2_DATASETS=... python benchmarks/train_net.py [--config-file F --rounds 5 --threads 1,2]
+        [--size 320 --images 2] [--device cuda --amp bf16] [KEY VALUE ...]
+
+Without MODEL.WEIGHTS the backbone is random, with batch norms that fit it, and the learning rate is 0.0001.
 
 Detectron2's is its DefaultTrainer, with the same backbone, seed and loader. Both train on the same
 batches with all of their hooks, and waiting for the loader counts. Their iterations alternate; medians
@@ -10,10 +12,13 @@ from Detectron2's weights, so that the losses can be compared: if both do the sa
 rounding alone. (An untrained detector has proposals of nearly equal scores, and rounding may choose others.)
 
 On a busy machine only "CPU s" counts, the seconds that this process computed, without the loader's workers.
+On a GPU each iteration ends when the GPU has done it. The last lines are rows of docs/results/speed.md.
 """
 
 import argparse
 import logging
+import os
+import platform
 import statistics
 import tempfile
 import time
@@ -27,9 +32,28 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import rt_detectron  # noqa: F401  (registers the backbones)
+from rt_detectron.checkpoint.architectures import build_classifier
+from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.detection import Trainer, load_detector_config
+from rt_detectron.utils.errors import InputError, one_line_errors
 
 SEED = 1
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def random_backbone(arch: str, folder: str) -> str:
+    """A converted file of random weights, which as they are would give frozen norms ever larger features."""
+    torch.manual_seed(SEED)
+    network = build_classifier(arch)
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # the mean over all that it sees
+    with torch.no_grad():
+        network.train()(torch.randn(8, 3, 128, 128))
+    classifier, backbone = (os.path.join(folder, name) for name in ("classifier.pth", "backbone.pkl"))
+    torch.save(network.state_dict(), classifier)
+    convert_checkpoint(classifier, backbone, arch=arch)
+    return backbone
 
 
 class Detectron2Trainer(DefaultTrainer):
@@ -43,13 +67,22 @@ class Detectron2Trainer(DefaultTrainer):
 class Side:
     """One trainer, whose iterations are run one at a time."""
 
-    def __init__(self, trainer_class: type[DefaultTrainer], config_file: str, opts: list[str], folder: str):
+    def __init__(
+        self,
+        trainer_class: type[DefaultTrainer],
+        config_file: str,
+        opts: list[str],
+        folder: str,
+        precision: torch.dtype | None,
+    ):
         cfg = load_detector_config(
             config_file, [*opts, "OUTPUT_DIR", folder, "SOLVER.CHECKPOINT_PERIOD", "1000000"]
         )
         seed_all_rng(SEED)
         self.trainer = trainer_class(cfg)
         self.trainer.resume_or_load(resume=False)
+        if precision is not None:
+            self.trainer._trainer.precision = precision
         self.storage = EventStorage()
         self.trainer.storage = self.storage
         self.times: list[float] = []
@@ -104,13 +137,36 @@ def print_times(sides: dict[str, Side], warm_up: int) -> None:
     print(f"largest relative difference of two losses: {max(abs(a - b) / abs(a) for a, b in pairs):.1e}")
 
 
-def print_profile(sides: dict[str, Side], iteration: int, rows: int = 12) -> None:
+def rows_to_paste(sides: dict[str, Side], args: argparse.Namespace) -> list[str]:
+    """Of a table of docs/results/speed.md: CPU seconds, or seconds on a GPU."""
+    on_cpu = args.device == "cpu"
+    where = f"{torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name()
+    what = [os.path.basename(args.config_file), f"{args.size} px" if args.size else "", args.amp, where]
+    times = (side.cpu_times if on_cpu else side.times for side in sides.values())
+    theirs, ours = (statistics.median(each[args.warm_up :]) for each in times)
+    return [f"| {', '.join(filter(None, what))} | {theirs:.3f} | {ours:.3f} | {theirs / ours:.2f} |"]
+
+
+def processor() -> str:
+    """Its name, where the system tells it."""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def print_profile(sides: dict[str, Side], iteration: int, device: str, rows: int = 12) -> None:
     """What takes longest in one iteration, in percent of Detectron2's whole iteration."""
+    activities, time_of = [ProfilerActivity.CPU], "self_cpu_time_total"
+    if device != "cpu":
+        activities, time_of = [*activities, ProfilerActivity.CUDA], "self_device_time_total"
     seconds = {}
     for name, side in sides.items():
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with profile(activities=activities) as profiler:
             side.step(iteration)
-        seconds[name] = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
+        seconds[name] = {event.key: getattr(event, time_of) / 1e6 for event in profiler.key_averages()}
     whole = sum(seconds["Detectron2"].values())
     keys = sorted(
         set().union(*seconds.values()), key=lambda key: -max(s.get(key, 0) for s in seconds.values())
@@ -124,7 +180,17 @@ def print_profile(sides: dict[str, Side], iteration: int, rows: int = 12) -> Non
 
 
 def measure(args: argparse.Namespace, folder: str) -> None:
-    opts = list(args.opts)
+    if (args.device != "cpu" and not torch.cuda.is_available()) or (args.amp and args.device == "cpu"):
+        raise InputError(
+            f"--device {args.device} --amp {args.amp}: no GPU found, or --device cuda is missing"
+        )
+    opts = ["MODEL.DEVICE", args.device, *args.opts]
+    if "MODEL.WEIGHTS" not in opts:
+        arch = load_detector_config(args.config_file, opts).MODEL.ROBUST.ARCH
+        random = ["MODEL.WEIGHTS", random_backbone(arch, folder), "SOLVER.BASE_LR", "0.0001"]
+        opts = [*random, *opts]
+    if args.amp:
+        opts = ["SOLVER.AMP.ENABLED", "True", *opts]
     if args.size:
         longest = args.size * 5 // 3
         opts = ["INPUT.MIN_SIZE_TRAIN", f"({args.size},)", "INPUT.MAX_SIZE_TRAIN", str(longest), *opts]
@@ -132,17 +198,20 @@ def measure(args: argparse.Namespace, folder: str) -> None:
         opts = ["SOLVER.IMS_PER_BATCH", str(args.images), *opts]
     trainers = {"Detectron2": Detectron2Trainer, "ours": Trainer}
     sides = {
-        name: Side(trainer_class, args.config_file, opts, f"{folder}/{name}")
+        name: Side(trainer_class, args.config_file, opts, f"{folder}/{name}", PRECISIONS.get(args.amp))
         for name, trainer_class in trainers.items()
     }
-    print(f"{args.config_file} {' '.join(opts)}")
+    print(f"{processor()}, torch {torch.__version__}: {args.config_file} {' '.join(opts)}")
+    table = []
     threads = [int(number) for number in args.threads.split(",")]
     for number, count in enumerate(threads):
         torch.set_num_threads(count)
         rounds = args.rounds + args.warm_up
         alternate(sides, range(number * rounds, (number + 1) * rounds))
         print_times(sides, args.warm_up)
-    print_profile(sides, len(threads) * rounds)
+        table += rows_to_paste(sides, args)
+    print_profile(sides, len(threads) * rounds, args.device)
+    print("\n".join(table))
 
 
 def main() -> None:
@@ -150,16 +219,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", default="configs/robust_r50_eps3.yaml")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--warm-up", type=int, default=2, help="iterations that are not counted")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=1, help="iterations that are not counted")
     parser.add_argument("--threads", default="1,2", help="one measurement for each of these numbers")
     parser.add_argument("--size", type=int, default=320, help="of the short side; 0: as the config says")
     parser.add_argument("--images", type=int, default=2, help="in a batch; 0: as the config says")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--amp", default="", choices=["", *PRECISIONS], help="on a GPU, of both sides")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ... of the config")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    logging.disable(logging.INFO)
-    with tempfile.TemporaryDirectory() as folder:
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder, one_line_errors():
         measure(args, folder)
 
 

@@ -1,7 +1,7 @@
 """Fixed-feature transfer, 150 epochs: tools/transfer.py against the published protocol as a plain loop.
 
     python benchmarks/transfer.py --weights classifier.pth --dataset shards --root FOLDER_OF_SHARDS \\
-        --classes 6 7 8 9 --images 1000 --seeds 0 1 2
+        --classes 6 7 8 9 --images 1000 --seeds 0 1 2 [--device cuda --amp bf16]
 
 Ours computes the features once and trains the layer on them: "cold" with an empty cache, "cached" for each
 further seed or learning rate. The plain loop ("peer") runs torchvision's network in the default memory format
@@ -34,6 +34,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import write_png
 from torchvision.transforms import v2 as T
 from tqdm import tqdm
+from train_net import PRECISIONS
 
 from rt_detectron.checkpoint.convert import read_network
 from rt_detectron.transfer.datasets import classification_dataset
@@ -75,6 +76,8 @@ def ours(args: argparse.Namespace, folder: Path, seed: int) -> tuple[float, floa
         "optimizer.lr": args.lr,
         "train.epochs": args.epochs,
         "train.seed": seed,
+        "train.device": args.device,
+        "features.amp": "fp16" if args.amp else "null",
         "train.export": "false",
         "train.output_dir": output,
     }
@@ -87,7 +90,8 @@ def ours(args: argparse.Namespace, folder: Path, seed: int) -> tuple[float, floa
 
 def peer(args: argparse.Namespace, folder: Path, seed: int) -> tuple[float, float | None]:
     """Seconds (extrapolated with --peer-epochs) and top-1 of the plain loop."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(args.device)
+    mixed = torch.autocast(device.type, PRECISIONS.get(args.amp), enabled=bool(args.amp))
     torch.manual_seed(seed)
     start = time.perf_counter()
     centre = [T.Resize(args.resize, antialias=True), T.CenterCrop(args.size)]
@@ -106,16 +110,19 @@ def peer(args: argparse.Namespace, folder: Path, seed: int) -> tuple[float, floa
     epochs = min(args.peer_epochs or args.epochs, args.epochs)
     for _ in tqdm(range(epochs), f"peer, seed {seed}", unit="epoch", disable=None):
         for images, labels in loader:
-            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+            with mixed:
+                loss = F.cross_entropy(model(images.to(device)), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         schedule.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) * args.epochs / epochs
     if epochs < args.epochs:
         return seconds, None
     right = 0
-    with torch.no_grad():
+    with torch.no_grad(), mixed:
         for images, labels in DataLoader(test_images, BATCH, num_workers=args.workers):
             right += (model(images.to(device)).argmax(1).cpu() == labels).sum().item()
     return time.perf_counter() - start, 100 * right / len(test_images)
@@ -154,6 +161,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="loader processes of both sides")
     parser.add_argument("--crop", action="store_true", help="the peer sees random resized crops")
     parser.add_argument("--peer-epochs", type=int, help="extrapolate the peer's time from so many epochs")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--amp", default="", choices=["", *PRECISIONS], help="the peer's; ours takes fp16")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
@@ -178,6 +187,11 @@ def report(args: argparse.Namespace, mine: list[tuple], theirs: list[tuple]) -> 
     for name, seconds, runs in rows:
         found = " ".join("-" if top1 is None else f"{top1:.2f}" for _, top1 in runs)
         print(f"{name:<24} {seconds:>9.1f} {peers / seconds:>8.1f}   {found}")
+    top1 = [
+        ", ".join("-" if each is None else f"{each:.2f} %" for _, each in runs) for runs in (theirs, mine)
+    ]
+    what = f"{args.epochs} epochs of {args.images} images, {args.size} px"
+    print(f"| {what} | {peers:.1f} s | {cold:.1f} s | {peers / cold:.1f} | {' | '.join(top1)} |")
 
 
 if __name__ == "__main__":

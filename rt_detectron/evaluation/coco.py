@@ -9,9 +9,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
+from detectron2.structures import Instances
+from pycocotools import mask as rle_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -73,6 +76,14 @@ class COCOEvaluator(Detectron2COCOEvaluator):
                 _renumber_zero(self._coco_api)
         self._use_fast_impl = use_fast_impl
 
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """As Detectron2's; the masks of an image are encoded at once."""
+        for given, output in zip(inputs, outputs, strict=True):
+            bare, masks = without_masks(output)
+            super().process([given], [bare])
+            if masks is not None:
+                add_masks(self._predictions[-1]["instances"], masks)
+
     def check_shapes(self, masks: bool, keypoints: bool) -> None:
         """Check that the annotations have the shapes that these tasks compare, as :func:`check_shapes`."""
         if self._do_evaluation:
@@ -114,6 +125,34 @@ class COCOEvaluator(Detectron2COCOEvaluator):
                 task,
                 class_names=self._metadata.get("thing_classes"),
             )
+
+
+def without_masks(output: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """A detector's output for an image without its masks, and these, (N, H, W) on any device."""
+    if "instances" not in output or not output["instances"].has("pred_masks"):
+        return output, None
+    instances = output["instances"]
+    fields = instances.get_fields()
+    bare = Instances(
+        instances.image_size, **{name: field for name, field in fields.items() if name != "pred_masks"}
+    )
+    return {**output, "instances": bare}, fields["pred_masks"]
+
+
+def add_masks(results: list[dict[str, Any]], masks: torch.Tensor) -> None:
+    """Give each of an image's detections in COCO's format its mask, as run lengths.
+
+    These count column by column, as masks pasted by :mod:`rt_detectron.layers.paste_masks` lie. Those of a
+    GPU are transposed there.
+    """
+    if not results:
+        return
+    columns = masks.bool().transpose(1, 2)
+    if columns.device.type != "cpu":
+        columns = columns.contiguous().cpu()
+    for result, mask in zip(results, columns.numpy().view(np.uint8), strict=True):
+        (rle,) = rle_masks.encode(np.asfortranarray(mask.T[..., None]))
+        result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
 def evaluate_detections(

@@ -14,9 +14,11 @@ from detectron2.utils.logger import create_small_table
 from rt_detectron.data.annotations import annotations_of
 from rt_detectron.evaluation.coco import (
     SHAPES,
+    add_masks,
     check_annotations,
     check_shapes,
     restore_category_ids,
+    without_masks,
     write_detections,
 )
 from rt_detectron.evaluation.matching import (
@@ -52,6 +54,14 @@ class LVISEvaluator(Detectron2LVISEvaluator):
             if self._do_evaluation:
                 check_annotations(self._lvis_api.dataset, path)
                 _check_federation(self._lvis_api.dataset, path)
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """As Detectron2's; the masks of an image are encoded at once."""
+        for given, output in zip(inputs, outputs, strict=True):
+            bare, masks = without_masks(output)
+            super().process([given], [bare])
+            if masks is not None:
+                add_masks(self._predictions[-1]["instances"], masks)
 
     def check_shapes(self, masks: bool, keypoints: bool) -> None:
         """Check that the annotations have what mask AP compares. LVIS has no keypoints."""
@@ -126,25 +136,25 @@ def _curves(evaluation, field: str) -> dict[str, Any]:
     """What LVISEval.evaluate() and accumulate() compute."""
     params = evaluation.params
 
-    def columns(dicts: list[dict]) -> list[np.ndarray]:
+    def columns(dicts: list[dict]) -> dict[str, np.ndarray]:
         shapes = [one[field] for one in dicts]
-        return [
-            np.searchsorted(params.img_ids, [one["image_id"] for one in dicts]),
-            np.searchsorted(params.cat_ids, [one["category_id"] for one in dicts]),
-            column(shapes) if field == "segmentation" else np.array(shapes, float).reshape(-1, 4),
-            np.array([one["area"] for one in dicts], float),
-        ]
+        return {
+            "image": np.searchsorted(params.img_ids, [one["image_id"] for one in dicts]),
+            "category": np.searchsorted(params.cat_ids, [one["category_id"] for one in dicts]),
+            "shape": column(shapes) if field == "segmentation" else np.array(shapes, float).reshape(-1, 4),
+            "area": np.array([one["area"] for one in dicts], float),
+        }
 
     annotated, detected = (
         list(itertools.chain.from_iterable(groups.values())) for groups in (evaluation._gts, evaluation._dts)
     )
     ignored = np.array([one["ignore"] for one in annotated], bool)
     unsure = [one["category_id"] in evaluation.img_nel[one["image_id"]] for one in detected]
+    score = np.array([one["score"] for one in detected], float)
+    no_crowd = np.zeros(len(annotated), bool)  # LVIS has none
     curves = precision_and_recall(
-        Annotations(*columns(annotated), ignored, np.zeros(len(annotated), bool)),  # LVIS has no crowds
-        Detections(
-            *columns(detected), np.array(unsure, bool), np.array([one["score"] for one in detected], float)
-        ),
+        Annotations(**columns(annotated), ignored=ignored, crowd=no_crowd),
+        Detections(**columns(detected), ignored=np.array(unsure, bool), score=score),
         {"bbox": box_iou, "segmentation": mask_iou}[field],
         num_categories=len(params.cat_ids),
         iou_thrs=params.iou_thrs,

@@ -22,6 +22,9 @@ from rt_detectron.utils.files import replaced_atomically
 
 # Detections that are matched at once, and pairs that are compared at once: they bound the memory.
 BLOCK, PAIRS = 100_000, 1_000_000
+# Overlaps that are computed by one call. It takes as long as many of them, so that several images share one,
+# though only what is of the same image is used of it.
+TABLE = 128
 
 
 @dataclass(frozen=True)
@@ -246,18 +249,22 @@ def mask_iou(
 ) -> np.ndarray:
     """IoU of compressed run-length encodings, by pycocotools; an :data:`Overlap`.
 
-    Masks are compared only where their boxes and areas leave an IoU of ``least`` possible.
+    Masks are compared only where their areas and boxes leave an IoU of ``least`` possible. A detection's area
+    must be its mask's.
     """
-    bounds = []
-    for objects, rows in ((found, d), (wanted, g)):
-        used, rows = np.unique(rows, return_inverse=True)
-        shapes = objects.shape[used].tolist()
-        boxes = np.asarray(rle_masks.toBbox(shapes)).reshape(-1, 4)
-        bounds.append((boxes[rows], mask_areas(shapes)[rows]))
-    (found_boxes, found_areas), (wanted_boxes, wanted_areas) = bounds
-    both = np.minimum(_intersection(found_boxes, wanted_boxes), np.minimum(found_areas, wanted_areas))
-    iou = _iou(both, found_areas, wanted_areas, wanted.crowd[g])
-    near = (iou >= least) & (iou > 0)
+    # First by the areas alone, for which no mask has to be decoded.
+    used, rows = np.unique(g, return_inverse=True)
+    wanted_areas = mask_areas(wanted.shape[used].tolist())[rows]
+    smaller = np.minimum(found.area[d], wanted_areas)
+    iou = _iou(smaller, found.area[d], wanted_areas, wanted.crowd[g])
+    near = np.flatnonzero((iou >= least) & (iou > 0))
+    boxes = []
+    for objects, indices in ((found, d[near]), (wanted, g[near])):
+        used, rows = np.unique(indices, return_inverse=True)
+        boxes.append(np.reshape(rle_masks.toBbox(objects.shape[used].tolist()), (-1, 4))[rows])
+    both = np.minimum(_intersection(*boxes), smaller[near])
+    iou[near] = _iou(both, found.area[d[near]], wanted_areas[near], wanted.crowd[g[near]])
+    near = near[(iou[near] >= least) & (iou[near] > 0)]
     iou[near] = _image_by_image(_mask_table, found, wanted, d[near], g[near])
     return iou
 
@@ -283,21 +290,27 @@ def _image_by_image(
     """(P,) overlaps.
 
     Args:
-        table: of one image and category, from the shapes of detections, the shapes of annotations, and which
-            of these are crowds, to (detections, annotations).
+        table: from the shapes of detections, the shapes of annotations, and which of these are crowds, to
+            (detections, annotations).
     """
     used, d = np.unique(d, return_inverse=True)
     found = found[used]
     used, g = np.unique(g, return_inverse=True)
     wanted = wanted[used]
     starts = [np.append(np.flatnonzero(objects.rank == 0), len(objects.image)) for objects in (found, wanted)]
-    group = (np.cumsum(found.rank == 0) - 1)[d]
+    calls = [0]  # where each begins, as the number of an image and category
+    for number in range(1, len(starts[0]) - 1):
+        rows, columns = (ends[number + 1] - ends[calls[-1]] for ends in starts)
+        if rows * columns > TABLE:
+            calls.append(number)
+    starts = [ends[[*calls, -1]] for ends in starts]
     tables, offsets = [np.zeros(0)], [0]
     for (a, b), (c, e) in zip(*map(pairwise, starts), strict=True):
         tables.append(np.ravel(table(found.shape[a:b], wanted.shape[c:e], wanted.crowd[c:e])))
         offsets.append(offsets[-1] + tables[-1].size)
-    row, column = d - starts[0][group], g - starts[1][group]
-    return np.concatenate(tables)[np.array(offsets)[group] + row * np.diff(starts[1])[group] + column]
+    call = np.searchsorted(starts[0], d, "right") - 1
+    row, column = d - starts[0][call], g - starts[1][call]
+    return np.concatenate(tables)[np.array(offsets)[call] + row * np.diff(starts[1])[call] + column]
 
 
 def keypoint_similarity(
@@ -388,7 +401,7 @@ def precision_and_recall(
                 precision[:, :, k, :, m], recall[:, k, :, m], scores[:, :, k, :, m] = curves
         if keep_matches:
             matches.append(matched)
-    found_curves = {"precision": precision, "recall": recall, "scores": scores}
+    found_curves: dict[str, Any] = {"precision": precision, "recall": recall, "scores": scores}
     if keep_matches:
         found_curves["matches"] = Matches.joined(matches, len(area_rng), len(iou_thrs))
     return found_curves
