@@ -86,7 +86,7 @@ assert {name for name, _ in BACKBONE_REGISTRY if "robust" in name} == {
     f"build_{name}_backbone"
     for family in ("resnet", "torchvision", "timm")
     for name in (f"robust_{family}", f"robust_{family}_fpn", f"retinanet_robust_{family}_fpn")
-} | {"build_robust_timm_sfp_backbone"}
+} | {"build_robust_timm_sfp_backbone", "build_retinanet_robust_timm_sfp_backbone"}
 try:
     PathManager.get_local_path("robust://resnet50_l2_eps3.pkl")
 except rt_detectron.utils.errors.InputError as error:

@@ -95,8 +95,8 @@ OTHERS = """\
 - **Accuracies** are in percent, clean and under AutoAttack for Linf of that eps, as each source gives them:
   compare them within a source only.
 - **Transformers without stages** (ViT, DeiT, XCiT, CLIP) need ViTDet's pyramid,
-  `build_robust_timm_sfp_backbone`; all others take an FPN, `build_robust_timm_fpn_backbone` or, for the
-  ResNets, `build_robust_resnet_fpn_backbone`.
+  `build_robust_timm_sfp_backbone`; all others take an FPN: `build_robust_timm_fpn_backbone`, for the
+  ResNets `build_robust_resnet_fpn_backbone`, for the RaResNets `build_robust_torchvision_fpn_backbone`.
 """
 
 HEAD = """\

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rt_detectron.checkpoint.conv_stem import first_convolution, put_conv_stem
+from rt_detectron.checkpoint.ra_resnet import PUBLISHED_NAMES, build_ra_resnet
 from rt_detectron.utils.errors import InputError, did_you_mean, one_line, optional_import
 
 TIMM = "timm/"  # before the name of a network of timm's
@@ -30,6 +31,7 @@ _BUILDERS = {
     "fpn": "build_robust_{}_fpn_backbone",
     "retinanet": "build_retinanet_robust_{}_fpn_backbone",
     "sfp": "build_robust_{}_sfp_backbone",
+    "retinanet_sfp": "build_retinanet_robust_{}_sfp_backbone",
 }
 
 
@@ -55,16 +57,18 @@ class Family:
         """The builder in Detectron2's BACKBONE_REGISTRY: bare, or with a pyramid.
 
         Args:
-            detector: None, "fpn", "retinanet", or "sfp", ViTDet's simple pyramid on plain transformers.
+            detector: None, "fpn", "retinanet", or, on plain transformers, "sfp" and "retinanet_sfp", ViTDet's
+                simple pyramid.
 
         Raises:
             InputError: for another detector, and for a simple pyramid on a network that has none.
         """
         if detector not in _BUILDERS:
-            raise InputError(f"unknown detector {detector!r}: None, 'fpn', 'retinanet' or 'sfp'")
-        if detector == "sfp" and self.name != "timm":
+            raise InputError(f"unknown detector {detector!r}: {', '.join(map(repr, _BUILDERS))}")
+        if detector in ("sfp", "retinanet_sfp") and self.name != "timm":
+            other = "fpn" if detector == "sfp" else "retinanet"
             raise InputError(
-                f"the simple pyramid is for plain vision transformers: take 'fpn' on a {self.title}"
+                f"the simple pyramid is for plain vision transformers: take {other!r} on a {self.title}"
             )
         return _BUILDERS[detector].format(self.name)
 
@@ -177,7 +181,7 @@ class Architecture:
         taps: where the other torchvision networks yield stem, res2 (stride 4) ... res5 (stride 32), as node
             names of :func:`torchvision.models.feature_extraction.create_feature_extractor`.
         older_names: regular expressions for the names that files of the network's authors have, and what
-            torchvision calls the same tensors; each on the outcome of the one before it.
+            the network here calls the same tensors; each on the outcome of the one before it.
         pixel_mean, pixel_std: what the classifier subtracts and divides by unless its file says otherwise.
             RGB, 0..255.
     """
@@ -260,6 +264,16 @@ def _tapped(name: str, torchvision_name: str, stem: str, head: str, *taps: str, 
     return Architecture(name, TORCHVISION, build, stem, head, taps=by_stage, older_names=older)
 
 
+def _ra_resnet(name: str, depths: tuple[int, ...], widths: tuple[int, ...]) -> Architecture:
+    def build(num_classes: int) -> nn.Module:
+        return build_ra_resnet(depths, widths, num_classes)
+
+    taps = {"stem": "stem", **{f"res{stage + 1}": f"trunk_output.block{stage}" for stage in (1, 2, 3, 4)}}
+    return Architecture(
+        name, TORCHVISION, build, stem="stem.0", head="fc.", taps=taps, older_names=PUBLISHED_NAMES
+    )
+
+
 # A block of MobileNetV2 was one flat list of layers: its activations, without tensors, are counted, too.
 _OLDER_MOBILENET = (
     (r"^features\.1\.conv\.([01])\.", r"features.1.conv.0.\1."),
@@ -340,6 +354,10 @@ _TABLE = (
         "features.42",
         "features.43",
     ),
+    # Peng et al. 2023; depths and widths as their code has them.
+    _ra_resnet("ra_resnet50", (5, 8, 13, 1), (288, 576, 1120, 2160)),
+    _ra_resnet("ra_resnet101", (7, 11, 18, 1), (336, 672, 1328, 2624)),
+    _ra_resnet("ra_wrn101_2", (7, 11, 18, 1), (512, 1024, 2016, 4032)),
 )
 ARCHITECTURES = {architecture.name: architecture for architecture in _TABLE}
 

@@ -40,9 +40,9 @@ def load_backbone(
 
     Args:
         name: of the zoo, such as "resnet50_l2_eps3" (or "resnet50_l2_eps3-bgr"), or a backbone's ``.pkl``.
-        detector: None for the bare network, "fpn" or "retinanet" for the pyramid of that detector, "sfp" for
-            ViTDet's simple pyramid on a plain vision transformer. A pyramid's own layers are randomly
-            initialised.
+        detector: None for the bare network, "fpn" or "retinanet" for the pyramid of that detector, "sfp" or
+            "retinanet_sfp" for ViTDet's simple pyramid on a plain vision transformer. A pyramid's own layers
+            are randomly initialised.
         norm: "FrozenBN", "EvalBN" (fixed statistics, but scale and shift train), "BN" or "SyncBN".
         freeze_at: 1 freezes the stem, 2 also res2, ... 5 everything; 0 nothing.
         input_format, pixel_mean, pixel_std: what the detector gives it, to be compared with what it was
@@ -51,7 +51,7 @@ def load_backbone(
 
     Returns:
         A module from images (N, 3, H, W) to a dict of features: "res2" ... "res5" at strides 4 to 32,
-        "p2" ... "p6" at 4 to 64 for "fpn" and "sfp", "p3" ... "p7" at 8 to 128 for "retinanet". It
+        "p2" ... "p6" at 4 to 64 for "fpn" and "sfp", "p3" ... "p7" at 8 to 128 for the RetinaNets. It
         takes what its ``metadata``, a :class:`.Metadata`, says: colours in the order ``input_format``, as
         floats of 0..255, minus ``pixel_mean``, divided by ``pixel_std``; H and W multiples of
         ``size_divisibility``, if not 0.

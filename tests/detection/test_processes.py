@@ -87,6 +87,14 @@ ALL = {
         "SOLVER.MAX_ITER": 8,
         "SOLVER.WARMUP_ITERS": 0,
     },
+    # No layer of the pyramid may be without gradients: the other process would wait for them.
+    "retinanet on a simple pyramid": {
+        **RETINANET,
+        "MODEL.WEIGHTS": "",
+        "MODEL.BACKBONE.NAME": "build_retinanet_robust_timm_sfp_backbone",
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.ROBUST.ARCH": "timm/vit_tiny_patch16_224:depth=3",
+    },
     "everything": {
         "MODEL.RESNETS.NORM": "BN",
         "SOLVER.EMA": 0.5,

@@ -23,7 +23,7 @@ class Case(NamedTuple):
     arch: str
     detector: str
     in_short: tuple[str, ...] = ()
-    onnx: bool | None = None
+    onnx: bool | None = True
     program: bool | None = True
 
     @property
@@ -32,38 +32,35 @@ class Case(NamedTuple):
 
 
 # Not to ONNX: antialiased resizing, of position embeddings or, for patches of 14, of images.
-# RetinaNet has no use for the simple pyramid's p2, and several processes would wait for its gradients.
-RETINA_SFP = "RetinaNet on p3 to p6, in one process"
 MASK, RETINA, C4, ONE = "Mask R-CNN", "RetinaNet", "Mask R-CNN C4", "Mask R-CNN on res4 alone"
 TRAIN = ("train",)
 CASES = (
     Case("build_robust_resnet_backbone", "resnet50", C4),
-    Case("build_robust_resnet_fpn_backbone", "resnet18", MASK, ("train", "export"), onnx=True),
+    Case("build_robust_resnet_fpn_backbone", "resnet18", MASK, ("train", "export")),
     Case("build_robust_resnet_fpn_backbone", "resnext50_32x4d", MASK),
-    Case("build_retinanet_robust_resnet_fpn_backbone", "resnet18", RETINA, TRAIN, onnx=True),
+    Case("build_retinanet_robust_resnet_fpn_backbone", "resnet18", RETINA, TRAIN),
     Case("build_robust_torchvision_backbone", "resnet50", C4),
     Case("build_robust_torchvision_backbone", "mobilenet", ONE),
     Case("build_robust_torchvision_fpn_backbone", "mobilenet", MASK, TRAIN),
-    Case("build_robust_torchvision_fpn_backbone", "densenet", MASK, program=None),
+    Case("build_robust_torchvision_fpn_backbone", "densenet", MASK),
     Case("build_robust_torchvision_fpn_backbone", "mnasnet", MASK),
     Case("build_robust_torchvision_fpn_backbone", "vgg16_bn", MASK),
+    Case("build_robust_torchvision_fpn_backbone", "ra_resnet50", MASK),
     Case("build_retinanet_robust_torchvision_fpn_backbone", "shufflenet", RETINA, TRAIN),
     Case("build_robust_timm_backbone", "timm/convnext_atto", ONE),
     Case("build_robust_timm_backbone", "timm/vit_tiny_patch16_224", ONE, onnx=False),
     Case("build_robust_timm_fpn_backbone", "timm/convnext_atto", MASK, TRAIN),
-    Case("build_robust_timm_fpn_backbone", "timm/convnext_tiny:stem=conv", MASK, program=None),
-    Case("build_robust_timm_fpn_backbone", "timm/swin_tiny_patch4_window7_224", MASK, program=None),
-    Case("build_retinanet_robust_timm_fpn_backbone", "timm/efficientnet_lite0", RETINA, TRAIN, program=None),
-    Case("build_retinanet_robust_timm_fpn_backbone", "timm/resnet18:act_layer=gelu", RETINA, program=None),
+    Case("build_robust_timm_fpn_backbone", "timm/convnext_tiny:stem=conv", MASK),
+    Case("build_robust_timm_fpn_backbone", "timm/swin_tiny_patch4_window7_224", MASK),
+    Case("build_retinanet_robust_timm_fpn_backbone", "timm/efficientnet_lite0", RETINA, TRAIN),
+    Case("build_retinanet_robust_timm_fpn_backbone", "timm/resnet18:act_layer=gelu", RETINA),
     Case(
         "build_robust_timm_sfp_backbone", "timm/vit_tiny_patch16_224", MASK, ("train", "export"), onnx=False
     ),
-    Case("build_robust_timm_sfp_backbone", "timm/vit_tiny_patch16_224", RETINA_SFP, onnx=False, program=None),
-    Case(
-        "build_robust_timm_sfp_backbone", "timm/vit_small_patch14_reg4_dinov2", MASK, onnx=False, program=None
-    ),
-    Case("build_robust_timm_sfp_backbone", "timm/xcit_nano_12_p16_224", MASK, onnx=True),
-    Case("build_robust_timm_sfp_backbone", "timm/eva02_tiny_patch14_224", MASK, onnx=False, program=None),
+    Case("build_retinanet_robust_timm_sfp_backbone", "timm/vit_tiny_patch16_224", RETINA, TRAIN, onnx=False),
+    Case("build_robust_timm_sfp_backbone", "timm/vit_small_patch14_reg4_dinov2", MASK, onnx=False),
+    Case("build_robust_timm_sfp_backbone", "timm/xcit_nano_12_p16_224", MASK),
+    Case("build_robust_timm_sfp_backbone", "timm/eva02_tiny_patch14_224", MASK, onnx=False),
 )
 # Who reads output_shape() and strides of what `build_backbone` gives.
 CONSUMERS = ("Mask2Former's pixel decoder", "DETR's masked backbone")

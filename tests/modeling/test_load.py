@@ -144,7 +144,7 @@ def test_wrong_requests_are_named(publish, mirror, tmp_path, backbone_file):
     publish("resnet18")
     with pytest.raises(InputError, match="did you mean resnet18_l2_eps3"):
         load_backbone("resnet18_l2_eps33")
-    with pytest.raises(InputError, match="unknown detector 'yolo': None, 'fpn', 'retinanet' or 'sfp'"):
+    with pytest.raises(InputError, match="unknown detector 'yolo': None, 'fpn', 'retinanet', 'sfp', 'retin"):
         load_backbone("resnet18_l2_eps3", "yolo")
     with pytest.raises(InputError, match="cannot read"):
         load_backbone(str(tmp_path / "none.pkl"))

@@ -76,7 +76,7 @@ def test_the_document(tool):
     assert vit in newer
     fare = "| `fare4-clip` | `timm/vit_large_patch14_clip_quickgelu_224` | clip | 4/255 |  |  |  | [Hub]("
     assert fare in newer
-    assert newer.startswith("\n\n68 networks of 6 other sources")
+    assert newer.startswith("\n\n72 networks of 7 other sources")
     rows = [line for line in hub.splitlines() if line.startswith("| `")]
     assert len(rows) == 68
     base = f"https://huggingface.co/madrylab/robust-imagenet-models/blob/{table['sources'][0]['revision']}"

@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_backbone, build_model
-from detectron2.structures import BitMasks, Boxes, Instances
-from detectron2.utils.events import EventStorage
 
 from rt_detectron import load_backbone
 from rt_detectron.checkpoint.convert import convert_checkpoint
@@ -81,35 +79,39 @@ def test_features_are_the_classifiers_own(name, input_format, converted, photogr
     } | {"p6": (2, 2)}
 
 
-def test_a_detector_trains_on_it(make_cfg, photograph):
-    cfg = make_cfg(f"timm/{VIT}")
+def test_a_detector_takes_images_of_any_size(make_cfg, photograph):
+    cfg = make_cfg(f"timm/{VIT}:depth=3")
     cfg.MODEL.BACKBONE.NAME = "build_robust_timm_sfp_backbone"
-    cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    cfg.MODEL.FPN.NORM = "LN"
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    image = photograph[:, :67, :101]  # of no round size
-    instances = Instances(image.shape[1:])
-    instances.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 60.0, 50.0]]))
-    instances.gt_classes = torch.tensor([1])
-    mask = torch.zeros(1, *image.shape[1:], dtype=torch.bool)
-    mask[:, 10:50, 10:60] = True
-    instances.gt_masks = BitMasks(mask)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    course = []
-    for _ in range(5):
-        torch.manual_seed(1)  # the same proposals are sampled
-        with EventStorage():
-            loss = sum(model([{"image": image, "instances": instances}]).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        course.append(loss.item())
-    assert course[-1] < 0.9 * course[0]
-    assert [name for name, p in model.backbone.named_parameters() if p.grad is None] == []
     with torch.no_grad():
-        (output,) = model.eval()([{"image": image}])
+        (output,) = build_model(cfg).eval()([{"image": photograph[:, :67, :101]}])
     assert output["instances"].image_size == (67, 101)
+
+
+def test_retinanets_pyramid(make_cfg, photograph):
+    """Its p3 to p5 are those of the other pyramid; the rest comes from p5."""
+    cfg = make_cfg(f"timm/{VIT}:depth=3", "retinanet")
+    cfg.MODEL.BACKBONE.NAME = "build_robust_timm_sfp_backbone"
+    name = "build_retinanet_robust_timm_sfp_backbone"
+    with pytest.raises(InputError, match=f"no p2, which this pyramid begins with: set .* to {name}"):
+        build_backbone(cfg)
+    cfg.MODEL.RETINANET.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    plain = build_backbone(cfg).eval()
+    cfg.MODEL.BACKBONE.NAME = name
+    backbone = build_backbone(cfg).eval()
+    found = backbone.load_state_dict(plain.state_dict(), strict=False)
+    assert all(name.startswith("top_block.") for name in found.missing_keys)
+    assert all(name.startswith("simfp_2.") for name in found.unexpected_keys)
+    images = (photograph[None, :, :, : SIZE[1]].float() - 120) / 60
+    with torch.no_grad():
+        features, expected = backbone(images), plain(images)
+    assert list(features) == ["p3", "p4", "p5", "p6", "p7"]
+    for level in ("p3", "p4", "p5"):
+        torch.testing.assert_close(features[level], expected[level])
+    assert [tuple(features[level].shape[2:]) for level in ("p6", "p7")] == [(2, 2), (1, 1)]
+    assert {level: shape.stride for level, shape in backbone.output_shape().items()} == {
+        f"p{level}": 2**level for level in (3, 4, 5, 6, 7)
+    }
+    torch.testing.assert_close(features["p6"], backbone.top_block.p6(expected["p5"]))
 
 
 def test_networks_without_a_simple_pyramid(make_cfg, converted):
