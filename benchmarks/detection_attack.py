@@ -1,13 +1,16 @@
-"""The cost and strength of a k-step attack on a detector, beside a plain PGD loop and ART.
+"""The cost and strength of a k-step attack on a detector, beside a plain PGD loop, torchattacks and ART.
 
     python benchmarks/detection_attack.py [--weights FILE] [--steps 3] [--batch 8] [--rounds 2] [--sizes 160]
         [--device cuda --amp bf16]
 
 The unit of cost is the least that a step can cost: the forward pass of Mask R-CNN R18-FPN in training mode
-with its losses, and the gradient of their sum with respect to the images, with frozen parameters. Strength is
-the mean over the images of the sum of all losses. Everything takes turns on the same crops of a photograph
-with six objects each; the times are medians. ART's PGD takes part where it is installed
-(benchmarks/requirements.txt). torchattacks, foolbox and robustness attack classifiers only.
+with its losses, and the gradient of their sum with respect to the images, with frozen parameters. Each attack
+takes as many passes, one forward and one backward a step. Strength is the mean over the images of the sum of
+all losses. Everything takes turns on the same crops of a photograph with six objects each; the times are
+medians, on a CPU those of the processor, which other work on the machine changes less. ART's and
+torchattacks' PGD take part where they are installed (benchmarks/requirements.txt). torchattacks attacks
+classifiers: it sees the detector as one of two classes, whose cross entropy rises with the sum of the losses.
+foolbox and robustness want a prediction for each image, so they cannot.
 
 On a GPU each attack ends when the GPU has done it. --amp is the peers' mixed precision; ours is the attack's
 own, float16 on GPUs with its losses scaled.
@@ -144,11 +147,38 @@ def art_pgd(model: nn.Module, given: list[dict], steps: int) -> list[dict]:
     return [{**each, "image": 255 * image} for each, image in zip(given, found, strict=True)]
 
 
+class _TwoClasses(nn.Module):
+    """A detector as one example of a classifier: the logits of class 0 and of the sum of its losses."""
+
+    def __init__(self, model: nn.Module, given: list[dict]):
+        super().__init__()
+        self.losses = _Losses(model, given)
+
+    def forward(self, images: Tensor) -> Tensor:
+        total = self.losses(images)["loss"]
+        return torch.stack([torch.zeros_like(total), total])[None]
+
+
+def torchattacks_pgd(model: nn.Module, given: list[dict], steps: int) -> list[dict]:
+    import torchattacks
+
+    detector = _TwoClasses(model, given).train()
+    alpha = 2.5 * EPS / steps / 255
+    attack = torchattacks.PGD(detector, eps=EPS / 255, alpha=alpha, steps=steps, random_start=False)
+    attack.set_model_training_mode(model_training=True, batchnorm_training=True, dropout_training=True)
+    images = torch.stack([each["image"].float() / 255 for each in given])
+    found = attack(images, torch.zeros(1, dtype=torch.long, device=model.device))
+    return [{**each, "image": 255 * image} for each, image in zip(given, found, strict=True)]
+
+
 def seconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cpu":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -176,6 +206,8 @@ def attacks(args: argparse.Namespace, device: torch.device, num_classes: int) ->
     found["plain PGD loop"] = lambda model, given: plain_loop(model, given, args.steps)
     if importlib.util.find_spec("art"):
         found["ART's PGD"] = lambda model, given: art_pgd(model, given, args.steps)
+    if importlib.util.find_spec("torchattacks"):
+        found["torchattacks' PGD"] = lambda model, given: torchattacks_pgd(model, given, args.steps)
     found = {name: mixed(attack) for name, attack in found.items()}
     for loss in args.losses:
         counts = (1,) * num_classes if DETECTOR_ATTACKS[loss].needs_object_counts else ()
