@@ -39,14 +39,15 @@ def main() -> None:
     parser.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE")
     args = parser.parse_args()
     with one_line_errors():
-        parts = []
+        parts, tables = [], []
         for number, (config, weights) in enumerate(args.detector):
             clean, found = measured(args, config, weights, args.output / str(number))
-            print(f"\n{config} {weights}: {clean:.2f} without attack\n\n{table(found)}", flush=True)
+            tables.append(f"{config} {weights}: {clean:.2f} without attack\n\n{table(found)}")
             parts.append(found)
         if len(parts) > 1:
             mean = {key: statistics.mean(found[key] for found in parts) for key in parts[0]}
-            print(f"\nmean of {len(parts)} detectors\n\n{table(mean)}")
+            tables.append(f"mean of {len(parts)} detectors\n\n{table(mean)}")
+        print("", *tables, sep="\n\n")  # below what evaluators print
 
 
 def measured(args: argparse.Namespace, config: str, weights: str, folder: Path) -> tuple[float, Found]:
