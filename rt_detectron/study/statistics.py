@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,7 +162,7 @@ def compare(
     study: Study,
     outcomes: Sequence[Outcome],
     table: pd.DataFrame,
-    draws: Draws = MappingProxyType({}),
+    draws: Draws | None = None,
     main_kinds: Sequence[str] = (CLEAN,),
     lower_is_better: Sequence[str] = (),
     notes: Sequence[str] = (),
@@ -191,7 +190,7 @@ def compare(
     for (target, quantity), by_arm in groups.items():
         main = quantity.kind in main_kinds and quantity[1:4] == (task, main_metric(task), "")
         samples = {
-            arm.name: _sample(arm, quantity, by_arm[arm.name], draws)
+            arm.name: _sample(arm, quantity, by_arm[arm.name], draws or {})
             for arm in study.arms
             if arm.name in by_arm
         }
@@ -204,7 +203,9 @@ def compare(
     scores = scores.astype({"level": object, **dict.fromkeys(_NUMBERS, float)})
     scores["level"] = [None if pd.isna(level) else level for level in scores["level"]]
     scores["verdict"] = verdicts(scores, study.margin, lower_is_better)
-    return Comparison(study, outcomes, table, scores, main_samples, draws, _test_sets(outcomes), list(notes))
+    return Comparison(
+        study, outcomes, table, scores, main_samples, draws or {}, _test_sets(outcomes), list(notes)
+    )
 
 
 _NUMBERS = ["mean", "sd", "change", "se", "df", "low", "high", "p"]
