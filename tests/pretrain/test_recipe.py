@@ -90,6 +90,24 @@ def test_recipes_take_the_overrides_that_the_guide_names(path):
         instantiate(cfg.model.strategy)
 
 
+def test_the_imagenet_loader_takes_the_keys_that_the_guide_names():
+    keys = [
+        "batch_transform=null",
+        "prefetch_factor=4",
+        "dataset.transform.transforms.0.scaled_decoding=false",
+    ]
+    cfg = load_pretrain_config(
+        "configs/pretrain/resnet50_l2_eps3.py", [f"dataloader.train.{key}" for key in keys]
+    )
+    assert cfg.dataloader.train.batch_transform is None
+    assert cfg.dataloader.train.device == cfg.train.device
+    assert not instantiate(cfg.dataloader.train.dataset.transform).transforms[0].scaled_decoding
+    cfg = load_pretrain_config("configs/pretrain/resnet50_l2_eps3.py", [])
+    assert instantiate(cfg.dataloader.train.batch_transform).jitter == [0.1, 0.1, 0.1]
+    small = load_pretrain_config("configs/pretrain/resnet18_l2_eps0_5_cifar10.py", [])
+    assert small.dataloader.train.batch_transform is None  # CIFAR-10 has no colour noise
+
+
 def test_a_file_with_a_syntax_error_is_one_line(tmp_path):
     (tmp_path / "broken.py").write_text("train = dict(\n")
     with pytest.raises(InputError, match=r"broken.py: not a LazyConfig file") as error:

@@ -44,7 +44,7 @@ dataloader = dict(
             num_classes="${model.classifier.num_classes}",
             transform=L(T.Compose)(
                 transforms=[
-                    L(RandomResizedCrop)(size=224),
+                    L(RandomResizedCrop)(size=224, scaled_decoding=True),
                     L(T.RandomHorizontalFlip)(),
                 ]
             ),
