@@ -317,10 +317,12 @@ def to_device(batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         InputError: for other images, such as those of a transform that normalises.
     """
-    images, labels = (part.to(device, non_blocking=True) for part in batch[:2])
+    images, labels = batch[:2]
+    if not isinstance(images, UnfinishedImages) and images.dtype != torch.uint8:
+        check_images(images)  # before they are on a GPU, which the host would wait for
+    images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
     if isinstance(images, UnfinishedImages):
         return images.finish(), labels
     if images.dtype == torch.uint8:
-        return images.to(torch.float32, memory_format=torch.contiguous_format) / 255, labels
-    check_images(images)
+        images = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
     return images, labels

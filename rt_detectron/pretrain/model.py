@@ -11,6 +11,7 @@ from rt_detectron.pretrain.schedules import Resolution
 from rt_detectron.pretrain.strategies import Standard
 from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.modes import eval_mode
+from rt_detectron.utils.ranges import images_are_checked
 from rt_detectron.utils.seeds import seeded
 
 
@@ -52,7 +53,8 @@ class Pretraining(nn.Module):
             images = self.resolution(images, self.progress)
         adversarial = images
         if type(self.strategy).perturb is not Standard.perturb:  # else nothing is attacked
-            adversarial = self.strategy.perturb(self.attacked.now(), images, labels, self.progress)
+            with images_are_checked():  # by to_device
+                adversarial = self.strategy.perturb(self.attacked.now(), images, labels, self.progress)
             self.attacked.release()
         return self.strategy.losses(self.classifier, images, adversarial, labels)
 
