@@ -201,7 +201,7 @@ class LossAttack(DetectorAttack):
 
     def __call__(self, model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
         found, first = self._attacked(model, inputs)
-        before = first if self._begins_at_the_image else self.value(model, inputs)
+        before = [float(one) for one in first] if self._begins_at_the_image else self.value(model, inputs)
         after = self.value(model, found)
         return [{**each, "objective": pair} for each, *pair in zip(found, before, after, strict=True)]
 
@@ -218,8 +218,8 @@ class LossAttack(DetectorAttack):
     def perturb(self, model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
         return self._attacked(model, inputs)[0]
 
-    def _attacked(self, model: nn.Module, inputs: Sequence[dict]) -> tuple[list[dict], list[float]]:
-        """The inputs with attacked images, and what the objective was at first."""
+    def _attacked(self, model: nn.Module, inputs: Sequence[dict]) -> tuple[list[dict], list[Tensor]]:
+        """The inputs with attacked images, and what the objective was at first, (1,) each."""
         if self.padding:
             inputs = _padded(model, inputs)
         first: list[Tensor] = []
@@ -239,7 +239,7 @@ class LossAttack(DetectorAttack):
             half = torch.float16 if kind == "cuda" else torch.bfloat16
             with torch.autocast(kind, half, enabled=self.amp):
                 adversarial = self.pgd.maximize(noted, unit_images(model, inputs), starts)
-        return with_images(inputs, adversarial), [float(value) for value in first]
+        return with_images(inputs, adversarial), first
 
     def value(self, model: nn.Module, inputs: Sequence[dict]) -> list[float]:
         """The objective of each image."""
@@ -547,7 +547,7 @@ def unit_images(model: nn.Module, inputs: Sequence[dict]) -> list[Tensor]:
                 f"attack: image {each.get('image_id')} has values from {low:g} to {high:g}; a detector's "
                 "input is in 0..255, before it is normalised"
             )
-    return [each["image"].to(model.device).float()[None] / 255 for each in inputs]
+    return [each["image"].to(model.device, non_blocking=True).float()[None] / 255 for each in inputs]
 
 
 def with_images(inputs: Sequence[dict], images: Sequence[Tensor]) -> list[dict]:

@@ -269,7 +269,7 @@ class FreeReplays:
         moved, self._restored = [image.to(self.device) for image in self._restored], []
         self._iteration = start
         for batch in batches_from(self.loader, number):
-            images = [inputs["image"].to(self.device, torch.float32) for inputs in batch]
+            images = [inputs["image"].to(self.device, torch.float32, non_blocking=True) for inputs in batch]
             if not (skipped and moved):
                 moved = self._first(images, moved)
             for left in reversed(range(self.replays - skipped)):

@@ -22,6 +22,8 @@ from rt_detectron.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+LOG_PERIOD = 20  # iterations, as in Detectron2
+
 
 class AveragedWeights(ExponentialMovingAverage):
     """The average is evaluated, and saved as ``model`` in the checkpoints.
@@ -134,7 +136,7 @@ def training_hooks(
     average: AveragedWeights | None = None,
     precise_bn: PreciseBN | None = None,
     build_writers,
-    log_period: int = 20,
+    log_period: int = LOG_PERIOD,
 ) -> list[HookBase | None]:
     """The hooks of a training, in Detectron2's order.
 

@@ -152,7 +152,7 @@ def do_train(cfg, resume: bool = False) -> dict:
     under_attack = None
     if adversarial.eval_images and "evaluator" in cfg.dataloader:
         under_attack = EvaluationUnderAttack(attackable_test_set(cfg), adversarial)
-    trainer = build_trainer(model, loader, optimizer, train.amp.enabled, **train.ddp)
+    trainer = build_trainer(model, loader, optimizer, train.amp.enabled, train.log_period, **train.ddp)
     checkpointer = RobustCheckpointer(
         evaluated, train.output_dir, input_format=image_format(cfg), trainer=trainer
     )

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import re
 import statistics
 from collections import deque
@@ -16,13 +17,12 @@ from detectron2.solver.build import (
     maybe_add_gradient_clipping,
 )
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rt_detectron.checkpoint.checkpointer import TRUNK
 from rt_detectron.detection.loader import batches_from
-from rt_detectron.engine.base_trainer import BaseTrainer
+from rt_detectron.engine.base_trainer import BaseTrainer, LossesOnTheWay, write_losses
 from rt_detectron.layers.frozen_norm import fold_frozen_norms
 from rt_detectron.layers.paste_masks import use_product_paste
 from rt_detectron.layers.roi_align import use_rows_roi_align
@@ -38,15 +38,19 @@ EXPLOSION = 100.0  # a median loss this many times that of the first iterations 
 class DetectorTrainer(BaseTrainer):
     """Detectron2's SimpleTrainer for detectors; resumed, it goes on as if it had not been interrupted.
 
-    It notes a loss that is not finite or explodes, instead of raising. Only where several processes run, and
-    the forward pass of one of them finds no finite numbers, the FloatingPointError is raised: the others
-    already wait for the gradients of this one.
+    It notes a loss that is not finite or explodes, instead of raising: where it is known at once, as on CPUs,
+    the step changes nothing. On a GPU the host does not wait for it, but looks at the losses that are there,
+    at all of them every ``gather_metric_period`` steps and before anything is saved. Only where several
+    processes run, and the forward pass of one of them finds no finite numbers, the FloatingPointError is
+    raised: the others already wait for the gradients of this one.
     """
 
     def __init__(self, model: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer, **kwargs):
         super().__init__(model, data_loader, optimizer, **kwargs)
-        self._diverged = False
-        self._losses: deque[float] = deque(maxlen=WINDOW)  # in the process that gathers them
+        self._diverged = self._is_finite_no_more = False
+        self._on_the_way = LossesOnTheWay()
+        self._unwritten: list[tuple[int, dict[str, float], float]] = []  # see write_losses
+        self._losses: deque[float] = deque(maxlen=WINDOW)  # sums, the means over all processes
         self._at_first: float | None = None  # the median loss of the first WINDOW iterations
 
     _data_loader_iter_obj: Iterator | None
@@ -66,12 +70,33 @@ class DetectorTrainer(BaseTrainer):
             if self._is_local and comm.get_world_size() > 1:
                 raise
 
-    def _write_metrics(self, *args, **kwargs) -> None:
-        self._is_local = False  # what the first process finds now, all will be asked about
-        super()._write_metrics(*args, **kwargs)
-        if comm.is_main_process():
-            self._losses.append(get_event_storage().history("total_loss").latest())
-            self._check_explosion()
+    def _write_metrics(self, loss_dict, data_time: float, prefix: str = "", iter: int | None = None) -> None:
+        self._is_local = False  # of what this process finds from now on, the others are told
+        losses = torch.cat([loss.detach().reshape(1) for loss in loss_dict.values()])
+        self._on_the_way.add(losses, self.iter, tuple(loss_dict), data_time)
+        self._look()
+        if (self.iter + 1) % self.gather_metric_period == 0:
+            self._write_all()
+        if self._is_finite_no_more:
+            raise FloatingPointError("a loss is not finite")  # ahead of the optimiser's step
+
+    def _look(self, wait: bool = False) -> None:
+        """Check the losses that have arrived."""
+        for losses, iteration, names, data_time in self._on_the_way.arrived(wait):
+            found = dict(zip(names, losses.tolist(), strict=True))
+            self._unwritten.append((iteration, found, data_time))
+            if not self._is_finite_no_more and not math.isfinite(sum(found.values())):
+                self._is_finite_no_more = True
+                self._note_divergence(f"Loss became infinite or NaN at iteration={iteration}: {found}")
+
+    def _write_all(self) -> None:
+        """Write the losses of all steps since the last time. Called in all processes."""
+        self._look(wait=True)
+        rows, self._unwritten = self._unwritten, []
+        for total in write_losses(rows) if rows else ():
+            if math.isfinite(total):
+                self._losses.append(total)
+                self._check_explosion()
 
     def _check_explosion(self) -> None:
         if len(self._losses) < WINDOW:
@@ -93,9 +118,13 @@ class DetectorTrainer(BaseTrainer):
         """Whether the training has diverged, as far as this process knows.
 
         Args:
-            wait: also check the weights, as before saving: a step with finite losses can leave weights that
-                are not finite.
+            wait: look at the losses of all steps, and at the weights, as before saving: a step with finite
+                losses can leave weights that are not finite. All processes must ask for it at a time.
         """
+        if wait:
+            self._write_all()
+        else:
+            self._look()
         if wait and not self._diverged:
             for name, parameter in self.model.named_parameters():
                 if not torch.isfinite(parameter).all():
@@ -185,11 +214,13 @@ def fast(model: nn.Module) -> nn.Module:
 
 
 def build_trainer(
-    model: nn.Module, loader, optimizer: torch.optim.Optimizer, amp: bool = False, **ddp
+    model: nn.Module, loader, optimizer: torch.optim.Optimizer, amp: bool = False, log_period: int = 1, **ddp
 ) -> DetectorTrainer:
     """The trainer of ``model``, wrapped in DistributedDataParallel if there are several processes.
 
     Args:
+        log_period: iterations between two times that metrics are read from the event storage, for all of
+            which the losses are written at once.
         ddp: arguments of DistributedDataParallel.
 
     Raises:
@@ -204,7 +235,9 @@ def build_trainer(
         raise InputError("SyncBN needs GPUs: on several CPU processes set NORM naiveSyncBN, BN or FrozenBN")
     # On CPUs DistributedDataParallel takes no device ids.
     wrapped = create_ddp_model(model, **ddp, **({"device_ids": None} if on_cpu else {}))
-    return (DetectorAMPTrainer if amp else DetectorTrainer)(wrapped, loader, optimizer)
+    trainer = (DetectorAMPTrainer if amp else DetectorTrainer)(wrapped, loader, optimizer)
+    trainer.gather_metric_period = math.gcd(log_period, WINDOW)  # so that an explosion is seen in time
+    return trainer
 
 
 def check_batch_size(images: int, key: str, processes: int) -> None:

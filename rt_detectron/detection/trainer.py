@@ -37,7 +37,7 @@ from rt_detectron.data import (
 )
 from rt_detectron.detection.adversarial import ATTACKED, AdversarialTraining, EvaluationUnderAttack
 from rt_detectron.detection.frozen_features import cache_features
-from rt_detectron.detection.hooks import PreciseBN, build_average, training_hooks
+from rt_detectron.detection.hooks import LOG_PERIOD, PreciseBN, build_average, training_hooks
 from rt_detectron.detection.loader import resumable
 from rt_detectron.detection.steps import (
     DIVERGED,
@@ -226,7 +226,7 @@ class Trainer(DefaultTrainer):
         self.under_attack = _under_attack(cfg, adversarial)
         data_loader = adversarial.batches(data_loader, model, cfg.SOLVER.MAX_ITER, cfg.SOLVER.AMP.ENABLED)
         self._trainer = build_trainer(
-            model, data_loader, optimizer, cfg.SOLVER.AMP.ENABLED, broadcast_buffers=False
+            model, data_loader, optimizer, cfg.SOLVER.AMP.ENABLED, LOG_PERIOD, broadcast_buffers=False
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RobustCheckpointer(

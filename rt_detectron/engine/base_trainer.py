@@ -1,11 +1,81 @@
 """What the trainers of classifiers, heads and detectors share."""
 
 import logging
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, distributed
+
+from rt_detectron.engine.patience import patient_group
 
 logger = logging.getLogger(__name__)
+
+
+class LossesOnTheWay:
+    """Losses that a GPU may still have to compute. Only who asks for them waits."""
+
+    def __init__(self):
+        self._queue: deque[tuple[Tensor, torch.cuda.Event | None, tuple]] = deque()
+
+    def add(self, losses: Tensor, *about: Any) -> None:
+        """Send ``losses``, of any shape, to the CPU, and keep what they are ``about`` with them."""
+        arrival = None
+        sent = losses.detach().to("cpu", non_blocking=True)
+        if losses.device.type == "cuda":
+            arrival = torch.cuda.Event()
+            arrival.record()
+        self._queue.append((sent, arrival, about))
+
+    def arrived(self, wait: bool = False) -> Iterator[tuple]:
+        """``(losses, *about)`` of those that have arrived, in order, each once; with ``wait`` of all."""
+        while self._queue:
+            losses, arrival, about = self._queue[0]
+            if arrival is not None:
+                if wait:
+                    arrival.synchronize()
+                elif not arrival.query():
+                    return
+            self._queue.popleft()
+            yield losses, *about
+
+
+def write_losses(rows: Sequence[tuple[int, dict[str, float], float]]) -> list[float]:
+    """Write losses to Detectron2's event storage, as means over the processes. Call it in all of them.
+
+    As ``SimpleTrainer.write_metrics``, but for several iterations at once, and by sums of tensors, where that
+    one gathers pickled dicts. What is not finite is not written.
+
+    Args:
+        rows: for each iteration its number, this process's losses by name, and the seconds that it waited for
+            the data. Numbers and names are the same in all processes.
+
+    Returns:
+        The sum of the losses of each iteration.
+    """
+    means = torch.tensor([loss for _, losses, _ in rows for loss in losses.values()], dtype=torch.float64)
+    longest = torch.tensor([seconds for *_, seconds in rows], dtype=torch.float64)
+    if comm.get_world_size() > 1:
+        distributed.all_reduce(means, group=patient_group())
+        means /= comm.get_world_size()
+        distributed.all_reduce(longest, distributed.ReduceOp.MAX, group=patient_group())
+    storage, values, totals = get_event_storage(), iter(means.tolist()), []
+    for (iteration, losses, seconds), data_time in zip(rows, longest.tolist(), strict=True):
+        found = {name: next(values) for name in losses}
+        totals.append(sum(found.values()))
+        storage.put_scalar("rank_data_time", seconds, cur_iter=iteration)
+        if comm.is_main_process():
+            storage.put_scalar("data_time", data_time, cur_iter=iteration)
+            if math.isfinite(totals[-1]):
+                storage.put_scalar("total_loss", totals[-1], cur_iter=iteration)
+                if len(found) > 1:
+                    storage.put_scalars(cur_iter=iteration, **found)
+    return totals
 
 
 class BaseTrainer(SimpleTrainer):
@@ -14,6 +84,11 @@ class BaseTrainer(SimpleTrainer):
     So the learning rate that the config has now counts, as the advice after a divergence needs it, and not
     that of the time when the checkpoint was written.
     """
+
+    def _write_metrics(self, loss_dict, data_time: float, prefix: str = "", iter: int | None = None) -> None:
+        """The losses of every ``gather_metric_period``-th step, see :func:`write_losses`."""
+        if (self.iter + 1) % self.gather_metric_period == 0:
+            write_losses([(self.iter, {k: float(loss) for k, loss in loss_dict.items()}, data_time)])
 
     def state_of_process(self) -> dict:
         """What this process alone needs to go on, as torch saves it. Called after a step."""

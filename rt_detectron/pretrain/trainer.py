@@ -3,9 +3,8 @@
 import copy
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 from rt_detectron.checkpoint.checkpointer import TrainingCheckpointer, has_checkpoint
 from rt_detectron.data.images import check_same_classes
 from rt_detectron.data.loader import TrainLoader
-from rt_detectron.engine.base_trainer import BaseTrainer
+from rt_detectron.engine.base_trainer import BaseTrainer, LossesOnTheWay
 from rt_detectron.engine.lazy_config import build
 from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
 from rt_detectron.engine.processes import share_buffers, share_state
@@ -219,9 +218,7 @@ class ClassifierTrainer(BaseTrainer):
         self.device = model.device
         self.amp = AMP[amp] if amp else None
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
-        self._unchecked: deque = (
-            deque()
-        )  # (iteration, keys, loss on its way to the CPU, event of its arrival)
+        self._on_the_way = LossesOnTheWay()
         self._diverged = False
 
     @property
@@ -259,24 +256,15 @@ class ClassifierTrainer(BaseTrainer):
             for name, loss in part_losses.items():
                 losses[name] = losses.get(name, 0) + loss.detach()
         self.after_backward()
-        self._note(sum(losses.values()), keys)
+        self._on_the_way.add(sum(losses.values()), self.iter, keys)
         if (self.iter + 1) % self.gather_metric_period == 0:
             self.has_diverged(wait=True)  # names the images, in the process that has them
-            with suppress(FloatingPointError):  # in the process that gathers the losses of all
-                self._write_metrics(losses, data_time)
+        self._write_metrics(losses, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
     def _without_reduction(self):
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
-
-    def _note(self, loss: Tensor, keys: list[str]) -> None:
-        arrival = None
-        loss = loss.to("cpu", non_blocking=True)
-        if self.device.type == "cuda":
-            arrival = torch.cuda.Event()
-            arrival.record()
-        self._unchecked.append((self.iter, keys, loss, arrival))
 
     def has_diverged(self, wait: bool = False) -> bool:
         """Whether a loss of this process was not finite; logs the images of the first such batch.
@@ -284,14 +272,8 @@ class ClassifierTrainer(BaseTrainer):
         Args:
             wait: wait for losses that a GPU has not computed yet; without it they are left to the next call.
         """
-        while self._unchecked and not self._diverged:
-            iteration, keys, loss, arrival = self._unchecked[0]
-            if arrival is not None and not wait and not arrival.query():
-                break
-            if arrival is not None:
-                arrival.synchronize()
-            self._unchecked.popleft()
-            if not torch.isfinite(loss):
+        for loss, iteration, keys in self._on_the_way.arrived(wait):
+            if not self._diverged and not torch.isfinite(loss):
                 self._diverged = True
                 logger.error("Loss %s at iteration %d on %s", loss.item(), iteration, ", ".join(keys))
         return self._diverged

@@ -1,9 +1,9 @@
 """A stand-in for an accelerator that finds out where the host would wait for it.
 
-Its tensors say that they are on the device "meta", but have numbers, in ordinary memory. So whole steps run on
-it, also through code that chooses by values, as Detectron2's does. What would make the host wait for a GPU is
-noted with the line that asked for it: what torch.cuda.set_sync_debug_mode tells of on a real one. What would
-fail on a GPU, an operation on tensors of two devices, fails.
+Its tensors say that they are on the device "meta", but have numbers, in ordinary memory. So whole steps run
+on it, also through code that chooses by values, as Detectron2's does. What would make the host wait for a GPU
+is noted with the line that asked for it: what torch.cuda.set_sync_debug_mode tells of on a real one. What
+would fail on a GPU, an operation on tensors of two devices, fails.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
 PACKAGE = Path(__file__).parents[2] / "rt_detectron"
+BACKWARD = " (a backward pass)"
 # They give a number to Python, or a tensor whose size depends on values.
 READING = {
     "_local_scalar_dense", "_unique2", "bincount", "equal", "is_nonzero", "masked_select", "nms", "nonzero",
@@ -62,7 +63,7 @@ class Accelerator(TorchDispatchMode):
 
     Attributes:
         waits: for each time that the host would wait, "operation, FILE:LINE", the line being the innermost
-            one outside torch.
+            one outside torch; "(a backward pass)" behind it, if that line only began one.
     """
 
     current: "Accelerator"
@@ -89,7 +90,7 @@ class Accelerator(TorchDispatchMode):
     @property
     def own_waits(self) -> list[str]:
         """Those that this package asks for, and not Detectron2 or torchvision."""
-        return [wait for wait in self.waits if str(PACKAGE) in wait]
+        return [wait for wait in self.waits if str(PACKAGE) in wait and not wait.endswith(BACKWARD)]
 
     def put(self, module: nn.Module) -> nn.Module:
         """``module``, in place, on the stand-in. Module.to would leave it without numbers."""
@@ -139,11 +140,13 @@ class Accelerator(TorchDispatchMode):
         return return_and_correct_aliasing(func, args, kwargs, result)
 
     def _note(self, what: str) -> None:
-        frame = sys._getframe(1)
+        frame, where = sys._getframe(1), ""
         torch_files = (str(Path(torch.__file__).parent), __file__)
         while frame.f_back is not None and frame.f_code.co_filename.startswith(torch_files):
+            if frame.f_code.co_name == "_engine_run_backward":
+                where = BACKWARD
             frame = frame.f_back
-        self.waits.append(f"{what}, {frame.f_code.co_filename}:{frame.f_lineno}")
+        self.waits.append(f"{what}, {frame.f_code.co_filename}:{frame.f_lineno}{where}")
 
 
 def _numbers(x):

@@ -49,7 +49,9 @@ def test_every_strategy_of_the_package_is_here():
 
 def make(strategy: Standard) -> Pretraining:
     torch.manual_seed(0)
-    model = Pretraining(tiny_classifier(3), copy.deepcopy(strategy), Resolution(start=8, until=0.6, multiple=4))
+    model = Pretraining(
+        tiny_classifier(3), copy.deepcopy(strategy), Resolution(start=8, until=0.6, multiple=4)
+    )
     return model
 
 
@@ -73,7 +75,9 @@ def train(model: Pretraining, dtype=torch.uint8) -> dict[str, torch.Tensor]:
     model.strategy.begin(model.classifier, True)
     model.progress = 0.5
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, foreach=True)
-    trainer = ClassifierTrainer(model, Batches(dtype), optimizer, accumulate=1 + (model.strategy.replays == 1))
+    trainer = ClassifierTrainer(
+        model, Batches(dtype), optimizer, accumulate=1 + (model.strategy.replays == 1)
+    )
     trainer.gather_metric_period = 100
     trainer.start_iter = 0
     for trainer.iter in range(2):
@@ -94,3 +98,49 @@ def test_a_step_never_waits(name):
     assert found["network.fc.weight"].device.type == "meta"
     for name, tensor in found.items():  # and it is the step that it is elsewhere
         torch.testing.assert_close(tensor.numbers, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+class Planted(Adversarial):
+    """Does something more to the images."""
+
+    def __init__(self, plant):
+        super().__init__(pgd())
+        self.plant = plant
+
+    def perturb(self, model, images, labels, progress):
+        self.plant(images)
+        return super().perturb(model, images, labels, progress)
+
+
+@pytest.mark.parametrize(
+    ("plant", "wait"),
+    [
+        (lambda images: images.mean().item(), "_local_scalar_dense"),
+        (lambda images: images.mean() if images.max() > 2 else images.sum(), "_local_scalar_dense"),
+        (lambda images: images[images > 0.5], "index by a mask"),
+        (lambda images: images.clone().masked_fill_(images > 2, 0).nonzero(), "nonzero"),
+        (lambda images: images.cpu(), "_to_copy to the host"),
+        (lambda images: images + torch.ones(3, 1, 1, device=images.device), None),
+        (lambda images: images + torch.ones(1).to(images.device), "_to_copy to the accelerator"),
+        (lambda images: images[torch.tensor([0, 1])], "index by indices of the host"),
+    ],
+)
+def test_what_would_wait_is_found(plant, wait):
+    with Accelerator() as accelerator:
+        train(accelerator.put(make(Planted(plant))))
+        assert {line.split(", ")[0] for line in accelerator.waits} == ({wait} if wait else set())
+        assert all(__file__ in line for line in accelerator.waits)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda images: images + torch.ones(3, 1, 1),
+        lambda images: (
+            images + torch.tensor([1.0], device=images.device)
+        ),  # copied from the host, which waits
+    ],
+)
+def test_numbers_of_the_host_are_found(plant):
+    with Accelerator() as accelerator, pytest.raises(RuntimeError, match="tensors of two devices"):
+        train(accelerator.put(make(Planted(plant))))
