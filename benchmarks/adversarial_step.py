@@ -1,6 +1,7 @@
 """Images/s of an adversarial training step (PGD-3, L2): ours, with and without its parts, and other packages.
 
     python benchmarks/adversarial_step.py [--arch resnet18 --size 64 --batch 64 --rounds 7]
+    python benchmarks/adversarial_step.py --device cuda --amp bf16 --size 224 --batch 256     # on a GPU
 
 All start from the same weights and train on the same batch with the same SGD. They take turns. Printed are
 the median over the rounds and the loss of the last step, which is equal up to rounding for those that compute
@@ -13,11 +14,11 @@ pip install --no-deps -r benchmarks/requirements.txt
 import argparse
 import contextlib
 import importlib
+import math
 import multiprocessing
 import resource
 import statistics
 import sys
-import time
 import types
 import warnings
 from collections.abc import Callable
@@ -25,8 +26,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from plain import MEAN, STD, Normalised, plain_pgd
-from torch import nn
+from plain import AMP, MEAN, STD, Normalised, device_name, plain_pgd, seconds
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rt_detectron.attacks import PGD, ThreatModel
@@ -35,10 +36,12 @@ from rt_detectron.layers import small_maps
 from rt_detectron.layers.folding import FoldedNetwork
 from rt_detectron.layers.small_maps import use_small_maps
 from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.utils.ranges import images_are_checked
 
 EPS, STEPS = 3.0, 3
 STEP_SIZE = 2 * EPS / STEPS
-Step = Callable[[], float]
+Step = Callable[[], Tensor]  # gives the loss
+scaler = torch.amp.GradScaler("cpu", enabled=False)  # of losses in fp16
 
 
 def network(arch: str) -> nn.Module:
@@ -51,42 +54,49 @@ def training_step(
 ) -> Step:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=fused)
 
-    def step() -> float:
+    def step() -> Tensor:
         if zero_first:  # the attack can have the gradients' memory
             optimizer.zero_grad(set_to_none=True)
         adversarial = attack()
         model.train()
         loss = F.cross_entropy(model(adversarial), labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+        update(loss, optimizer)
+        return loss.detach()
 
     return step
 
 
+def update(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    with torch.autocast(loss.device.type, enabled=False):
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
 def clean(arch, images, labels) -> Step:
-    model = Normalised(network(arch))
+    model = Normalised(network(arch)).to(images.device)
     return training_step(model, images, labels, lambda: images)
 
 
 def plain(arch, images, labels) -> Step:
-    model = Normalised(network(arch))
+    model = Normalised(network(arch)).to(images.device)
     return training_step(model, images, labels, lambda: plain_pgd(model, images, labels, EPS, STEPS))
 
 
 def ours(folded: bool = True, channels_last: bool = True, fused: bool = False) -> Callable[..., Step]:
     def build(arch, images, labels) -> Step:
         torch.manual_seed(0)  # the weights of the others, by the same numbers
-        model = Classifier(arch, 1000)
+        model = Classifier(arch, 1000).to(images.device)
         use_small_maps(model, images.device)
         if not channels_last:
-            model = Normalised(model.network.to(memory_format=torch.contiguous_format))
+            model = Normalised(model.network.to(memory_format=torch.contiguous_format)).to(images.device)
         target = FoldedNetwork(model) if folded else model
         pgd = PGD(ThreatModel("l2", EPS), STEPS, relative_step_size=2.0)
 
         def attack():
-            adversarial = pgd(target, images, labels)
+            with images_are_checked():
+                adversarial = pgd(target, images, labels)
             if folded:
                 target.forget()
             return adversarial
@@ -103,7 +113,8 @@ def ours_without_small_maps(arch, images, labels) -> Step:
 def robustness(use_best: bool) -> Callable[..., Step]:
     def build(arch, images, labels) -> Step:
         # It moves everything to a GPU, and wants a module that torchvision dropped.
-        torch.Tensor.cuda = lambda self, *_, **__: self
+        if images.device.type == "cpu":
+            torch.Tensor.cuda = lambda self, *_, **__: self
         utils = types.ModuleType("torchvision.models.utils")
         utils.load_state_dict_from_url = None
         sys.modules["torchvision.models.utils"] = utils
@@ -113,17 +124,17 @@ def robustness(use_best: bool) -> Callable[..., Step]:
         own = getattr(imagenet_models, arch)()  # its forward takes more arguments than torchvision's
         own.load_state_dict(network(arch).state_dict())
         model = AttackerModel(own, types.SimpleNamespace(mean=MEAN, std=STD)).train()
+        model.to(images.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
         options = {"constraint": "2", "eps": EPS, "step_size": STEP_SIZE, "iterations": STEPS}
         options |= {"do_tqdm": False, "use_best": use_best, "random_start": False, "custom_loss": None}
 
-        def step() -> float:
+        def step() -> Tensor:
             output, _ = model(images, target=labels, make_adv=True, **options)
             loss = F.cross_entropy(output, labels)
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return loss.item()
+            update(loss, optimizer)
+            return loss.detach()
 
         return step
 
@@ -132,20 +143,20 @@ def robustness(use_best: bool) -> Callable[..., Step]:
 
 def torchattacks(arch, images, labels) -> Step:
     peer = importlib.import_module("torchattacks")
-    model = Normalised(network(arch)).train()
+    model = Normalised(network(arch)).to(images.device).train()
     attack = peer.PGDL2(model, eps=EPS, alpha=STEP_SIZE, steps=STEPS, random_start=False)
     return training_step(model, images, labels, lambda: attack(images, labels))
 
 
 def foolbox(arch, images, labels) -> Step:
     peer = importlib.import_module("foolbox")
-    model = Normalised(network(arch))
+    model = Normalised(network(arch)).to(images.device)
     attack = peer.attacks.L2ProjectedGradientDescentAttack(
         abs_stepsize=STEP_SIZE, steps=STEPS, random_start=False
     )
 
     def make():
-        wrapped = peer.PyTorchModel(model.eval(), bounds=(0, 1))
+        wrapped = peer.PyTorchModel(model.eval(), bounds=(0, 1), device=images.device)
         return attack.run(wrapped, images, labels, epsilon=EPS)
 
     return training_step(model, images, labels, make)
@@ -155,15 +166,20 @@ def art(arch, images, labels) -> Step:
     from art.attacks.evasion import ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
 
-    model = Normalised(network(arch))
+    model = Normalised(network(arch)).to(images.device)
+    kind = "cpu" if images.device.type == "cpu" else "gpu"
     estimator = PyTorchClassifier(
-        model, F.cross_entropy, tuple(images.shape[1:]), 1000, clip_values=(0, 1), device_type="cpu"
+        model, F.cross_entropy, tuple(images.shape[1:]), 1000, clip_values=(0, 1), device_type=kind
     )
     attack = ProjectedGradientDescentPyTorch(
         estimator, norm=2, eps=EPS, eps_step=STEP_SIZE, max_iter=STEPS, batch_size=len(images), verbose=False
     )
-    array, target = images.numpy(), labels.numpy()
-    return training_step(model, images, labels, lambda: torch.from_numpy(attack.generate(array, target)))
+    array, target = images.cpu().numpy(), labels.cpu().numpy()
+
+    def make():
+        return torch.from_numpy(attack.generate(array, target)).to(images.device)
+
+    return training_step(model, images, labels, make)
 
 
 SIDES: dict[str, Callable[..., Step]] = {
@@ -185,30 +201,38 @@ SIDES: dict[str, Callable[..., Step]] = {
 def measure(args: argparse.Namespace) -> None:
     images, labels = batch(args)
     steps = {}
-    for name, build in SIDES.items():
+    for name in args.sides or SIDES:
         try:
-            steps[name] = build(args.arch, images, labels)
+            steps[name] = SIDES[name](args.arch, images, labels)
         except ImportError as error:
             print(f"left out: {name} ({error})")
     times, losses = {name: [] for name in steps}, {}
     for i in tqdm(range(args.rounds + 1), desc="rounds", disable=None):
         for name, step in steps.items():
-            start = time.perf_counter()
-            losses[name] = step()
+            with torch.autocast(args.device, AMP[args.amp], enabled=args.amp is not None):
+                took, losses[name] = seconds(step, images.device)
             if i:  # the first warms up
-                times[name].append(time.perf_counter() - start)
+                times[name].append(took)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    reference = medians.get("robustness (use_best=False)", medians["plain loop"])
-    print(f"{args.arch}, {args.size} px, batch {args.batch}, {torch.get_num_threads()} threads")
+    reference = medians.get("robustness (use_best=False)", medians.get("plain loop", math.nan))
+    how = f"{device_name(images.device)}, {args.amp or 'float32'}"
+    print(f"{args.arch}, {args.size} px, batch {args.batch}, {how}")
     print(f"{'':<38} {'images/s':>9} {'x robustness':>13} {'loss':>8}")
     for name, median in medians.items():
         print(f"{name:<38} {args.batch / median:>9.2f} {reference / median:>13.2f} {losses[name]:>8.4f}")
+    if "ours" in medians:
+        speed, gain = args.batch / medians["ours"], reference / medians["ours"]
+        print(
+            "\n| network | pixels | batch | on | ours, images/s | x robustness |\n|---|--:|--:|---|--:|--:|"
+        )
+        print(f"| {args.arch} | {args.size} | {args.batch} | {how} | {speed:.1f} | {gain:.2f} |")
 
 
 def batch(args: argparse.Namespace):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(args.batch, 3, args.size, args.size, generator=generator)
-    return images, torch.randint(0, 1000, (args.batch,), generator=generator)
+    labels = torch.randint(0, 1000, (args.batch,), generator=generator)
+    return images.to(args.device), labels.to(args.device)
 
 
 def peak(args: argparse.Namespace, name: str) -> None:
@@ -226,9 +250,16 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="image side in pixels")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, metavar="SIDE", help=", ".join(SIDES))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--amp", choices=("bf16", "fp16"), help="mixed precision; float32 without")
     parser.add_argument("--memory", action="store_true", help="peak memory of ours and of the plain loop")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no GPU that torch can use")
+    global scaler
+    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     if not args.memory:
         measure(args)
         return

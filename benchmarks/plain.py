@@ -1,5 +1,8 @@
 """A network in the default memory format, and PGD as a plain loop: what the benchmarks compare with."""
 
+import time
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,6 +10,30 @@ from torch import Tensor, nn
 from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD
 
 MEAN, STD = torch.tensor(IMAGENET_MEAN) / 255, torch.tensor(IMAGENET_STD) / 255
+
+
+AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def seconds(work: Callable, device: torch.device) -> tuple[float, object]:
+    """How long ``work()`` takes, with all that it has a GPU do, and what it gives."""
+    synchronize(device)
+    start = time.perf_counter()
+    found = work()
+    synchronize(device)
+    return time.perf_counter() - start, found
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """For tables: the GPU, or the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads"
 
 
 class Normalised(nn.Module):

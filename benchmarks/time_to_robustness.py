@@ -1,6 +1,9 @@
 """Wall time until a classifier is robust: other recipes against ours, on CIFAR-10 with two CPU cores.
 
     python benchmarks/time_to_robustness.py --data FOLDER_OF_SHARDS [--seeds 0 1 2 --sides ours peer]
+    python benchmarks/time_to_robustness.py --data FOLDER_OF_SHARDS --device cuda --amp bf16 --budget 60
+
+The recipe of ours is configs/pretrain/resnet18_l2_eps0_5_cifar10_fast.py, too.
 
 All train torchvision's ResNet-18 from scratch at 32 px, against L2 eps 0.5, with the same augmentation, batch
 size, momentum and weight decay. All are then attacked by PGD-20 on the same 2,000 images.
@@ -26,7 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from detectron2.utils.events import EventStorage
-from plain import Normalised, plain_pgd
+from plain import AMP, Normalised, device_name, plain_pgd, synchronize
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Identity
 from torchvision.transforms.v2.functional import pad
@@ -43,6 +46,7 @@ from rt_detectron.pretrain.schedules import EpsSchedule, Resolution
 from rt_detectron.pretrain.strategies import Fast, Standard
 from rt_detectron.utils.errors import one_line_errors
 from rt_detectron.utils.files import replaced_atomically
+from rt_detectron.utils.ranges import images_are_checked
 
 THREAT_MODEL = ThreatModel("l2", 0.5)
 BATCH = 128
@@ -60,16 +64,18 @@ def batches(images: Tensor, labels: Tensor, seed: int):
     """Endless batches in [0, 1], cropped and flipped at random."""
     generator = torch.Generator().manual_seed(seed)
     crops = pad(images, [4, 4, 4, 4]).unfold(2, 32, 1).unfold(3, 32, 1)  # (N, 3, 9, 9, 32, 32), a view
+    device = images.device
     while True:
         for places in torch.randperm(len(images), generator=generator).split(BATCH)[:-1]:
             y, x = torch.randint(0, 9, (2, len(places)), generator=generator)
             crop = crops[places, :, y, x].float() / 255
             flip = torch.rand(len(places), 1, 1, 1, generator=generator) < 0.5
+            places, y, x, flip = (part.to(device, non_blocking=True) for part in (places, y, x, flip))
             yield torch.where(flip, crop.flip(3), crop), labels[places]
 
 
 def peer(args: argparse.Namespace) -> tuple[nn.Module, Callable]:
-    model = Normalised(build_classifier("resnet18", 10))
+    model = Normalised(build_classifier("resnet18", 10)).to(args.device)
 
     def loss(images, labels, progress):
         adversarial = plain_pgd(model, images, labels, THREAT_MODEL.eps, steps=3)
@@ -81,12 +87,13 @@ def peer(args: argparse.Namespace) -> tuple[nn.Module, Callable]:
 def ours(args: argparse.Namespace) -> tuple[nn.Module, Callable]:
     strategy = Fast(ThreatModel("l2", args.eps), EpsSchedule(args.clean, args.warmup, grows="images"))
     resolution = Resolution(args.start, args.until, multiple=4)
-    model = Pretraining(Classifier("resnet18", 10), strategy, resolution)
-    use_small_maps(model, "cpu")
+    model = Pretraining(Classifier("resnet18", 10), strategy, resolution).to(args.device)
+    use_small_maps(model, args.device)
 
     def loss(images, labels, progress):
         model.progress = progress
-        return model((images, labels))["loss"]
+        with images_are_checked():
+            return model((images, labels))["loss"]
 
     return model, loss
 
@@ -122,7 +129,9 @@ def train(name: str, data, seconds: float, seed: int, args: argparse.Namespace) 
         nesterov=name != "published",
         fused=name == "ours",
     )
-    stream = batches(*data, seed)
+    stream = batches(*(part.to(args.device) for part in data), seed)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
+    device = torch.device(args.device)
     seen = 0
     start = time.perf_counter()
     bar = tqdm(total=round(seconds), desc=f"{name}, seed {seed}", unit="s", disable=None)
@@ -133,22 +142,27 @@ def train(name: str, data, seconds: float, seed: int, args: argparse.Namespace) 
                 group["lr"] = lr * schedule(progress)
             images, labels = next(stream)
             optimizer.zero_grad()
-            loss = loss_of(images, labels, progress)
-            loss.backward()
-            optimizer.step()
+            with torch.autocast(args.device, AMP[args.amp], enabled=args.amp is not None):
+                loss = loss_of(images, labels, progress)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             seen += len(labels)
+            if seen % (10 * BATCH) == 0:
+                synchronize(device)  # so that no GPU's time is left out, or work piles up
             bar.update(round(elapsed) - bar.n)
     return model, seen
 
 
-def evaluate(state: dict, images: Tensor, labels: Tensor) -> dict:
+def evaluate(state: dict, images: Tensor, labels: Tensor, device: str) -> dict:
     """Clean and PGD-20 accuracy in percent, by the same code for both sides."""
     classifier = Classifier("resnet18", 10).eval()
     classifier.network.load_state_dict(state)
+    classifier.to(device)
     evaluator = AccuracyEvaluator(Pretraining(classifier, Standard()), PGD(THREAT_MODEL, steps=20))
     for batch in zip(images.split(250), labels.split(250), strict=True):
         with torch.no_grad():
-            evaluator.process(batch, classifier(batch[0].float() / 255))
+            evaluator.process(batch, classifier(batch[0].to(device).float() / 255))
     accuracy = evaluator.evaluate()["accuracy"]
     low, high = wilson_interval(round(accuracy["pgd20"] * len(labels) / 100), len(labels))
     return {
@@ -163,7 +177,7 @@ def run(name: str, seed: int, args: argparse.Namespace, train_set, test_set) -> 
     seconds = args.budget / 3 if name == "ours" else args.budget
     model, seen = train(name, train_set, seconds, seed, args)
     network = model.classifier.network if name == "ours" else model.network
-    return {"seconds": seconds, "images": seen, **evaluate(network.state_dict(), *test_set)}
+    return {"seconds": seconds, "images": seen, **evaluate(network.state_dict(), *test_set, args.device)}
 
 
 def table(results: dict) -> str:
@@ -206,8 +220,12 @@ def main() -> None:
     parser.add_argument(
         "--start", type=int, default=16, help="side of ours' images at first; 32: always full"
     )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--amp", choices=("bf16", "fp16"), help="mixed precision in training")
     parser.add_argument("--until", type=float, default=0.6, help="share of the time until they are 32 px")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no GPU that torch can use")
     settings = {
         key: value for key, value in vars(args).items() if key not in ("data", "seeds", "sides", "output")
     }
@@ -232,7 +250,8 @@ def main() -> None:
         os.makedirs(args.output.parent, exist_ok=True)
         with replaced_atomically(args.output) as temporary, open(temporary, "w") as file:
             json.dump(stored, file, indent=1)
-    print(f"CIFAR-10, ResNet-18, L2 eps 0.5, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    how = f"{device_name(torch.device(args.device))}, {args.amp or 'float32'}"
+    print(f"CIFAR-10, ResNet-18, L2 eps 0.5, {how}, torch {torch.__version__}\n")
     print(table(stored["seeds"]))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rt_detectron.attacks.pgd import PGD, Objective
+from rt_detectron.attacks.pgd import PGD, Objective, ascent
 from rt_detectron.attacks.threat_model import ThreatModel
 from rt_detectron.utils.errors import InputError
 
@@ -81,7 +81,7 @@ def _climbed(
     for step in range(steps):
         points = [climb.point.requires_grad_(True) for climb in climbs]
         found = objective(points)
-        grads = torch.autograd.grad(sum(losses.sum() for losses, _ in found), points)
+        grads = ascent(found, points)
         for climb, (losses, _), grad in zip(climbs, found, grads, strict=True):
             climb.note(losses.detach(), grad)
             if step in looks:

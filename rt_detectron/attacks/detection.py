@@ -32,7 +32,6 @@ from rt_detectron.attacks.sem_seg import preprocess, sem_seg_losses
 from rt_detectron.attacks.threat_model import ThreatModel
 from rt_detectron.utils.errors import InputError, did_you_mean
 
-HALF_PRECISION_SCALE = 1024.0  # of objectives, whose gradients would underflow in half precision
 DETECTOR_ATTACKS: dict[str, type["DetectorAttack"]] = {}  # by name
 
 
@@ -232,8 +231,7 @@ class LossAttack(DetectorAttack):
                 found = objective(images)
                 if not first:
                     first.extend(losses.detach() for losses, _ in found)
-                scale = HALF_PRECISION_SCALE if self.amp else 1.0
-                return [(scale * losses, fooled) for losses, fooled in found]
+                return found
 
             kind = model.device.type
             half = torch.float16 if kind == "cuda" else torch.bfloat16

@@ -16,6 +16,7 @@ from rt_detectron.utils.modes import eval_mode
 from rt_detectron.utils.ranges import check_images
 
 cross_entropy = functools.partial(F.cross_entropy, reduction="none")
+HALF_PRECISION_SCALE = 1024.0  # of losses, whose gradients would underflow in half precision
 # See PGD.maximize.
 Objective = Callable[[list[Tensor]], list[tuple[Tensor, Tensor]]]
 
@@ -156,9 +157,7 @@ class PGD:
             for images in adversarial:
                 images.requires_grad_(True)
             found = objective(adversarial)
-            # autograd.grad with respect to the input alone: no weight gradient is computed or overwritten.
-            # The sum and not the mean, whose smaller gradients would underflow in half precision.
-            grads = torch.autograd.grad(sum(losses.sum() for losses, _ in found), adversarial)
+            grads = ascent(found, adversarial)
             adversarial = [images.detach() for images in adversarial]
             if visit is not None:
                 visit(adversarial, found)
@@ -176,6 +175,19 @@ class PGD:
 
     def _move(self, adversarial: Tensor, grad: Tensor, images: Tensor) -> Tensor:
         return self.threat_model.ascend(adversarial, grad, self.step_size, images)
+
+
+def ascent(found: list[tuple[Tensor, Tensor]], points: list[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of what an objective found at ``points``, up to a common factor.
+
+    With respect to the points alone: no gradient of a weight is computed or overwritten. The factor keeps
+    them from underflow in half precision, and no step depends on it; so does the sum, and not the mean.
+    """
+    total = sum(losses.sum() for losses, _ in found)
+    kind = points[0].device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        total = HALF_PRECISION_SCALE * total
+    return torch.autograd.grad(total, points)
 
 
 @register_attack(r"pgd(\d+)(?:x(\d+))?", "pgd20 (20 steps), pgd100x5 (5 restarts)")

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rt_detectron.attacks import PGD, DetectorAttack, LossAttack, ThreatModel, build_detector_attack, free
 from rt_detectron.attacks.box_head import clip_proposal_losses
-from rt_detectron.attacks.detection import HALF_PRECISION_SCALE
+from rt_detectron.attacks.pgd import HALF_PRECISION_SCALE
 from rt_detectron.attacks.schedule import EpsSchedule
 from rt_detectron.detection.loader import batches_from
 from rt_detectron.evaluation.robustness.measurement import Metrics

@@ -71,31 +71,34 @@ class FoldedConvolution(nn.Module):
         convolution, _ = self.source
         on_cpu = runs_on_cpu(x)
         if on_cpu and (small := small_map(x, convolution)) is not None:
-            weight, bias = self._fold(small.transform)
+            weight, bias = self.folded(small.transform)
             return _finish(small.convolve(x, weight).add_(bias.view(-1, 1, 1)), residual, self.relu)
         if on_cpu and self.in_blocks and x.shape[2] % 2 == x.shape[3] % 2 == 0:
-            weight, bias = self._fold(_weight_of_blocks)
+            weight, bias = self.folded(_weight_of_blocks)
             x, geometry = _blocks(x, weight.shape[2]), ((0, 0), (1, 1), (1, 1), 1)
         else:
-            weight, bias = self._fold(None)
+            weight, bias = self.folded()
             geometry = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
         convolve = _FusedConvolution.apply if on_cpu else _convolve
         return convolve(x, residual, weight, bias, geometry, self.relu)
 
+    def folded(self, transform: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Weight, in the form that ``transform`` gives it, and bias."""
+        if self._folded is None or self._folded[0] != transform:
+            self._folded = transform, *self._fold(transform)
+        return self._folded[1:]
+
     @torch.inference_mode(False)  # an attack may use them next
     @torch.no_grad()
     def _fold(self, transform: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Weight, in the form that ``transform`` gives it, and bias."""
-        if self._folded is None or self._folded[0] != transform:
-            convolution, norm = self.source
-            weight = convolution.weight.detach()
-            weight = weight if transform is None else transform(weight)
-            bias = convolution.bias
-            if norm is not None:
-                scale, bias = absorb_norm(norm, bias)
-                weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-            self._folded = transform, weight, weight.new_zeros(len(weight)) if bias is None else bias
-        return self._folded[1:]
+        convolution, norm = self.source
+        weight = convolution.weight.detach()
+        weight = weight if transform is None else transform(weight)
+        bias = convolution.bias
+        if norm is not None:
+            scale, bias = absorb_norm(norm, bias)
+            weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+        return weight, weight.new_zeros(len(weight)) if bias is None else bias
 
 
 def _weight_of_blocks(weight: Tensor) -> Tensor:
@@ -209,6 +212,11 @@ class FoldedNetwork(nn.Module):
         """Drop the folded weights; the next pass computes them again."""
         for module in self._folded:
             module.forget()
+
+    def prepare(self) -> None:
+        """Fold all weights ahead of the next pass, so that torch.compile finds them there."""
+        for module in self._folded:
+            module.folded()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)

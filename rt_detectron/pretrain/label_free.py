@@ -29,6 +29,7 @@ class LabelFree(Adversarial):
     """
 
     needs_weights = True
+    compilable = False  # hooks give it the features
     attack: PGD
 
     def __init__(self, attack: PGD, schedule: EpsSchedule = FULL_STRENGTH):

@@ -40,6 +40,14 @@ class Pretraining(nn.Module):
     def device(self) -> torch.device:
         return self.classifier.mean.device
 
+    def compile_networks(self, backend: str) -> None:
+        """Have torch.compile compute the classifier, and its folded copy that is attacked.
+
+        In place: modules, and the names of their weights, stay as they are.
+        """
+        self.classifier.compile(backend=backend)
+        self.attacked.backend = backend
+
     def forward(self, batch) -> dict[str, Tensor] | Tensor:
         """In training mode a dict of losses, in eval mode the logits (N, num_classes) of the clean images.
 
@@ -56,6 +64,9 @@ class Pretraining(nn.Module):
             with images_are_checked():  # by to_device
                 adversarial = self.strategy.perturb(self.attacked.now(), images, labels, self.progress)
             self.attacked.release()
+            # What autocast cast without gradients, as for the predictions on clean images, must not be used
+            # again: the weights would get none.
+            torch.clear_autocast_cache()
         return self.strategy.losses(self.classifier, images, adversarial, labels)
 
 
@@ -92,7 +103,13 @@ def check_takes(classifier: Classifier, dataset: Dataset, resolution: Resolution
 
 
 class AttackedModel:
-    """``classifier`` in eval mode with its present weights; batch norm is folded, which is faster."""
+    """``classifier`` in eval mode with its present weights; batch norm is folded, which is faster.
+
+    Attributes:
+        backend: of torch.compile, which then computes the folded network; None for none.
+    """
+
+    backend: str | None = None
 
     def __init__(self, classifier: Classifier):
         self._classifier = classifier
@@ -102,7 +119,11 @@ class AttackedModel:
         """It maps images (N, 3, H, W) in [0, 1] to logits (N, num_classes)."""
         if self._folded is None:
             self._folded = fold(self._classifier)
+            if self.backend and isinstance(self._folded, FoldedNetwork):
+                self._folded.compile(backend=self.backend)
         self.release()
+        if self.backend and isinstance(self._folded, FoldedNetwork):
+            self._folded.prepare()
         return self._folded
 
     def release(self) -> None:

@@ -33,6 +33,10 @@ def check_train(train) -> None:
         "accumulate": (lambda x: whole(x) and x > 0, "a whole number > 0"),
         "ema": (lambda x: number(x) and 0 <= x < 1, "a number from 0 (none) to below 1"),
         "amp": (lambda x: x in (None, "bf16", "fp16"), "bf16, fp16 or null"),
+        "compile": (
+            lambda x: x is None or x in torch.compiler.list_backends(exclude_tags=()),
+            "null or a backend of torch.compile, such as inductor",
+        ),
         "cudnn_benchmark": (lambda x: type(x) is bool, "true or false"),
         "sync_bn": (lambda x: type(x) is bool, "true or false"),
     }

@@ -32,6 +32,7 @@ class Standard:
         replays: steps in a row on each batch.
         needs_weights: whether it only makes sense for a network that is pretrained already.
         has_head: whether the last linear layer is trained; else it is neither evaluated nor exported.
+        compilable: whether it asks for nothing but the logits, as ``train.compile`` needs it.
     """
 
     attack: Attack | None = None
@@ -39,6 +40,7 @@ class Standard:
     replays = 1
     needs_weights = False
     has_head = True
+    compilable = True
 
     def begin(self, classifier: nn.Module, has_head: bool) -> None:
         """Called before the optimiser is built; a resumed training restores the strategy's state after it.

@@ -4,7 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.modeling.load import load_weights
 from rt_detectron.pretrain.export import Provenance, export
 from rt_detectron.pretrain.model import Pretraining, check_takes
-from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import printable
 
 logger = logging.getLogger(__name__)
@@ -41,14 +41,21 @@ def build_model(cfg) -> Pretraining:
     """The model of ``cfg.model`` on ``cfg.train.device``, ready for training and evaluation."""
     model = build(cfg.model, "model")
     model.classifier = for_training(model.classifier, cfg.train)
-    return model.to(cfg.train.device)
+    model.to(cfg.train.device)
+    if backend := cfg.train.get("compile"):
+        if not model.strategy.compilable:
+            name = type(model.strategy).__name__
+            raise InputError(f"train.compile: strategy {name} looks into the network; set train.compile=null")
+        model.compile_networks(backend)
+    return model
 
 
 def for_training(classifier: Classifier, train) -> Classifier:
     """``classifier`` as ``train.device`` and ``train.sync_bn`` say; its state dict stays the same."""
     if train.sync_bn:
         classifier = use_sync_bn(classifier, train.device)
-    use_small_maps(classifier, train.device)
+    if not train.get("compile"):  # which brings kernels of its own
+        use_small_maps(classifier, train.device)
     return classifier
 
 
@@ -139,16 +146,29 @@ def train_classifier(
         "%g epochs of %d iterations on %d images; output in %s",
         train.epochs, epoch, len(loader.dataset), train.output_dir,
     )  # fmt: skip
-    run(
-        cfg,
-        trainer,
-        TrainingCheckpointer(model.classifier, train.output_dir, **parts),
-        epoch,
-        evaluate=lambda: evaluate(evaluated),
-        finish=lambda results: finish(evaluated, results),
-        resume=resume,
-        first_hooks=(StepState(model, train.seed), average),
-    )
+    with _compiling(train.get("compile")):
+        run(
+            cfg,
+            trainer,
+            TrainingCheckpointer(model.classifier, train.output_dir, **parts),
+            epoch,
+            evaluate=lambda: evaluate(evaluated),
+            finish=lambda results: finish(evaluated, results),
+            resume=resume,
+            first_hooks=(StepState(model, train.seed), average),
+        )
+
+
+@contextmanager
+def _compiling(backend: str | None) -> Iterator[None]:
+    """Within this, what torch.compile cannot do, for want of a compiler, say, is one line."""
+    try:
+        yield
+    except Exception as error:
+        if not (backend and type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))):
+            raise
+        reason = one_line(error)[:200]
+        raise InputError(f"train.compile={backend} fails here ({reason}); set train.compile=null") from None
 
 
 def do_eval(cfg, model: Pretraining) -> dict:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rt_detectron.attacks import PGD, ThreatModel
+from rt_detectron.attacks import APGD, PGD, ThreatModel
 from rt_detectron.utils.errors import InputError
 
 
@@ -247,3 +247,22 @@ def test_a_name_is_no_threat_model():
 def test_restarts_without_a_random_start_are_refused():
     with pytest.raises(InputError, match="set random_start=True"):
         PGD(ThreatModel("l2", 1.0), steps=2, restarts=3)
+
+
+@pytest.mark.parametrize(("kind", "norm", "eps"), [(PGD, "linf", 8.0), (APGD, "l2", 1.0)])
+def test_small_gradients_survive_half_precision(kind, norm, eps):
+    """Of a network that is so sure that its gradients underflow in float16."""
+    attack = kind(ThreatModel(norm, eps), steps=1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[2].bias.copy_(torch.tensor([12.0, 0.0]))
+    images, labels = torch.rand(4, 3, 4, 4), torch.zeros(4, dtype=torch.int64)
+    points = images.clone().requires_grad_(True)
+    with torch.autocast("cpu", torch.float16):
+        loss = F.cross_entropy(model(points), labels, reduction="sum")
+        assert not torch.autograd.grad(loss, points)[0].abs().min()  # what it is about
+        found = attack(model, images, labels)
+    expected = attack(model.double(), images.double(), labels)
+    moved, reference = found - images, expected - images
+    assert F.cosine_similarity(moved.flatten(1), reference.flatten(1).float()).min() > 0.95

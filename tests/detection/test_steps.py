@@ -24,6 +24,7 @@ from rt_detectron.detection.steps import (
     clipped_optimizer,
     fast,
 )
+from rt_detectron.engine.base_trainer import LossesOnTheWay
 from rt_detectron.layers.frozen_norm import FrozenNormConv2d
 from rt_detectron.layers.roi_align import RowsROIAlign
 from rt_detectron.utils.errors import InputError
@@ -69,6 +70,37 @@ def test_an_exploding_loss_is_noted_once_it_lasts(caplog):
         trainer = trained([1.0] * WINDOW + [high] * 2 * WINDOW)
     assert WINDOW * 1.5 <= trainer.iter + 1 <= WINDOW * 1.5 + 2
     assert caplog.text.count("Diverged") == 1
+
+
+def test_losses_are_written_at_once_and_none_is_lost():
+    """Every 20 steps, and before anything is saved."""
+    model = Losses()
+    losses = [float(i) for i in range(30)]
+    trainer = build_trainer(model, losses, torch.optim.SGD(model.parameters(), lr=0), log_period=40)
+    assert trainer.gather_metric_period == 20
+    with EventStorage() as storage:
+        for trainer.iter in range(30):
+            storage.iter = trainer.iter
+            trainer.run_step()
+            written = storage.histories()["loss_a"].values() if trainer.iter >= 19 else []
+            assert len(written) == 20 * ((trainer.iter + 1) // 20)
+        assert not trainer.has_diverged(wait=True)
+        assert storage.histories()["total_loss"].values() == [(loss, i) for i, loss in enumerate(losses)]
+        assert len(storage.histories()["data_time"].values()) == 30
+
+
+def test_a_loss_that_comes_late_is_seen_before_anything_is_saved(monkeypatch):
+    """As from a GPU, which the host does not wait for."""
+    arrived = LossesOnTheWay.arrived
+    monkeypatch.setattr(LossesOnTheWay, "arrived", lambda self, wait=False: arrived(self) if wait else ())
+    model = Losses()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0)
+    trainer = build_trainer(model, [1.0, float("nan"), 1.0], optimizer, log_period=20)
+    with EventStorage():
+        for trainer.iter in range(3):
+            trainer.run_step()
+            assert not trainer.has_diverged()
+        assert trainer.has_diverged(wait=True)
 
 
 def test_weights_that_are_not_finite_are_seen_before_they_are_saved():

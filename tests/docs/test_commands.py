@@ -107,7 +107,9 @@ def test_a_command_is_one_that_its_program_takes(line, variables, parsed, monkey
     if words[:1] == ["do"]:
         words = words[1:]
     if words[:1] == ["srun"]:
-        words = shlex.split(words[words.index("-c") + 1].removeprefix("exec "))
+        words = shlex.split(words[words.index("-c") + 1])
+        while words[0] == "exec" or re.match(r"\w+=", words[0]):
+            words = words[1:]
     if words[:1] == ["torchrun"]:
         words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]
     if words[:1] == ["python"] and words[1:2] != ["-c"]:

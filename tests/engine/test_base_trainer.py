@@ -2,8 +2,10 @@ import copy
 
 import pytest
 import torch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
-from rt_detectron.engine.base_trainer import BaseTrainer
+from rt_detectron.engine.base_trainer import BaseTrainer, write_losses
 
 
 def steps(network, optimizer, seeds):
@@ -40,3 +42,19 @@ def test_a_checkpoint_of_another_memory_format_trains_on_the_same(options, forma
     reference = copy.deepcopy(first)
     steps(reference, optimizer_class(reference.parameters(), lr=0.01, **keys), range(4))
     torch.testing.assert_close(network.weight, reference.weight, rtol=1e-4, atol=1e-6)
+
+
+def written_by_both():
+    rank = comm.get_rank()
+    rows = [(i, {"a": i + rank, "b": 1.0}, 0.5 * (1 - rank)) for i in (3, 4)]
+    with EventStorage() as storage:
+        assert write_losses(rows) == [4.5, 5.5]
+    found = {name: history.values() for name, history in storage.histories().items()}
+    assert found.pop("rank_data_time") == [(0.5 * (1 - rank), 3), (0.5 * (1 - rank), 4)]
+    expected = {"data_time": [(0.5, 3), (0.5, 4)], "total_loss": [(4.5, 3), (5.5, 4)]}
+    expected |= {"a": [(3.5, 3), (4.5, 4)], "b": [(1.0, 3), (1.0, 4)]}
+    assert found == (expected if rank == 0 else {})
+
+
+def test_the_losses_of_all_processes_are_averaged(launch):
+    launch(written_by_both)

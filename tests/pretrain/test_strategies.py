@@ -288,6 +288,31 @@ def test_free_recovers_from_an_overflow():
     assert torch.isfinite(model.strategy.perturbation).all()
 
 
+@pytest.mark.parametrize(
+    "build", [Adversarial, Trades, lambda attack: Fast(attack.threat_model, check_every=1)]
+)
+@pytest.mark.parametrize("is_folded", [True, False])
+def test_an_attack_in_mixed_precision_takes_no_gradient_from_the_weights(build, is_folded, monkeypatch):
+    """autocast keeps the weights that it has cast; those cast without gradients must not be used again."""
+    if not is_folded:
+        monkeypatch.setattr("rt_detectron.pretrain.model.fold", lambda classifier: classifier)
+    attack = PGD(L2, steps=1, random_start=True)
+    model, seen = make(build(attack)).train(), []
+    losses = model.strategy.losses
+    model.strategy.losses = lambda *inputs: seen.append(inputs[1:]) or losses(*inputs)
+    with EventStorage(), torch.autocast("cpu", torch.bfloat16):
+        found = sum(model(batch()).values())
+    found.backward()
+    reference = make().train().classifier
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = sum(losses(reference, *seen[0]).values())
+    expected.backward()
+    assert torch.equal(found, expected)
+    for (name, ours), theirs in zip(model.classifier.named_parameters(), reference.parameters(), strict=True):
+        assert ours.grad is not None, name
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+
+
 @pytest.mark.parametrize("keywords", [{"best": True}, {"restarts": 2}, {"best": True, "restarts": 2}])
 def test_trades_with_the_strongest_of_several(keywords):
     """Its labels are probabilities."""

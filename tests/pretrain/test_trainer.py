@@ -6,12 +6,15 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig
 from tool_process import ToolProcess
+from torch._dynamo import register_backend
+from torch._dynamo.utils import counters
 
 from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.layers.small_maps import SmallMapConv2d
 from rt_detectron.modeling.load import load_weights
 from rt_detectron.pretrain.export import write_classifier
+from rt_detectron.pretrain.label_free import LabelFree
 from rt_detectron.pretrain.strategies import Free, Standard
 from rt_detectron.pretrain.trainer import (
     build_model,
@@ -282,3 +285,38 @@ def test_every_option_trains_one_network_in_two_processes(digit_folders, tool_se
         assert farthest(found(variant, 1), found(variant, 2)) < 1e-6, variant
     assert farthest(found("free", 2), found("free, interrupted", 2)) == 0
     assert farthest(found("plain", 1), found("eps grows", 1)) > 1e-3  # what a difference is
+
+
+def test_compiled_training_is_the_same(digit_folders, tmp_path):
+    """With names as ever, so that either goes on with the other's checkpoint."""
+    before = counters["stats"]["unique_graphs"]
+    outcomes = {}
+    for backend in (None, "aot_eager"):
+        cfg = pretraining_variants.recipe(digit_folders, str(tmp_path / str(backend)))
+        cfg.train.update(epochs=0.5, compile=backend, sync_bn=False)
+        torch.manual_seed(0)
+        pretraining_variants._train(cfg, resume=False)
+        outcomes[backend] = torch.load(f"{cfg.train.output_dir}/model_final.pth", weights_only=True)["model"]
+    assert counters["stats"]["unique_graphs"] >= before + 2  # the network's and the attacked one's
+    assert list(outcomes[None]) == list(outcomes["aot_eager"])
+    for name, tensor in outcomes[None].items():
+        torch.testing.assert_close(outcomes["aot_eager"][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    cfg.train.update(epochs=0.75, compile=None)
+    pretraining_variants._train(cfg, resume=True)
+
+
+def test_what_cannot_be_compiled_is_one_line(digits_cfg, digit_folders, tmp_path):
+    digits_cfg.train.compile = "aot_eager"
+    attack = {**digits_cfg.model.strategy.attack, "random_start": True}
+    digits_cfg.model.strategy = L(LabelFree)(attack=attack)
+    with pytest.raises(InputError, match=r"LabelFree looks into the network; set train\.compile=null"):
+        build_model(digits_cfg)
+
+    def broken(graph, inputs):
+        raise OSError("no compiler")
+
+    register_backend(broken, name="broken")
+    cfg = pretraining_variants.recipe(digit_folders, str(tmp_path / "out"))
+    cfg.train.update(compile="broken", sync_bn=False)
+    with pytest.raises(InputError, match=r"fails here \(.*no compiler.*\); set train.compile=null"):
+        pretraining_variants._train(cfg, resume=False)

@@ -6,6 +6,7 @@ train = dict(
     seed=0,
     device="cuda",  # falls back to the CPU where there is no GPU
     cudnn_benchmark=False,  # let cuDNN try which convolution is fastest: pays where images have few sizes
+    compile=None,  # or torch.compile's backend "inductor": for GPUs; the first steps then take minutes
     amp=None,  # mixed precision: "bf16", or "fp16" (on GPUs)
     accumulate=1,  # split a process's images into so many parts, for memory; the optimiser sees their sum
     sync_bn=False,  # batch norm over all processes instead of each one's images
