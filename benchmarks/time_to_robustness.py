@@ -3,7 +3,7 @@
     python benchmarks/time_to_robustness.py --data FOLDER_OF_SHARDS [--seeds 0 1 2 --sides ours peer]
     python benchmarks/time_to_robustness.py --data FOLDER_OF_SHARDS --device cuda --amp bf16 --budget 60
 
-The recipe of ours is configs/pretrain/resnet18_l2_eps0_5_cifar10_fast.py, too.
+The recipe of ours is configs/pretrain/resnet18_l2_eps1_cifar10_fast.py, too.
 
 All train torchvision's ResNet-18 from scratch at 32 px, against L2 eps 0.5, with the same augmentation, batch
 size, momentum and weight decay. All are then attacked by PGD-20 on the same 2,000 images.

@@ -308,6 +308,12 @@ def in_order(gathered: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     return whole
 
 
+def check_batch(images: "torch.Tensor | UnfinishedImages") -> None:
+    """Raise :class:`InputError` for float images outside [0, 1]. On a GPU, the host would wait for it."""
+    if not isinstance(images, UnfinishedImages) and images.dtype != torch.uint8:
+        check_images(images)
+
+
 def to_device(batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The images of a batch, as float in [0, 1], and its labels on ``device``.
 
@@ -318,8 +324,7 @@ def to_device(batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         InputError: for other images, such as those of a transform that normalises.
     """
     images, labels = batch[:2]
-    if not isinstance(images, UnfinishedImages) and images.dtype != torch.uint8:
-        check_images(images)  # before they are on a GPU, which the host would wait for
+    check_batch(images)
     images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
     if isinstance(images, UnfinishedImages):
         return images.finish(), labels

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from rt_detectron.checkpoint.checkpointer import TrainingCheckpointer, has_checkpoint
 from rt_detectron.data.images import check_same_classes
-from rt_detectron.data.loader import TrainLoader
+from rt_detectron.data.loader import TrainLoader, check_batch
 from rt_detectron.engine.base_trainer import BaseTrainer, LossesOnTheWay
 from rt_detectron.engine.lazy_config import build
 from rt_detectron.engine.loop import build_optimizer, refuse_other_training, run
@@ -31,6 +31,7 @@ from rt_detectron.pretrain.export import Provenance, export
 from rt_detectron.pretrain.model import Pretraining, check_takes
 from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import printable
+from rt_detectron.utils.ranges import images_are_checked
 
 logger = logging.getLogger(__name__)
 
@@ -250,6 +251,7 @@ class ClassifierTrainer(BaseTrainer):
     def _replayed(self, start: int) -> Iterator:
         skip = start % self.replays
         for images, labels, keys in self.data_loader.batches(start // self.replays):
+            check_batch(images)
             images = images.to(self.device, non_blocking=True)  # whole: parts of it are not in pinned memory
             for _ in range(self.replays - skip):
                 yield images, labels, keys
@@ -269,7 +271,8 @@ class ClassifierTrainer(BaseTrainer):
             chunk = (images[part :: self.accumulate], labels[part :: self.accumulate])
             is_last = part == self.accumulate - 1
             with self._without_reduction() if not is_last else nullcontext():
-                with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+                autocast = torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+                with autocast, images_are_checked():
                     part_losses = self.model(chunk)
                 part_losses = {name: loss / self.accumulate for name, loss in part_losses.items()}
                 self.grad_scaler.scale(sum(part_losses.values())).backward()

@@ -1,4 +1,4 @@
-"""ResNet-18 on CIFAR-10 shards, L2 eps 0.5, in two epochs: "ours" of docs/results/time-to-robustness.md.
+"""ResNet-18 on CIFAR-10 against L2 eps 0.5, in two epochs: "ours" of docs/results/time-to-robustness.md.
 
 There it is as robust as PGD-3 in a third of the time: clean images at first, then a single attack step on a
 growing part of each batch, and images that grow from 16 to 32 pixels. A single step from a random point of
@@ -34,4 +34,4 @@ lr_multiplier = L(CompositeParamScheduler)(
 
 train.epochs = 2
 train.eval_epochs = 2
-train.output_dir = "./output/pretrain/resnet18_l2_eps0_5_cifar10_fast"
+train.output_dir = "./output/pretrain/resnet18_l2_eps1_cifar10_fast"
