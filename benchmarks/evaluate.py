@@ -101,7 +101,7 @@ class Finding(nn.Module):
 
     def _heads(self, images, features, proposals, targets=None):
         heads = self.model.roi_heads
-        heads._forward_box([features[name] for name in heads.box_in_features], proposals)
+        heads._forward_box(features, proposals)
         given = []
         for each, (height, width) in zip(self.inputs, images.image_sizes, strict=True):
             found = detections(self.records[each["image_id"]], self.count, heads.num_classes)
