@@ -1,7 +1,11 @@
 """The loaders of a LazyConfig, whose data sets, annotations and images are checked."""
 
 from collections.abc import Iterable
+from inspect import signature
 
+import numpy as np
+from detectron2.data import DatasetMapper
+from detectron2.data.transforms import AugInput
 from omegaconf import OmegaConf
 
 from rt_detectron.data import CheckedMapper, check_classes, check_images, check_objects, count_classes
@@ -10,7 +14,8 @@ from rt_detectron.detection.adversarial import ATTACKED
 from rt_detectron.engine.lazy_config import build
 from rt_detectron.evaluation import COCOEvaluator, LVISEvaluator
 from rt_detectron.evaluation.robustness.test_set import DetectionTestSet
-from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.errors import InputError, building
+from rt_detectron.utils.seeds import all_seeded
 
 SKIPPING = "train.on_corrupt=skip"
 # The keys of a model's number of classes, and which of a data set's classes they count.
@@ -55,6 +60,7 @@ def build_lazy_loader(cfg, split: str) -> Iterable:
     if not isinstance(records, list):  # a torch Dataset of the user's, which may have no end
         return build(node, f"dataloader.{split}")
     mapper = build(node.mapper, f"dataloader.{split}.mapper")
+    _try_augmentations(mapper, f"dataloader.{split}.mapper.augmentations")
     for name in names:
         key = next((key for key in _CLASS_KEYS if OmegaConf.select(cfg, key) is not None), "")
         check_classes(name, key, OmegaConf.select(cfg, key) if key else None, dataset_names(cfg, "train"))
@@ -66,6 +72,16 @@ def build_lazy_loader(cfg, split: str) -> Iterable:
     records = check_images(records, policy, skipping)
     checked = {**node, "dataset": records, "mapper": CheckedMapper(mapper, policy, skipping)}
     return build(checked, f"dataloader.{split}")
+
+
+def _try_augmentations(mapper, key: str) -> None:
+    """Have Detectron2's augmentations change an image: some refuse their numbers only then."""
+    image = np.zeros((480, 640, 3), np.uint8)
+    for number, each in enumerate(mapper.augmentations.augs if isinstance(mapper, DatasetMapper) else ()):
+        is_detectron2s = type(each).__module__.startswith("detectron2.")
+        if is_detectron2s and list(signature(each.get_transform).parameters) == ["image"]:
+            with all_seeded(0), building(f"{key}.{number}", f"{key}.{number}"):
+                each(AugInput(image))
 
 
 def attackable_test_set(cfg) -> DetectionTestSet:

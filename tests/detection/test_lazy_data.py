@@ -81,6 +81,13 @@ def test_another_number_of_classes(tiny):
         build_lazy_loader(tiny("model.roi_heads.num_classes=80"), "train")
 
 
+@pytest.mark.parametrize(("split", "sizes"), [("train", "[]"), ("test", "-1")])
+def test_augmentations_that_refuse_every_image(tiny, split, sizes):
+    cfg = tiny(f"dataloader.{split}.mapper.augmentations.0.short_edge_length={sizes}")
+    with pytest.raises(InputError, match=rf"cannot build dataloader.{split}.mapper.augmentations.0 \(Val"):
+        build_lazy_loader(cfg, split)
+
+
 def test_masks_in_the_other_format(tiny):
     cfg = tiny()
     cfg.dataloader.train.mapper.instance_mask_format = "polygon"
