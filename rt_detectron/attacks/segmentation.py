@@ -28,9 +28,7 @@ class SegmentationAttack(LossAttack):
 
     def losses_function(self, model: nn.Module) -> Callable[..., list[dict[str, Tensor]]]:
         if not hasattr(model, "sem_seg_head"):
-            raise InputError(
-                f"attack: {self.name} is for semantic segmentation, and {type(model).__name__} has none"
-            )
+            raise InputError(f"attack: {self.name} is for semantic segmentation, and this model has none")
         return segmentor_losses
 
     def replaced_losses(self, model: nn.Module) -> dict[nn.Module, Callable]:

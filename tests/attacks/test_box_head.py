@@ -109,7 +109,8 @@ def test_oddefense(make_detector, odd, kind, limit):
         for canvas in (published_attack(model, odd, kind, limit, steps=0), found["image"])
     ]
     assert (before, after) == pytest.approx(values, rel=1e-3)
-    assert after >= before
+    if limit > 1:  # at 1, nearly all proposals are clipped and have no gradient: rounding decides
+        assert after >= before
 
 
 def test_without_a_limit_they_are_detectron2s_own_losses(make_detector, picture):

@@ -125,9 +125,10 @@ def test_a_map_smaller_than_the_kernel_is_torchs_error():
 
 def test_a_network_trains_as_before():
     torch.manual_seed(0)
-    network = build_classifier("resnet18", 3).to(memory_format=torch.channels_last)
+    # In double precision: rounding decides where a ReLU is 0, which moves float32's gradients by up to 1 %.
+    network = build_classifier("resnet18", 3).double().to(memory_format=torch.channels_last)
     names = list(network.state_dict())
-    images, labels = torch.rand(8, 3, 64, 64), torch.arange(8) % 3
+    images, labels = torch.rand(8, 3, 64, 64, dtype=torch.double), torch.arange(8) % 3
     grads = []
     for _ in range(2):
         network.zero_grad()
@@ -136,7 +137,7 @@ def test_a_network_trains_as_before():
         use_small_maps(network, "cpu")
     assert list(network.state_dict()) == names
     for expected, found in zip(*grads, strict=True):
-        assert (found - expected).norm() <= 1e-3 * expected.norm()
+        assert (found - expected).norm() <= 1e-9 * expected.norm()
 
 
 @pytest.mark.parametrize("device", ["cuda", "meta", torch.device("cuda", 1)])

@@ -26,16 +26,17 @@ def test_all_combinations_each_once():
         CORRUPTION__SEVERITIES=(1, 3),
     )
     balls = [ThreatModel("l2", 0.5), ThreatModel("linf", 1), ThreatModel("linf", 4.0)]
-    assert [(attack.pgd.threat_model, attack.name) for attack in found["attack"].attacks] == [
+    attacks = found["attack"].all_attacks
+    assert [(attack.pgd.threat_model, attack.name) for attack in attacks] == [
         (ball, loss) for ball in balls for loss in ("all", "vanishing")
     ]
-    assert {(attack.pgd.steps, attack.pgd.random_start) for attack in found["attack"].attacks} == {(5, False)}
+    assert {(attack.pgd.steps, attack.pgd.random_start) for attack in attacks} == {(5, False)}
     assert found["corruption"].corruptions == (("fog", 1), ("fog", 3), ("snow", 1), ("snow", 3))
     assert len(evaluations(CORRUPTION__NAMES=("common",))["corruption"].corruptions) == 15 * 5
 
 
 def test_restarts_begin_at_random_points():
-    (attack,) = evaluations(ATTACK__LINF_EPS=(2,), ATTACK__RESTARTS=3)["attack"].attacks
+    (attack,) = evaluations(ATTACK__LINF_EPS=(2,), ATTACK__RESTARTS=3)["attack"].all_attacks
     assert attack.pgd.random_start
     assert attack.pgd.restarts == 3
 

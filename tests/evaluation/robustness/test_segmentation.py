@@ -197,9 +197,7 @@ def test_mistakes_are_one_line(learned, segmentor, keypoints, tmp_path):
         return str(error.value)
 
     losses = "TEST.ATTACK.LOSSES"
-    assert "JS is for semantic segmentation, and GeneralizedRCNN has none" in message(
-        *learned, losses, ("JS",)
-    )
+    assert "JS is for semantic segmentation, and this model has none" in message(*learned, losses, ("JS",))
     assert "LOSSES has 'keypoint', but MODEL.KEYPOINT_ON is False" in message(*learned, losses, ("keypoint",))
     assert "LOSSES has 'mask', but MODEL.MASK_ON is False" in message(*segmentor, losses, ("mask",))
     found = message(*segmentor, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 10)
