@@ -25,7 +25,7 @@ import time
 import warnings
 
 import torch
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, SimpleTrainer
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch.profiler import ProfilerActivity, profile
@@ -87,11 +87,22 @@ class Side:
         self.trainer.storage = self.storage
         self.times: list[float] = []
         self.cpu_times: list[float] = []
-        self.losses: list[float] = []
+        self.losses: list[torch.Tensor] = []
+        self._keep_losses(self.trainer._trainer)
         seed_all_rng(SEED)
         with self.storage:
             self.trainer.before_train()
         iter(self.trainer._trainer._data_loader_iter)  # starts the workers, under this seed
+
+    def _keep_losses(self, trainer: SimpleTrainer) -> None:
+        """Keep each step's total loss, which ours writes to the storage every 20 steps alone."""
+        write = trainer._write_metrics
+
+        def keep_and_write(loss_dict, *args, **kwargs):
+            self.losses.append(sum(loss.detach() for loss in loss_dict.values()))
+            write(loss_dict, *args, **kwargs)
+
+        trainer._write_metrics = keep_and_write
 
     def step(self, iteration: int) -> None:
         with self.storage:
@@ -104,7 +115,6 @@ class Side:
             self._synchronise()
             self.times.append(time.perf_counter() - start)
             self.cpu_times.append(time.process_time() - cpu_start)
-            self.losses.append(self.storage.history("total_loss").latest())
             self.storage.step()
 
     def _synchronise(self) -> None:
