@@ -196,7 +196,7 @@ def test_mistakes_are_one_line(models, given):
     without = {key: value for key, value in given.items() if key not in ("sem_seg", "instances")}
     with pytest.raises(InputError, match="no semantic segmentation, which the model's loss needs"):
         build_detector_attack("JS", pgd)(models["semantic"], [without])
-    with pytest.raises(InputError, match="JS is for semantic segmentation, and GeneralizedRCNN has none"):
+    with pytest.raises(InputError, match="JS is for semantic segmentation, and this model has none"):
         build_detector_attack("JS", pgd)(models["keypoint"], [given])
     with pytest.raises(InputError, match="got the pixels of 2 classes; the model has 3"):
         build_detector_attack("MCE_Bal", pgd, pixel_counts=(1, 1))(models["semantic"], [given])
