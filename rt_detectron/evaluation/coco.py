@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from detectron2.structures import Instances
 from pycocotools import mask as rle_masks
@@ -40,7 +41,21 @@ REC_THRS = np.linspace(0, 1, 101).tolist()  # the recall levels of COCO's AP
 SHAPES = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # the field of each task
 
 
-class COCOEvaluator(Detectron2COCOEvaluator):
+class EncodesMasksAtOnce(DatasetEvaluator):
+    """For Detectron2's evaluators of COCO and LVIS, ahead of them among the bases."""
+
+    _predictions: list[dict[str, Any]]
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """As Detectron2's; the masks of an image are encoded at once."""
+        for given, output in zip(inputs, outputs, strict=True):
+            bare, masks = without_masks(output)
+            super().process([given], [bare])
+            if masks is not None:
+                add_masks(self._predictions[-1]["instances"], masks)
+
+
+class COCOEvaluator(EncodesMasksAtOnce, Detectron2COCOEvaluator):
     """Detectron2's COCOEvaluator with a faster AP, by :func:`evaluate_detections`.
 
     Arguments, files and results are the same, but for an annotation with id 0: pycocotools stores a match as
@@ -75,14 +90,6 @@ class COCOEvaluator(Detectron2COCOEvaluator):
                 check_annotations(self._coco_api.dataset, path)
                 _renumber_zero(self._coco_api)
         self._use_fast_impl = use_fast_impl
-
-    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """As Detectron2's; the masks of an image are encoded at once."""
-        for given, output in zip(inputs, outputs, strict=True):
-            bare, masks = without_masks(output)
-            super().process([given], [bare])
-            if masks is not None:
-                add_masks(self._predictions[-1]["instances"], masks)
 
     def check_shapes(self, masks: bool, keypoints: bool) -> None:
         """Check that the annotations have the shapes that these tasks compare, as :func:`check_shapes`."""

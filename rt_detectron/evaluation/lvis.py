@@ -14,11 +14,10 @@ from detectron2.utils.logger import create_small_table
 from rt_detectron.data.annotations import annotations_of
 from rt_detectron.evaluation.coco import (
     SHAPES,
-    add_masks,
+    EncodesMasksAtOnce,
     check_annotations,
     check_shapes,
     restore_category_ids,
-    without_masks,
     write_detections,
 )
 from rt_detectron.evaluation.matching import (
@@ -37,7 +36,7 @@ MAX_DETS = 300  # of an image, over all categories
 logger = logging.getLogger(__name__)
 
 
-class LVISEvaluator(Detectron2LVISEvaluator):
+class LVISEvaluator(EncodesMasksAtOnce, Detectron2LVISEvaluator):
     """Detectron2's LVISEvaluator with a faster AP, by :func:`evaluate_lvis_detections`.
 
     Arguments, files and results are the same. (The lvis package's own code fails with NumPy 1.24 and later.)
@@ -54,14 +53,6 @@ class LVISEvaluator(Detectron2LVISEvaluator):
             if self._do_evaluation:
                 check_annotations(self._lvis_api.dataset, path)
                 _check_federation(self._lvis_api.dataset, path)
-
-    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """As Detectron2's; the masks of an image are encoded at once."""
-        for given, output in zip(inputs, outputs, strict=True):
-            bare, masks = without_masks(output)
-            super().process([given], [bare])
-            if masks is not None:
-                add_masks(self._predictions[-1]["instances"], masks)
 
     def check_shapes(self, masks: bool, keypoints: bool) -> None:
         """Check that the annotations have what mask AP compares. LVIS has no keypoints."""
