@@ -37,6 +37,7 @@ _STOP_S = GRACE_S + 10.0
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum; trials exchange files, not objects
 # Environment variables that the trials' processes get from the driver, wherever they run.
 _HANDED_ON = ("DETECTRON2_DATASETS", "RT_DETECTRON_ZOO", "RT_DETECTRON_CACHE", "PYTHONPATH")
+_STARTS = 3  # of Ray on this machine
 _SYSTEM_FAILURES = 3  # of a trial that Ray retries: lost machines, preemption
 _SOCKET_PATH = 107 - len(
     "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
@@ -263,23 +264,46 @@ def ray_session(address: str | None) -> Iterator[Any]:
     If this process already has a session, it is used and left open.
 
     Raises:
-        InputError: Ray is not installed, or there is no cluster at ``address``.
+        InputError: Ray is not installed, there is no cluster at ``address``, or Ray does not start here.
     """
     ray = import_ray()
     if ray.is_initialized():
         yield ray
         return
-    local: dict[str, Any] = {}
-    if not address:
-        local = {"object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False, **_short_folder()}
-    try:
-        ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **local)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f"no Ray at --ray-address {address}: {one_line(error)}") from None
+    if address:
+        try:
+            ray.init(address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise InputError(f"no Ray at --ray-address {address}: {one_line(error)}") from None
+    else:
+        _start_locally(ray)
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _start_locally(ray: Any) -> None:
+    """Start Ray on this machine.
+
+    Ray gives its own processes 30 s, which a busy machine may not keep, so a failed start is tried again.
+
+    Raises:
+        InputError: Ray did not start.
+    """
+    local = {"object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False, **_short_folder()}
+    for attempt in range(1, _STARTS + 1):
+        try:
+            ray.init("local", log_to_driver=False, logging_level="ERROR", **local)
+            return
+        except Exception as error:  # Ray raises bare Exceptions when it times out
+            ray.shutdown()
+            if attempt == _STARTS:
+                raise InputError(
+                    f"Ray did not start on this machine ({attempt} attempts): {one_line(error)}; "
+                    "run the same command again once the machine is less busy"
+                ) from None
+            print(f"Ray did not start: {one_line(error)}; trying again", file=sys.stderr)
 
 
 def _short_folder() -> dict[str, str]:

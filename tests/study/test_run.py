@@ -15,6 +15,7 @@ from rt_detectron.study.run import (
     import_ray,
     missing_trials,
     parallel_trials,
+    ray_session,
     run_study,
 )
 from rt_detectron.utils.errors import InputError
@@ -303,6 +304,27 @@ def test_ray_gets_a_folder_with_a_short_path(monkeypatch, tmp_path):
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(InputError, match="too long a path for Ray's sockets: set RAY_TMPDIR to one of"):
         _short_folder()
+
+
+def test_ray_that_does_not_start_is_tried_again(monkeypatch, capsys):
+    starts = []
+
+    def init(*_, **__):
+        starts.append(1)
+        if len(starts) < 3 or fails:
+            raise Exception("The current node timed out during startup.\nRay's log")
+
+    ray = SimpleNamespace(init=init, shutdown=lambda: None, is_initialized=lambda: False)
+    monkeypatch.setattr("rt_detectron.study.run.import_ray", lambda: ray)
+    fails = False
+    with ray_session(None) as session:
+        assert session is ray
+    assert len(starts) == 3
+    assert capsys.readouterr().err.count("trying again") == 2
+    fails = True
+    message = r"Ray did not start on this machine .* run the same command again"
+    with pytest.raises(InputError, match=message), ray_session(None):
+        pass
 
 
 def test_trial_that_no_machine_can_run():
