@@ -4,8 +4,9 @@ PY := .venv/bin/python
 # Extra words for the set-up and for pytest, e.g. PYTEST_ARGS="-k convert"
 SETUP_ARGS ?=
 PYTEST_ARGS ?=
-# Processes that share the tests, each with one thread; 0 runs them in pytest's own process.
-TEST_WORKERS ?= 2
+# Processes that share the tests, each with one thread; 0 runs them in pytest's own process. One more than
+# the two cores of a small machine, since some tests wait for others' processes.
+TEST_WORKERS ?= 3
 
 DEMO_DATA := datasets/demo
 DEMO := output/demo

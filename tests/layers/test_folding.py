@@ -68,7 +68,8 @@ def test_without_the_private_operator_the_numbers_are_the_same(random_classifier
         assert relative(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+# VGG's 138 million weights take 10 s.
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "vgg16_bn"])
 def test_without_cpu_kernels_in_double_precision(arch, random_classifier):
     """As on a GPU, and without rounding to speak of."""
     network = random_classifier(arch).double()

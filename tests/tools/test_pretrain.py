@@ -169,12 +169,14 @@ def farthest(one: dict, other: dict) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-def test_two_processes_of_torchrun_with_sync_bn_train_as_one(trained, two_processes, tmp_path):
+@pytest.mark.parametrize("launcher", ["launch", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_two_processes_with_sync_bn_train_as_one(trained, two_processes, tmp_path, launcher):
     # One step: in a second one an attack on weights that differ by rounding already goes elsewhere, how far
     # depends on the machine. Already the first makes more of rounding than a standard step.
     once = [*BRIEFLY, "train.epochs=1", "optimizer.lr=0.2"]
     alone = trained(tmp_path / "one", *once)
-    together = trained(tmp_path / "two", *once, "torchrun", "train.sync_bn=True")
+    start = two_processes() if launcher == "launch" else ["torchrun"]
+    together = trained(tmp_path / "two", *once, *start, "train.sync_bn=True")
     assert farthest(alone, together) < 1e-4
     local = trained(tmp_path / "local", *once, *two_processes())
     assert farthest(alone, local) > 1e-2  # what it would be without synchronising

@@ -266,6 +266,7 @@ def test_a_detectron2_of_the_calling_python_is_used_with_its_torch(tmp_path, ind
     assert imported_from(folder, "yacs").startswith(str(folder))
 
 
+@pytest.mark.slow  # half a minute of pip
 def test_the_life_of_an_environment(tmp_path, index):
     """Two at once, again, a wheel with another hash, cut off and completed, from source."""
     folder, environment = clone(tmp_path / "clone", index), bare_environment(index)
