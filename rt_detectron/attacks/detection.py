@@ -242,7 +242,7 @@ class LossAttack(DetectorAttack):
     def value(self, model: nn.Module, inputs: Sequence[dict]) -> list[float]:
         """The objective of each image."""
         with self._objective(model, inputs) as objective, torch.no_grad():
-            return [float(losses) for losses, _ in objective(unit_images(model, inputs))]
+            return [float(losses) for losses, _ in objective(_in_units(model, inputs))]
 
     @contextmanager
     def _objective(self, model: nn.Module, inputs: Sequence[dict]) -> Iterator[Objective]:
@@ -545,6 +545,11 @@ def unit_images(model: nn.Module, inputs: Sequence[dict]) -> list[Tensor]:
                 f"attack: image {each.get('image_id')} has values from {low:g} to {high:g}; a detector's "
                 "input is in 0..255, before it is normalised"
             )
+    return _in_units(model, inputs)
+
+
+def _in_units(model: nn.Module, inputs: Sequence[dict]) -> list[Tensor]:
+    """The same, unchecked: an attacked image that was black may look as if it were in [0, 1]."""
     return [each["image"].to(model.device, non_blocking=True).float()[None] / 255 for each in inputs]
 
 

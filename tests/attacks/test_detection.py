@@ -336,6 +336,15 @@ class TestMistakes:
         black = {"image": torch.zeros(3, 32, 32), "image_id": 1}
         assert RandomNoise(BALLS[0])(make_detector("fpn"), [black])[0]["image"].max() > 0
 
+    @pytest.mark.parametrize("ball", [ThreatModel("l2", 0.02), ThreatModel("linf", 1.0)])
+    def test_a_black_image_that_was_attacked_is_not_taken_for_one_in_0_to_1(
+        self, make_detector, picture, ball
+    ):
+        black = {**picture, "image": torch.zeros_like(picture["image"])}
+        for name in ("A_cls", "MTD"):
+            (found,) = build_detector_attack(name, PGD(ball, steps=2))(make_detector("fpn"), [black])
+            assert 0 < found["image"].max() <= 1
+
     def test_a_network_of_another_kind(self, picture):
         with pytest.raises(InputError, match="Identity is no GeneralizedRCNN"):
             build_detector_attack("all", PGD(BALLS[0], steps=1))(torch.nn.Identity(), [picture])

@@ -20,5 +20,7 @@ def test_it_raises_the_objective_by_forward_passes_alone(make_detector, picture,
     assert 0.5 * ball.radius < size <= ball.radius * (1 + 1e-4)
     assert many.min() >= 0
     assert many.max() <= 255
+    black = {**picture, "image": torch.zeros_like(picture["image"])}
+    assert RandomSearch(attack, 2)(model, [black])[0]["image"].max() > 0
     values = [attack.value(model, [{**picture, "image": image}])[0] for image in (few, many)]
     assert values[1] > values[0]
