@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from detectron2.structures import BoxMode
+from pycocotools.coco import COCO
 
 from rt_detectron.utils.errors import InputError, one_line
 
@@ -19,10 +20,17 @@ def annotations_of(path: str) -> Iterator[None]:
 
     Raises:
         InputError: instead of the errors that libraries raise for a missing or malformed file, and of
-            Detectron2's warning of annotations whose images the file does not list.
+            Detectron2's warning of annotations whose images the file does not list. As :func:`check_ids`,
+            too.
     """
     reader = logging.getLogger("detectron2.data.datasets.coco")
     reader.addFilter(_refuse_unlisted)
+
+    def create_index(coco: COCO) -> None:
+        check_ids(coco.dataset, path)
+        original(coco)
+
+    original, COCO.createIndex = COCO.createIndex, create_index
     try:
         yield
     except InputError:
@@ -40,6 +48,7 @@ def annotations_of(path: str) -> Iterator[None]:
             f"{path}: not usable annotations ({one_line(error)[:200]}); datasets/README.md names the format"
         ) from None
     finally:
+        COCO.createIndex = original
         reader.removeFilter(_refuse_unlisted)
 
 
@@ -50,6 +59,29 @@ def _refuse_unlisted(record: logging.LogRecord) -> bool:
         text = text.replace(" contains ", ": contains ", 1).rstrip(".")
         raise InputError(f"{text}: list the images of the others, or drop these annotations")
     return True
+
+
+def check_ids(dataset: dict[str, Any], path: str) -> None:
+    """Check that no two images, and no two categories, of a COCO or LVIS file have the same id.
+
+    The libraries keep the last one only, and give it the objects of both. An image that is merely listed
+    twice does no harm. Detectron2 checks the ids of annotations.
+
+    Args:
+        path: the file's name in messages.
+
+    Raises:
+        InputError: naming two.
+    """
+    for kind, name in (("images", "file_name"), ("categories", "name")):
+        seen: dict[Any, dict] = {}
+        for entry in dataset.get(kind) or ():
+            first = seen.setdefault(entry["id"], entry)
+            if first is not entry and (kind == "categories" or first != entry):
+                raise InputError(
+                    f"{path}: two {kind} have the id {entry['id']!r}, {first.get(name)!r} and "
+                    f"{entry.get(name)!r}: give each one an id of its own"
+                )
 
 
 def check_objects(records: Sequence[dict], mask_format: str | None = None, keypoints: int = 0) -> None:

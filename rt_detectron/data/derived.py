@@ -9,7 +9,7 @@ from functools import partial
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from rt_detectron.data.annotations import annotations_of
+from rt_detectron.data.annotations import annotations_of, check_ids
 from rt_detectron.data.cached import cached_annotations
 from rt_detectron.utils.errors import InputError, did_you_mean
 
@@ -58,6 +58,7 @@ def _derived(json_file: str, name: str, modifiers: Sequence[str]) -> dict:
     with annotations_of(json_file):
         with open(json_file, "rb") as file:
             content = json.load(file)
+        check_ids(content, json_file)
         for modifier in modifiers:
             content = _SPLITS_AND_MERGES.get(modifier, partial(_only, modifier, name))(content)
         if not content["images"]:

@@ -11,7 +11,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import LVISEvaluator as Detectron2LVISEvaluator
 from detectron2.utils.logger import create_small_table
 
-from rt_detectron.data.annotations import annotations_of
+from rt_detectron.data.annotations import annotations_of, check_ids
 from rt_detectron.evaluation.coco import (
     SHAPES,
     EncodesMasksAtOnce,
@@ -51,6 +51,7 @@ class LVISEvaluator(EncodesMasksAtOnce, Detectron2LVISEvaluator):
         with annotations_of(path):
             super().__init__(dataset_name, *args, **options)
             if self._do_evaluation:
+                check_ids(self._lvis_api.dataset, path)
                 check_annotations(self._lvis_api.dataset, path)
                 _check_federation(self._lvis_api.dataset, path)
 

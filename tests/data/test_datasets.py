@@ -166,6 +166,25 @@ class TestLoadTrainingSet:
         cfg.DATASETS.TRAIN = (f"{NAME}_whole",)
         assert len(load_training_set(cfg)) == 2
 
+    @pytest.mark.parametrize("kind", ["images", "categories"])
+    def test_two_with_one_id(self, register, cfg, kind):
+        """Detectron2 keeps the last one only, with the objects of both."""
+        path = register([annotation(1)])
+        content = json.loads(path.read_text())
+        content[kind][1]["id"] = content[kind][0]["id"]
+        path.write_text(json.dumps(content))
+        number, names = {"images": (1, "'1.jpg' and '2.jpg'"), "categories": (7, "'cat' and 'dog'")}[kind]
+        expected = f"{path}: two {kind} have the id {number}, {names}: give each one an id of its own"
+        assert message(load_training_set, cfg) == expected
+        cfg.DATASETS.TEST = (NAME,)
+        assert message(load_test_set, cfg, NAME) == expected
+
+    def test_an_image_that_is_listed_twice_does_no_harm(self, register, cfg):
+        path = register([annotation(1), annotation(2)])
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "images": [*content["images"], content["images"][0]]}))
+        assert [image["image_id"] for image in load_training_set(cfg)] == [1, 2]
+
     @pytest.mark.parametrize("content", ['{"images": [', "", "[1, 2]", "\xff"])
     def test_broken_json_names_the_file(self, register, cfg, content):
         path = register([])

@@ -134,6 +134,12 @@ class TestEvaluator:
         ):
             LVISEvaluator(register(dataset))
 
+    def test_two_images_with_one_id(self, federated, register):
+        dataset = federated(7).dataset
+        dataset["images"][1]["id"] = dataset["images"][0]["id"]
+        with pytest.raises(InputError, match=r"json: two images have the id \d+, '\d+\.jpg' and"):
+            LVISEvaluator(register(dataset))
+
     def test_a_broken_file(self, register):
         with pytest.raises(
             InputError, match=r"rt_test_evaluation_0.json: not usable annotations \(Expecting"
