@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from rt_detectron.data.images import Lighting, decode
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.pictures import to_rgb
+from rt_detectron.utils.pictures import pillow_errors, to_rgb
 
 _JPEG = b"\xff\xd8"
 _ORDERS = list(itertools.permutations(range(3)))  # of brightness, contrast and saturation
@@ -68,9 +68,11 @@ class RandomResizedCrop(T.RandomResizedCrop):
             factor = self.factor(height, width)
             if factor == 1:
                 return self._resized(decode(encoded), top, left, height, width)
-            opened.draft(None, (opened.width // factor, opened.height // factor))
-            box = scaled_box((left, top, width, height), factor, opened.size)
-            return self._resized(pil_to_tensor(to_rgb(opened.crop(box))))
+            with pillow_errors():
+                opened.draft(None, (opened.width // factor, opened.height // factor))
+                box = scaled_box((left, top, width, height), factor, opened.size)
+                cropped = pil_to_tensor(to_rgb(opened.crop(box)))
+            return self._resized(cropped)
 
     def factor(self, height: int, width: int) -> int:
         """By how much a picture can be reduced whose crop is of this size: 1, 2, 4 or 8."""

@@ -14,7 +14,7 @@ from rt_detectron.data.class_folders import list_images
 from rt_detectron.data.unreadable import UnreadableImages
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.files import printable
-from rt_detectron.utils.pictures import to_rgb
+from rt_detectron.utils.pictures import pillow_errors, to_rgb
 
 PNG = b"\x89PNG"
 
@@ -28,7 +28,7 @@ def decode(encoded: bytes) -> torch.Tensor:
 
     Raises:
         DepthError: as :func:`rt_detectron.utils.pictures.to_rgb`.
-        OSError, SyntaxError: if it is not an image, or truncated.
+        OSError: if it is not a whole image, or has more pixels than Pillow reads.
     """
     if not encoded.startswith(PNG):
         try:
@@ -38,7 +38,7 @@ def decode(encoded: bytes) -> torch.Tensor:
                 return image
         except (RuntimeError, ValueError):
             pass
-    with Image.open(io.BytesIO(encoded)) as opened:
+    with pillow_errors(), Image.open(io.BytesIO(encoded)) as opened:
         return pil_to_tensor(to_rgb(opened))
 
 
@@ -98,7 +98,7 @@ class FolderDataset(Dataset):
             try:
                 with open(path, "rb") as file:
                     image = load(file.read(), self.transform)
-            except (OSError, SyntaxError) as error:
+            except OSError as error:
                 self.unreadable.report(path, error)
                 continue
             return image, label, printable(os.path.relpath(path, self.root))

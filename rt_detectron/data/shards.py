@@ -102,7 +102,7 @@ class ShardDataset(IterableDataset):
         encoded, label, name = self.encoded(sample)
         try:
             image = load(encoded, self.transform)
-        except (OSError, SyntaxError) as error:
+        except OSError as error:
             self.unreadable.report(name, error)
             return None
         return image, label, name

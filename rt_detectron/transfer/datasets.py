@@ -102,7 +102,7 @@ class ClassificationDataset(Dataset):
                 with open(image, "rb") as file:
                     image = file.read()
             return decode(image)
-        except (OSError, SyntaxError) as error:
+        except OSError as error:
             raise InputError(
                 f"{self.name}: {self.keys[index]} cannot be read ({one_line(error)}); get it again"
             ) from error

@@ -38,7 +38,7 @@ def read_upright(file: str | os.PathLike | IO[bytes]) -> Image.Image:
         DepthError: as :func:`to_rgb`.
         OSError: if it is not a whole picture, or has more pixels than Pillow reads.
     """
-    with _pillow_errors(), Image.open(file) as image:
+    with pillow_errors(), Image.open(file) as image:
         return to_rgb(ImageOps.exif_transpose(image))
 
 
@@ -55,7 +55,7 @@ def upright_size(file: IO[bytes], verify: bool = False) -> tuple[int, int]:
     Raises:
         DepthError, OSError: as :func:`read_upright`.
     """
-    with _pillow_errors(), Image.open(file) as image:
+    with pillow_errors(), Image.open(file) as image:
         _check_depth(image)
         width, height = image.size
         # Pillow decodes a PNG to look for a tag behind the pixels, where hardly any program writes it.
@@ -84,7 +84,7 @@ def _ends_well(file: IO[bytes], image_format: str | None) -> bool:
 
 
 @contextmanager
-def _pillow_errors() -> Iterator[None]:
+def pillow_errors() -> Iterator[None]:
     """Pillow raises all kinds of errors; here they are OSErrors that say what is wrong in a few words."""
     try:
         yield

@@ -118,7 +118,7 @@ class TestRandomResizedCrop:
     def test_truncated_damaged_and_deep_files(self, photo):
         crop = RandomResizedCrop(20)
         for content in (photo[: len(photo) // 2], photo[:30], b"\xff\xd8\xff no image", b""):
-            with pytest.raises((OSError, SyntaxError)):
+            with pytest.raises(OSError, match=r"(?i)image|PNG|truncated"):
                 crop.from_encoded(content)
         with pytest.raises(DepthError):
             crop.from_encoded(encoded(Image.fromarray(np.zeros((9, 9), np.uint16)), "PNG"))
