@@ -31,17 +31,18 @@ class FeatureStore:
     """Features by the pixels that they are of, in files; made for any number of processes at once.
 
     A file is ``$RT_DETECTRON_CACHE/detection_features/NETWORK/PIXELS.npz``, where both names are SHA-256: of
-    the network's tensors and structure, and of the normalised, padded image. So the same picture of another
-    size, mirrored, or in a wider batch is another file, and nothing has to be known of data sets and
-    augmentations. What cannot be stored is computed again.
+    the network's tensors, structure and chosen features, and of the normalised, padded image. So the same
+    picture of another size, mirrored, or in a wider batch is another file, and nothing has to be known of
+    data sets and augmentations. What cannot be stored is computed again.
 
     Args:
         network: whose features are stored.
         limit: of the whole folder ``detection_features``, in bytes; what is there already counts.
     """
 
-    def __init__(self, network: nn.Module, limit: float):
-        self.network = str(network)
+    def __init__(self, network: Backbone, limit: float):
+        # Two detectors may take other features of the same network.
+        self.network = f"{sorted(network.output_shape())} {network}"
         self.root = cache_folder("detection_features")
         self.room = limit - _bytes_in(self.root)
         self.read = self.computed = 0

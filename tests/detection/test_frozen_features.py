@@ -77,6 +77,16 @@ def test_other_weights_have_other_features(train, tmp_path):
     assert len({path.parent for path in files(tmp_path)}) == 2
 
 
+def test_a_detector_on_other_features_of_the_same_network_finds_its_own(train):
+    """As a RetinaNet, which stands on res3 to res5, and a Faster R-CNN on res2 to res5."""
+    fewer = {"MODEL.FPN.IN_FEATURES": "['res3','res4','res5']", "SOLVER.MAX_ITER": 1}
+    fewer |= {"MODEL.RPN.IN_FEATURES": "['p3','p4','p5']", "MODEL.ROI_HEADS.IN_FEATURES": "['p3','p4','p5']"}
+    fewer |= {"MODEL.ANCHOR_GENERATOR.SIZES": "[[64],[128],[256]]"}
+    train(1.0, folder="fewer", **fewer)
+    trainer, _ = train(1.0, folder="all", **{"SOLVER.MAX_ITER": 1})
+    assert trainer.model.backbone.bottom_up.feature_store.read == 0
+
+
 def test_what_has_no_room_is_computed_each_time(train, tmp_path, caplog):
     trainer, losses = train(1e-9)
     assert not files(tmp_path)
