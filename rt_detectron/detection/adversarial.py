@@ -270,6 +270,8 @@ class FreeReplays:
         self._iteration = start
         for batch in batches_from(self.loader, number):
             images = [inputs["image"].to(self.device, torch.float32, non_blocking=True) for inputs in batch]
+            if skipped and [each.shape for each in moved] != [each.shape for each in images]:
+                moved = []  # of a batch of another size, before the training was resumed
             if not (skipped and moved):
                 moved = self._first(images, moved)
             for left in reversed(range(self.replays - skipped)):
@@ -303,7 +305,7 @@ class FreeReplays:
 
     def _first(self, images: list[Tensor], last: list[Tensor]) -> list[Tensor]:
         """The perturbations that a batch begins with."""
-        if not (self.carry_over and last):
+        if not self.carry_over or len(last) != len(images):
             return [torch.zeros_like(image) for image in images]
         ball = self._ball(self._iteration)
         resized = [

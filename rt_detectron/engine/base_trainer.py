@@ -102,8 +102,22 @@ class BaseTrainer(SimpleTrainer):
         _with_strides_of_parameters(self.optimizer)
 
 
+# Options that tell optimisers with different states apart.
+_KINDS = ("momentum", "betas", "alpha", "rho", "lambd", "etas")
+
+
 def _with_options_of(optimizer: torch.optim.Optimizer, state: dict) -> dict:
-    """A saved ``state`` of an optimiser, with the learning rate and all other options of ``optimizer``."""
+    """A saved ``state`` of an optimiser, with the learning rate and all other options of ``optimizer``.
+
+    Raises:
+        ValueError: if it is of an optimiser of another kind, or for other parameters.
+    """
+    kind, earlier = (
+        [name for name in _KINDS if name in groups[0]]
+        for groups in (optimizer.param_groups, state["param_groups"])
+    )
+    if kind != earlier:  # torch takes its state all the same, and fails in the next step or begins it anew
+        raise ValueError(f"its optimizer is of another kind: {earlier}, not {kind}")
     rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     groups = [
         {**group, "lr": rate, "initial_lr": rate, "params": saved["params"]}

@@ -135,6 +135,28 @@ def test_a_checkpoint_of_another_detector_is_one_line(begun):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("before", "now"), [("SGD", "ADAMW"), ("ADAMW", "SGD")])
+def test_a_checkpoint_of_another_optimizer_is_one_line(begun, tmp_path, before, now):
+    """SGD would find no momentum in the state of AdamW, and begin anew without a word; AdamW would fail."""
+    if before == "ADAMW":
+        shutil.rmtree(tmp_path)
+        train(begun(**{"SOLVER.OPTIMIZER": before, "SOLVER.MAX_ITER": 2}))
+    with pytest.raises(InputError, match=r"of another configuration .*its optimizer is of another kind"):
+        train(begun(**{"SOLVER.OPTIMIZER": now}), resume=True)
+
+
+@pytest.mark.parametrize("carry_over", [False, True])
+def test_perturbations_of_a_batch_of_another_size_are_not_used(tiny_cfg, tmp_path, monkeypatch, carry_over):
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, *args: {}))
+    keys = {**SMALL, "SOLVER.ADVERSARIAL.REPLAYS": 3, "SOLVER.MAX_ITER": 2, "SOLVER.IMS_PER_BATCH": 2}
+    keys["SOLVER.ADVERSARIAL.CARRY_OVER"] = carry_over
+    train(tiny_cfg(tmp_path, *options(keys)))
+    assert len(load(tmp_path)["processes"][0]["moved_images"]) == 2
+    for iterations, changed in ((3, {"SOLVER.IMS_PER_BATCH": 3}), (5, {"INPUT.MIN_SIZE_TRAIN": "(40,)"})):
+        train(tiny_cfg(tmp_path, *options({**keys, **changed, "SOLVER.MAX_ITER": iterations})), resume=True)
+        assert load(tmp_path)["iteration"] == iterations - 1
+
+
 def test_checkpoints_ahead_of_evaluations_make_room(tiny_cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, *args: {}))
     seen = []
