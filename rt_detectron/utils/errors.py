@@ -1,12 +1,16 @@
 """The one error that is the user's to fix, and how a tool shows it."""
 
 import difflib
+import errno
 import importlib
 import logging
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
 from types import ModuleType
+
+# Of a disk that is full, broken or cannot be written: errors of writing to an open file name no file.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ENOLCK)
 
 
 class InputError(ValueError):
@@ -74,12 +78,15 @@ def one_line_errors():
     """Wrap a tool's main(): an :class:`InputError` ends the process with its message and exit status 2.
 
     So does one from a data loader's worker or a launched process, which arrives as the text of its
-    traceback, and an error of the file system that names a file. Everything else keeps its traceback, since
-    it is ours to fix.
+    traceback, and an error of the file system that names a file or is of the disk. Ctrl-C ends it with status
+    130. Everything else keeps its traceback, since it is ours to fix.
     """
     try:
         with no_traceback_of_input_errors():
             yield
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
     except Exception as error:
         message = _message(error)
         if message is None:
@@ -101,9 +108,12 @@ def no_traceback_of_input_errors():
 
 def _message(error: Exception) -> str | None:
     """The user's line of ``error``; None if it is neither an :class:`InputError`, perhaps of another process,
-    nor an error of the file system that names a file."""
-    if isinstance(error, OSError) and isinstance(error.filename, str) and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    nor an error of the file system that names a file or is of the disk."""
+    if isinstance(error, OSError) and error.strerror:
+        if isinstance(error.filename, str):
+            return f"{error.filename}: {error.strerror}"
+        if error.errno in _OF_THE_DISK:
+            return f"a file cannot be read, written or locked: {error.strerror}"
     lines = str(error).strip().splitlines() or [""]
     before, raised, message = lines[-1].partition(f"{InputError.__module__}.{InputError.__name__}: ")
     if raised and not before:

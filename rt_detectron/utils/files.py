@@ -22,7 +22,7 @@ def replaced_atomically(path: str | os.PathLike) -> Iterator[str]:
     """Gives the path of a temporary file beside ``path``, which takes its place when the block succeeds.
 
     So ``path`` is at any time either the old file or the whole new one, also after a power cut, and nothing
-    is left of a block that fails or is interrupted.
+    is left of a block that fails or is interrupted. An error of the disk names ``path``.
     """
     # The same process number exists on every host that shares a file system.
     temporary = f"{os.fspath(path)}.{os.getpid()}-{secrets.token_hex(8)}.tmp"
@@ -31,6 +31,10 @@ def replaced_atomically(path: str | os.PathLike) -> Iterator[str]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, temporary):  # which nobody has heard of
+            error.filename = os.fspath(path)
+        raise
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -74,9 +78,12 @@ def cache_folder(kind: str) -> str:
     """
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     root = os.environ.get("RT_DETECTRON_CACHE") or os.path.join(home, "rt_detectron")
-    root = os.path.realpath(os.path.expanduser(root))
-    folder = os.path.join(root, kind)
     own = "set RT_DETECTRON_CACHE to a folder of your own"
+    root = os.path.expanduser(root)
+    if root.startswith("~"):
+        raise InputError(f"there is no home folder for the cache {root}: set HOME, or {own}")
+    root = os.path.realpath(root)
+    folder = os.path.join(root, kind)
     try:
         os.makedirs(root, mode=0o700, exist_ok=True)
         status = os.stat(root)

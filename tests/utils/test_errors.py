@@ -1,3 +1,4 @@
+import errno
 import logging
 import os
 import sys
@@ -49,6 +50,19 @@ def test_an_error_of_the_file_system_names_the_file(capsys, tmp_path):
     assert printed(capsys, lambda: os.listdir(folder)) == f"error: {folder}: No such file or directory\n"
 
 
+def test_a_full_disk_is_told_though_python_names_no_file(capsys):
+    error = OSError(errno.ENOSPC, "No space left on device")
+    line = "error: a file cannot be read, written or locked: No space left on device\n"
+    assert printed(capsys, lambda: throw(error)) == line
+
+
+def test_ctrl_c_leaves_no_traceback(capsys):
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        throw(KeyboardInterrupt())
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_what_a_library_cannot_build_is_one_line_that_names_the_keys():
     def build(error):
         with building("the detector", "MODEL"):
@@ -71,7 +85,7 @@ def test_what_a_library_cannot_build_is_one_line_that_names_the_keys():
         OSError("x"),
         RuntimeError(""),
         RuntimeError("see rt_detectron.utils.errors.InputError: x"),
-        KeyboardInterrupt(),
+        OSError(errno.ECONNRESET, "x"),
     ],
 )
 def test_everything_else_passes_through(error):

@@ -1,4 +1,5 @@
 import os
+import resource
 import stat
 
 import pytest
@@ -57,6 +58,18 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write_text(tmp_path / "a", "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert error.value.filename == str(tmp_path / "a")
+    assert not os.listdir(tmp_path)
+
+
 class TestCacheFolder:
     @pytest.fixture(autouse=True)
     def home(self, tmp_path, monkeypatch):
@@ -98,6 +111,13 @@ class TestCacheFolder:
             monkeypatch.setenv("RT_DETECTRON_CACHE", str(tmp_path / name))
             with pytest.raises(InputError, match=r"theirs belongs to another user: set RT_DETECTRON_CACHE"):
                 cache_folder("zoo")
+
+    def test_without_a_home_none_is_made_in_a_folder_called_tilde(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # HOME is not set, the user is unknown
+        with pytest.raises(InputError, match=r"no home folder for the cache ~/\.cache/rt_detectron: set"):
+            cache_folder("zoo")
+        assert not os.listdir(tmp_path)
 
     def test_there_is_no_fallback(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
