@@ -1,7 +1,9 @@
 """The demo dataset, COCO-O, and checks of the datasets that a config names before anything slow begins."""
 
 import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
@@ -14,6 +16,8 @@ from rt_detectron.data.derived import register_derived
 from rt_detectron.data.image_files import check_images
 from rt_detectron.data.own import FORMS, is_own, register_own, split_modifiers
 from rt_detectron.utils.errors import InputError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 
 def _register_demo(root: str) -> None:
@@ -238,6 +242,8 @@ def check_classes(name: str, key: str, count: int | None, training: Sequence[str
                 f"if it has one of them, use {name}@CATEGORY"
             )
         raise InputError(f"{key} is {count}, but {name} has {len(classes)} classes; {way_out}")
+    if doubles := sorted(name for name, number in Counter(classes).items() if number > 1):
+        logger.warning("%s has several classes %s: AP by class is the last one's", name, ", ".join(doubles))
     for other in training[:1]:
         known = classes_of(other)
         if not known or len(known) != len(classes) or list(known) == list(classes):

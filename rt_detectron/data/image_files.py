@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rt_detectron.data.unreadable import UnreadableImages
 from rt_detectron.utils.errors import InputError, one_line
-from rt_detectron.utils.pictures import DepthError, read_upright, upright_size
+from rt_detectron.utils.pictures import DepthError, check_narrow, read_upright, upright_size
 
 logger = logging.getLogger(__name__)
 
@@ -152,10 +152,11 @@ class CheckedMapper:
         except Exception as error:
             try:
                 with PathManager.open(path, "rb") as file:
-                    read_upright(file)
+                    size = read_upright(file).size
             except OSError as fault:  # it is the image's, although its header is sound
                 self.unreadable.report(path, fault)
                 return None
+            check_narrow(error, *size, path)
             # OSError: another file's, such as that of the semantic segmentation.
             if isinstance(error, OSError | SizeMismatchError):
                 raise InputError(f"{path}: {one_line(error)}") from None

@@ -12,6 +12,7 @@ from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import classes_of
 from rt_detectron.detection.trainer import load_detector_config
 from rt_detectron.utils.errors import InputError, building
+from rt_detectron.utils.pictures import check_narrow
 
 
 class Predictor(DefaultPredictor):
@@ -40,10 +41,18 @@ class Predictor(DefaultPredictor):
         return self.detect(self.inputs(original_image))
 
     def inputs(self, original_image: np.ndarray) -> dict:
-        """What the model takes: the image resized, (3, H, W) floats in 0..255 in its order of colours."""
+        """What the model takes: the image resized, (3, H, W) floats in 0..255 in its order of colours.
+
+        Raises:
+            InputError: for an image of which nothing is left when it is resized.
+        """
         height, width = original_image.shape[:2]
         ordered = original_image[:, :, ::-1] if self.input_format == "RGB" else original_image
-        image = self.aug.get_transform(ordered).apply_image(ordered)
+        try:
+            image = self.aug.get_transform(ordered).apply_image(ordered)
+        except ValueError as error:
+            check_narrow(error, width, height)
+            raise
         image = torch.as_tensor(image.astype("float32").transpose(2, 0, 1))
         return {"image": image, "height": height, "width": width}
 

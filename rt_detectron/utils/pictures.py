@@ -7,7 +7,7 @@ from typing import IO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from rt_detectron.utils.errors import one_line
+from rt_detectron.utils.errors import InputError, one_line
 
 _ORIENTATION = 0x0112  # EXIF tag; from 5 on, the picture is turned by 90 degrees one way or the other
 # The last bytes of a whole file, by Pillow's format. MPO is what many phones write: JPEG and more.
@@ -68,6 +68,15 @@ def upright_size(file: IO[bytes], verify: bool = False) -> tuple[int, int]:
             with Image.open(file) as unread:
                 unread.verify()
         return (height, width) if turned else (width, height)
+
+
+def check_narrow(error: Exception, width: int, height: int, name: str = "an image") -> None:
+    """Raise an InputError if ``error`` is of resizing, which leaves no pixel of a side of a narrow image."""
+    if isinstance(error, ValueError) and "height and width must be > 0" in str(error):  # Pillow's
+        raise InputError(
+            f"{name}: its {width} x {height} pixels are so narrow that none is left of a side when it is "
+            "resized: leave it out, or cut it into pieces"
+        ) from None
 
 
 def _check_depth(image: Image.Image) -> None:

@@ -123,7 +123,11 @@ def _make_folder(path: Path) -> None:
 
 
 def _annotate_picture(source: Path, output: Path, annotate: Callable[[Image.Image], Image.Image]) -> None:
-    picture = annotate(load_picture(source))
+    picture = load_picture(source)
+    try:
+        picture = annotate(picture)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
     with replaced_atomically(output) as temporary:
         picture.save(temporary, "PNG" if output.suffix.lower() == ".png" else "JPEG", quality=95)
 

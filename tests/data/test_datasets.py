@@ -205,6 +205,13 @@ class TestLoadTrainingSet:
         assert len(load_training_set(cfg)) == 1
 
 
+def test_classes_of_one_name_are_told(register, cfg, caplog):
+    """As those that Roboflow exports: the first is the supercategory."""
+    register([annotation()], categories=[{"id": 7, "name": "cat"}, {"id": 9, "name": "cat"}])
+    load_training_set(cfg)
+    assert f"{NAME} has several classes cat: AP by class is the last one's" in caplog.text
+
+
 class TestLoadTestSet:
     """Most mistakes are shown with the evaluators, in tests/evaluation/test_build.py."""
 

@@ -129,6 +129,13 @@ class TestCheckedMapper:
             assert torch.equal(found["image"], expected["image"])
             assert found.keys() == expected.keys()
 
+    def test_a_narrow_image_is_named(self, records):
+        Image.new("RGB", (2000, 1)).save(records[1]["file_name"])
+        records[1].update(width=2000, height=1)
+        resizing = CheckedMapper(mapper(augmentations=[ResizeShortestEdge(64, 128)]))
+        with pytest.raises(InputError, match=r"1\.jpg: its 2000 x 1 pixels are so narrow that none is left"):
+            resizing(records[1])
+
     @pytest.mark.parametrize("fault", [*FAULTS, "broken inside"])
     def test_an_image_that_cannot_be_read_is_named_or_skipped(self, records, spoil, fault):
         spoil(fault)

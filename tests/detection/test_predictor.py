@@ -63,6 +63,14 @@ def test_it_predicts_what_detectron2s_does(cfg, bgr, input_format, tmp_path, mon
     assert not torch.equal(Predictor(cfg)(bgr[:, :, ::-1]).scores, ours.scores)  # the order does matter
 
 
+def test_a_narrow_image_is_refused(cfg, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    predictor = Predictor(cfg)
+    with pytest.raises(InputError, match="an image: its 3000 x 1 pixels are so narrow"):
+        predictor(np.zeros((1, 3000, 3), np.uint8))
+
+
 def test_weights_are_guarded(cfg, backbone_file):
     cfg.MODEL.WEIGHTS = backbone_file
     cfg.INPUT.FORMAT = "BGR"

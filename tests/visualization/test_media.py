@@ -168,6 +168,13 @@ class TestAnnotate:
                 annotate_files([(source, tmp_path / "out" / "b.mp4")], fail)
         assert list((tmp_path / "out").iterdir()) == []
 
+    def test_a_picture_that_the_detector_refuses_is_named(self, tmp_path):
+        def refuse(image):
+            raise InputError("too narrow")
+
+        source = picture(tmp_path / "a.png")
+        assert annotate_files([(source, tmp_path / "out" / "a.png")], refuse) == [f"{source}: too narrow"]
+
     def test_an_output_folder_that_cannot_be(self, tmp_path):
         source = picture(tmp_path / "a.png")
         (problem,) = annotate_files([(source, source / "out" / "a.png")], self.inverted)
