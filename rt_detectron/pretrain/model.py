@@ -26,10 +26,22 @@ class Pretraining(nn.Module):
     Attributes:
         attacked: the classifier as attacks see it.
         progress: share of the training that is done; the trainer sets it.
+
+    Raises:
+        InputError: for a strategy or a resolution that is none.
     """
 
     def __init__(self, classifier: Classifier, strategy: Standard, resolution: Resolution | None = None):
         super().__init__()
+        if not isinstance(strategy, Standard):
+            raise InputError(
+                f"model.strategy is {strategy!r}; it must be one of rt_detectron.pretrain.strategies"
+            )
+        if resolution is not None and not callable(resolution):
+            raise InputError(
+                f"model.resolution is {resolution!r}; it must be a Resolution, of "
+                "rt_detectron.pretrain.schedules, or null for none"
+            )
         self.classifier = classifier
         self.strategy = strategy
         self.resolution = resolution

@@ -139,3 +139,11 @@ def test_without_a_gpu_the_cpu_serves(monkeypatch, caplog, gpu, device, warnings
 def test_values_that_make_no_sense_are_one_line(override, words):
     with pytest.raises(InputError, match=words):
         load_pretrain_config("configs/pretrain/demo_l2.py", ["train.device=cpu", override])
+
+
+@pytest.mark.parametrize("key", ["strategy", "resolution"])
+@pytest.mark.parametrize("value", ["abc", "0"])
+def test_a_value_in_place_of_an_object_is_one_line(key, value):
+    cfg = load_pretrain_config("configs/pretrain/demo_l2.py", [f"model.{key}={value}"])
+    with torch.device("meta"), pytest.raises(InputError, match=rf"model\.{key} is .*; it must be"):
+        instantiate(cfg.model)
