@@ -1,6 +1,7 @@
 """A study as it lies in its output folder: all that a report needs, without Ray, weights, configs or data."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,15 @@ import numpy as np
 
 from rt_detectron.study.grid import FINAL, Study, Trial
 from rt_detectron.study.load import described_study
-from rt_detectron.study.record import RECORD, SPECIFICATION, STUDY, Outcome, read_outcome
+from rt_detectron.study.record import (
+    RECORD,
+    RESULTS,
+    ROBUSTNESS,
+    SPECIFICATION,
+    STUDY,
+    Outcome,
+    read_outcome,
+)
 from rt_detectron.study.selection import choose
 from rt_detectron.study.statistics import TRIAL, Draws, Quantity, trial_key
 from rt_detectron.study.worker import read_json
@@ -42,17 +51,19 @@ def saved_study(output: Path) -> tuple[Study, list[Outcome], str]:
             f"{output} has neither {STUDY} nor {REPORTED} of a study: give its folder as --output"
         )
     try:
-        study = described_study(content["study"])
+        study, command = described_study(content["study"]), str(content["command"])
         if source.name == STUDY:
             outcomes = list(_known(study, _from_trials(output)))
         else:
             draws = _read_draws(output / RESAMPLED, content.get("resampled_sha256"))
-            outcomes = [_from_report(output, trial, draws) for trial in content["trials"]]
+            found = (_from_report(output, trial, draws) for trial in content["trials"])
+            outcomes = list(_known(study, found))
+            _check_each_is_there_once(outcomes)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     except (KeyError, TypeError) as error:
         raise InputError(f"{source}: it is no file of a study ({type(error).__name__}: {error})") from None
-    return study, outcomes, content["command"]
+    return study, outcomes, command
 
 
 def _from_trials(output: Path) -> Iterator[Outcome]:
@@ -88,6 +99,9 @@ def _known(study: Study, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
 
 def _from_report(output: Path, content: dict[str, Any], draws: Draws) -> Outcome:
     trial = Trial.from_specification(content)
+    for kind, (_, key) in (("results", RESULTS), ("robustness", ROBUSTNESS)):
+        if content[kind] is not None and not isinstance(content[kind][key], dict):
+            raise TypeError(f"{kind} of {trial.name}")
     folder = Path(content["folder"])
     if not folder.is_dir():
         folder = output / "trials" / trial.name
@@ -100,6 +114,13 @@ def _from_report(output: Path, content: dict[str, Any], draws: Draws) -> Outcome
         content.get("errors"),
         draws.get(trial_key(trial)),
     )
+
+
+def _check_each_is_there_once(outcomes: list[Outcome]) -> None:
+    """As they might not be in a file that was put together from several."""
+    names = Counter(outcome.trial.name for outcome in outcomes)
+    if twice := [name for name, number in names.items() if number > 1]:
+        raise InputError(f"{len(twice)} trials are there more than once, such as {twice[0]}")
 
 
 def write_draws(path: Path, draws: Draws) -> str | None:

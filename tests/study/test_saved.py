@@ -42,3 +42,34 @@ def test_resampled_values_of_another_report_are_refused(elsewhere):
     np.savez(elsewhere / "resampled.npz", names=np.array([], str), values=np.array([]))
     with pytest.raises(InputError, match=r"resampled\.npz was not written with this file"):
         saved_study(elsewhere)
+
+
+def change(folder, edit) -> None:
+    content = json.loads((folder / "results.json").read_text())
+    edit(content)
+    (folder / "results.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda content: content.pop("command"), "no file of a study .KeyError: 'command'"),
+        (lambda content: content["trials"][0].update(results="text"), "no file of a study .TypeError"),
+        (
+            lambda content: content["trials"][0]["results"].update(metrics=None),
+            "no file of a study .TypeError",
+        ),
+        (lambda content: content["trials"].append(content["trials"][0]), "1 trials are there more than once"),
+    ],
+)
+def test_a_report_that_was_changed_by_hand_is_one_line(elsewhere, edit, words):
+    change(elsewhere, edit)
+    with pytest.raises(InputError, match=words) as error:
+        saved_study(elsewhere)
+    assert "\n" not in str(error.value)
+
+
+def test_a_trial_that_the_study_does_not_ask_for_is_left_out(elsewhere, whole_report):
+    change(elsewhere, lambda content: content["trials"][-1].update(arm="unknown"))
+    _, outcomes, _ = saved_study(elsewhere)
+    assert len(outcomes) == len(whole_report.outcomes) - 1
