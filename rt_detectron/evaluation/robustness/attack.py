@@ -1,5 +1,6 @@
 """AP under adversarial attack."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -7,6 +8,7 @@ from itertools import groupby
 from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
+from detectron2.utils.logger import log_first_n
 
 from rt_detectron.attacks import (
     APGD,
@@ -292,6 +294,14 @@ def _attacks(cfg: CfgNode, keys: CfgNode) -> Iterator[DetectorAttack]:
     try:
         for norm, all_eps in (("l2", keys.L2_EPS), ("linf", keys.LINF_EPS)):
             for ball in unique(ThreatModel(norm, eps) for eps in all_eps):
+                if norm == "l2" and ball.eps >= masking.HUGE["l2"]:
+                    log_first_n(
+                        logging.WARNING,
+                        f"TEST.ATTACK.L2_EPS {ball.eps:g} breaks any detector, since it is for images in [0, 1]: "
+                        f"if yours is for 0..255, give {ball.eps / 255:.4g}",
+                        name=__name__,
+                        key="message",
+                    )
                 kind = partial(APGD, reduce_radius=keys.REDUCE_RADIUS) if keys.ADAPTIVE else PGD
                 pgd = kind(
                     ball,

@@ -23,7 +23,7 @@ _STUCK = 0.1  # more images than this share whose objective did not rise are an 
 _TOLERANCE = 0.1  # AP that another attack may leave less than the one that is checked, on all images
 _TOLERANCE_ON_SOME = 2.0  # the same on the few images of the costly checks
 _NEAR_0 = 0.1  # of the clean AP: what a huge eps may leave
-_HUGE = {"linf": 64.0, "l2": 32.0}  # an eps that any detector breaks at
+HUGE = {"linf": 64.0, "l2": 32.0}  # an eps that any detector breaks at
 _ALL = {"linf": 255.0, "l2": math.inf}  # the largest eps there is
 
 
@@ -63,7 +63,7 @@ def of_some_images(
     ball, count = attack.pgd.threat_model, len(images.dicts)
     clean = session.clean(replace(images, mapper=session.test_set.mapper))
     name, settings = f"{ball.norm}-{ball.eps:g}-{attack.name}", attack.settings
-    huge = replace(ball, eps=min(max(_HUGE[ball.norm], 8 * ball.eps), _ALL[ball.norm]))
+    huge = replace(ball, eps=min(max(HUGE[ball.norm], 8 * ball.eps), _ALL[ball.norm]))
     pgd = replace(attack.pgd, threat_model=huge, relative_step_size=2.5)
     left = session.measure(
         f"huge-{name}",

@@ -66,6 +66,14 @@ def test_mistakes_are_one_line(keys, words):
     assert "\n" not in str(error.value)
 
 
+def test_an_l2_eps_that_may_be_meant_for_0_to_255_is_told(caplog):
+    evaluations(ATTACK__L2_EPS=(5,))
+    assert not caplog.text
+    evaluations(ATTACK__L2_EPS=(128,))
+    assert "L2_EPS 128 breaks any detector" in caplog.text
+    assert "if yours is for 0..255, give 0.502" in caplog.text
+
+
 def test_one_test_set_at_a_time():
     cfg = get_cfg()
     add_robust_config(cfg)
