@@ -297,8 +297,8 @@ def _attacks(cfg: CfgNode, keys: CfgNode) -> Iterator[DetectorAttack]:
                 if norm == "l2" and ball.eps >= masking.HUGE["l2"]:
                     log_first_n(
                         logging.WARNING,
-                        f"TEST.ATTACK.L2_EPS {ball.eps:g} breaks any detector, since it is for images in [0, 1]: "
-                        f"if yours is for 0..255, give {ball.eps / 255:.4g}",
+                        f"TEST.ATTACK.L2_EPS {ball.eps:g} breaks any detector, since it is for images in "
+                        f"[0, 1]: if yours is for 0..255, give {ball.eps / 255:.4g}",
                         name=__name__,
                         key="message",
                     )
