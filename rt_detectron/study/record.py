@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from rt_detectron.study.grid import Study, Trial
 from rt_detectron.study.worker import PROCESSES, read_json
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import write_json, write_text
+from rt_detectron.utils.files import printable, write_json, write_text
 
 SPECIFICATION, RECORD = "trial.json", "record.json"
 STUDY = "study.json"  # in the output folder: the study as it runs, for reports without its files
@@ -197,7 +197,18 @@ def git_state() -> dict[str, Any] | None:
 
 @contextmanager
 def output_folder(output: Path) -> Iterator[None]:
-    """Make the folder ``output`` and lock it for this process."""
+    """Make the folder ``output`` and lock it for this process.
+
+    Raises:
+        InputError: if it cannot be written, is another process's, or has a name that no results can hold.
+    """
+    try:
+        str(output.absolute()).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"--output {printable(str(output.absolute()))} is no UTF-8: results and reports name their folder, "
+            "so give another"
+        ) from None
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / "compare.lock", timeout=0)

@@ -77,3 +77,10 @@ def test_output_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write to --output"), output_folder(tmp_path / "file"):
         pass
+
+
+def test_output_whose_name_no_file_can_hold(tmp_path):
+    folder = tmp_path / "\udcff"
+    with pytest.raises(InputError, match=r"\\xff is no UTF-8"), output_folder(folder):
+        pass
+    assert not folder.exists()
