@@ -206,7 +206,7 @@ def output_folder(output: Path) -> Iterator[None]:
         str(output.absolute()).encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"--output {printable(str(output.absolute()))} is no UTF-8: results and reports name their folder, "
+            f"--output {printable(str(output.absolute()))} is no UTF-8: results name their folder, "
             "so give another"
         ) from None
     try:
