@@ -95,9 +95,7 @@ def read_voc(folder: Path, split: str) -> dict:
             image = _voc_image(folder, name, tree)
             found.add_image(image, _size(image, tree.findtext("size/width"), tree.findtext("size/height")))
             for each in tree.iterfind("object"):
-                sides = (
-                    each.findtext(f"bndbox/{side}", "nothing") for side in ("xmin", "ymin", "xmax", "ymax")
-                )
+                sides = (each.findtext(f"bndbox/{side}", "nothing") for side in _VOC_SIDES)
                 x1, y1, x2, y2 = map(float, sides)
                 found.add_box(each.findtext("name") or "", x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1)
     return found.content()

@@ -63,10 +63,7 @@ def read_lazy_config(path: str, overrides: list[str], keys: tuple[str, ...], fol
     for override in overrides:
         key = override.partition("=")[0]
         if not key.startswith(("+", "~")):
-            values = (
-                OmegaConf.select(each, key, throw_on_resolution_failure=False) for each in (shipped, cfg)
-            )
-            _check_value(key, *values)
+            _check_value(key, _value(shipped, key), _value(cfg, key))
     _check_train(cfg.train)
     if cfg.train.device == "cuda" and not torch.cuda.is_available():
         if comm.is_main_process():
