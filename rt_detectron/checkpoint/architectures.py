@@ -73,8 +73,18 @@ class Family:
         return _BUILDERS[detector].format(self.name)
 
 
-# torchvision's ResNets -> Detectron2's, each rule on the outcome of the one before it.
-_TO_DETECTRON2 = (
+# A regular expression and what takes its place; each on the outcome of the one before it.
+Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
+
+
+def _renamed(name: str, rules: Rules) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+# torchvision's ResNets -> Detectron2's.
+_TO_DETECTRON2: Rules = (
     (r"^(conv1|bn1)\.", r"stem.\1."),
     (r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}."),
     (r"\bbn(\d)\.", r"conv\1.norm."),
@@ -85,13 +95,7 @@ _TO_DETECTRON2 = (
 
 def _detectron2_names(architecture: "Architecture", names: list[str]) -> dict[str, str]:
     """``layer1.0.downsample.1.bias`` to ``res2.0.shortcut.norm.bias``: Detectron2 has its own ResNets."""
-
-    def renamed(name: str) -> str:
-        for pattern, replacement in _TO_DETECTRON2:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    return {name: renamed(name) for name in names}
+    return {name: _renamed(name, _TO_DETECTRON2) for name in names}
 
 
 def _trunk_names(architecture: "Architecture", names: list[str]) -> dict[str, str]:
@@ -112,18 +116,12 @@ _RESAMPLED = ("pos_embed", "patch_embed.proj.weight", "relative_position_bias_ta
 
 
 # mmpretrain's names of ConvNeXt -> those of its authors, which timm reads.
-_MMPRETRAIN = (
+_MMPRETRAIN: Rules = (
     (r"\.depthwise_conv\.", ".dwconv."),
     (r"\.pointwise_conv(\d)\.", r".pwconv\1."),
     (r"^norm3\.", "norm."),
     (r"^head\.fc\.", "head."),
 )
-
-
-def _as_its_authors(name: str) -> str:
-    for pattern, replacement in _MMPRETRAIN:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _current_timm_names(architecture: "Architecture", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,7 +132,7 @@ def _current_timm_names(architecture: "Architecture", tensors: dict[str, Tensor]
     """
     network = architecture.skeleton
     if any(".depthwise_conv." in name for name in tensors):
-        tensors = {_as_its_authors(name): tensor for name, tensor in tensors.items()}
+        tensors = {_renamed(name, _MMPRETRAIN): tensor for name, tensor in tensors.items()}
     translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if translate is None:
         return tensors
@@ -150,15 +148,9 @@ def _current_timm_names(architecture: "Architecture", tensors: dict[str, Tensor]
 
 def _current_torchvision_names(architecture: "Architecture", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Files of the implementations that torchvision's began as have older names in the same network."""
-
-    def renamed(name: str) -> str:
-        for pattern, replacement in architecture.older_names:
-            name = re.sub(pattern, replacement, name)
-        return name
-
     if tensors.keys() >= architecture.backbone_names.keys():
         return tensors
-    older = {renamed(name): tensor for name, tensor in tensors.items()}
+    older = {_renamed(name, architecture.older_names): tensor for name, tensor in tensors.items()}
     return older if older.keys() >= architecture.backbone_names.keys() else tensors
 
 
@@ -180,8 +172,7 @@ class Architecture:
         resnets: the ``MODEL.RESNETS`` keys that describe the same network, if it is one of Detectron2's.
         taps: where the other torchvision networks yield stem, res2 (stride 4) ... res5 (stride 32), as node
             names of :func:`torchvision.models.feature_extraction.create_feature_extractor`.
-        older_names: regular expressions for the names that files of the network's authors have, and what
-            the network here calls the same tensors; each on the outcome of the one before it.
+        older_names: turn the names in files of the network's authors into those of the same tensors here.
         pixel_mean, pixel_std: what the classifier subtracts and divides by unless its file says otherwise.
             RGB, 0..255.
     """
@@ -193,7 +184,7 @@ class Architecture:
     head: str
     resnets: dict[str, int] = field(default_factory=dict)
     taps: dict[str, str] = field(default_factory=dict)
-    older_names: tuple[tuple[str, str], ...] = ()
+    older_names: Rules = ()
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
     pixel_std: tuple[float, ...] = IMAGENET_STD
 
@@ -257,9 +248,12 @@ def _resnet(
     return Architecture(name, RESNET, build, stem="conv1", head="fc.", resnets=resnets)
 
 
-def _tapped(name: str, torchvision_name: str, stem: str, head: str, *taps: str, older=()) -> Architecture:
+def _tapped(
+    name: str, torchvision_name: str, stem: str, head: str, taps: str, older: Rules = ()
+) -> Architecture:
+    """``taps``: those of the stem and of res2 ... res5, with blanks between them."""
     stages = ("stem", "res2", "res3", "res4", "res5")
-    by_stage = dict(zip(stages, taps, strict=True))
+    by_stage = dict(zip(stages, taps.split(), strict=True))
     build = _torchvision(torchvision_name)
     return Architecture(name, TORCHVISION, build, stem, head, taps=by_stage, older_names=older)
 
@@ -275,7 +269,7 @@ def _ra_resnet(name: str, depths: tuple[int, ...], widths: tuple[int, ...]) -> A
 
 
 # A block of MobileNetV2 was one flat list of layers: its activations, without tensors, are counted, too.
-_OLDER_MOBILENET = (
+_OLDER_MOBILENET: Rules = (
     (r"^features\.1\.conv\.([01])\.", r"features.1.conv.0.\1."),
     (r"^features\.1\.conv\.3\.", "features.1.conv.1."),
     (r"^features\.1\.conv\.4\.", "features.1.conv.2."),
@@ -287,7 +281,7 @@ _OLDER_MOBILENET = (
     (r"^classifier\.(?=[a-z])", "classifier.1."),
 )
 # As torchvision's own files of DenseNet still have them.
-_OLDER_DENSENET = ((r"\.(norm|relu|conv)\.(\d)\.", r".\1\2."),)
+_OLDER_DENSENET: Rules = ((r"\.(norm|relu|conv)\.(\d)\.", r".\1\2."),)
 
 
 # Names are the file stems of the published checkpoints. wide_resnet50_4 is not in torchvision: it is
@@ -310,49 +304,27 @@ _TABLE = (
         "densenet161",
         "features.conv0",
         "classifier.",
-        "features.pool0",
-        "features.transition1.relu",
-        "features.transition2.relu",
-        "features.transition3.relu",
-        "relu",
-        older=_OLDER_DENSENET,
+        "features.pool0 features.transition1.relu features.transition2.relu features.transition3.relu relu",
+        _OLDER_DENSENET,
     ),
     _tapped(
-        "mnasnet",
-        "mnasnet1_0",
-        "layers.0",
-        "classifier.",
-        "layers.7",
-        "layers.8",
-        "layers.9",
-        "layers.11",
-        "layers.16",
+        "mnasnet", "mnasnet1_0", "layers.0", "classifier.", "layers.7 layers.8 layers.9 layers.11 layers.16"
     ),
     _tapped(
         "mobilenet",
         "mobilenet_v2",
         "features.0.0",
         "classifier.",
-        "features.1",
-        "features.3",
-        "features.6",
-        "features.13",
-        "features.18",
-        older=_OLDER_MOBILENET,
+        "features.1 features.3 features.6 features.13 features.18",
+        _OLDER_MOBILENET,
     ),
-    _tapped(
-        "shufflenet", "shufflenet_v2_x1_0", "conv1.0", "fc.", "conv1", "maxpool", "stage2", "stage3", "conv5"
-    ),
+    _tapped("shufflenet", "shufflenet_v2_x1_0", "conv1.0", "fc.", "conv1 maxpool stage2 stage3 conv5"),
     _tapped(
         "vgg16_bn",
         "vgg16_bn",
         "features.0",
         "classifier.",
-        "features.13",
-        "features.22",
-        "features.32",
-        "features.42",
-        "features.43",
+        "features.13 features.22 features.32 features.42 features.43",
     ),
     # Peng et al. 2023; depths and widths as their code has them.
     _ra_resnet("ra_resnet50", (5, 8, 13, 1), (288, 576, 1120, 2160)),
