@@ -18,7 +18,7 @@ from rt_detectron.checkpoint.formats import (
 )
 from rt_detectron.checkpoint.layouts import Choice, Network, find_network
 from rt_detectron.checkpoint.metadata import INPUT_FORMATS, Metadata
-from rt_detectron.checkpoint.preprocessing import TOLERANCE
+from rt_detectron.checkpoint.preprocessing import close
 from rt_detectron.checkpoint.statements import (
     SAY_PIXELS,
     Pixels,
@@ -178,7 +178,7 @@ def read_network(
     if (
         said
         and published
-        and not all(_close(*both, HALF_PRECISION) for both in zip(said, published, strict=True))
+        and not all(close(*both, HALF_PRECISION) for both in zip(said, published, strict=True))
     ):
         raise InputError(
             f"{file.path} holds {_in_words(said)}, but {_in_words(published)} was published with it: replace "
@@ -220,10 +220,7 @@ def _folded(weights: Weights, path: str) -> Weights:
             "preprocessing can be folded into them: convert it without --input-format BGR"
         )
     state_dict = {**weights.state_dict, f"{stem}weight": folded["weight"]}
-    metadata = replace(
-        metadata, input_format="BGR", pixel_mean=metadata.pixel_mean[::-1], pixel_std=(1.0,) * 3
-    )
-    return replace(weights, state_dict=state_dict, metadata=metadata)
+    return replace(weights, state_dict=state_dict, metadata=metadata.folded())
 
 
 def _check_output(source: str, output: str) -> None:
@@ -250,15 +247,11 @@ def _pixels(file: WeightsFile, network: Network) -> Pixels | None:
     """What the file says of mean and std, in its tensors or its metadata."""
     stored = stored_pixels(file, network)
     known = file.metadata and (file.metadata.pixel_mean, file.metadata.pixel_std)
-    if stored and known and not all(map(_close, stored, known)):
+    if stored and known and not all(map(close, stored, known)):
         raise InputError(
             f"{file.path} holds {_in_words(stored)}, and its metadata says {_in_words(known)}: {SAY_PIXELS}"
         )
     return known or stored
-
-
-def _close(some: Sequence[float], others: Sequence[float], tolerance: float = TOLERANCE) -> bool:
-    return all(abs(a - b) <= tolerance for a, b in zip(some, others, strict=True))
 
 
 def _in_words(pixels: Pixels) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 
 from rt_detectron.utils.errors import InputError
 
@@ -86,6 +86,10 @@ class Metadata:
         if self.sha256 is None:
             del content["sha256"]
         return content
+
+    def folded(self) -> "Metadata":
+        """Of the same weights for BGR and std 1: Detectron2's default preprocessing is folded into the stem."""
+        return replace(self, input_format="BGR", pixel_mean=self.pixel_mean[::-1], pixel_std=(1.0,) * 3)
 
 
 def _is_one_of(value: object, known: tuple[str, ...]) -> bool:

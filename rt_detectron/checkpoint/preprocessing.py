@@ -53,8 +53,8 @@ def compare(found: Mapping, metadata: Metadata) -> None:
     """
     agrees = {
         "INPUT.FORMAT": lambda value: value == metadata.input_format,
-        "MODEL.PIXEL_MEAN": lambda value: _close(value, metadata.pixel_mean),
-        "MODEL.PIXEL_STD": lambda value: _close(value, metadata.pixel_std),
+        "MODEL.PIXEL_MEAN": lambda value: close(value, metadata.pixel_mean),
+        "MODEL.PIXEL_STD": lambda value: close(value, metadata.pixel_std),
         "MODEL.RESNETS.STRIDE_IN_1X1": lambda value: value == metadata.stride_in_1x1,
     }
     lines = preprocessing_lines(metadata)
@@ -68,9 +68,10 @@ def compare(found: Mapping, metadata: Metadata) -> None:
         )
 
 
-def _close(found: Sequence[float], needed: Sequence[float]) -> bool:
+def close(found: Sequence[float], needed: Sequence[float], tolerance: float = TOLERANCE) -> bool:
+    """Whether two means, or stds, are the same but for rounding."""
     return len(found) == len(needed) and all(
-        abs(a - b) <= TOLERANCE for a, b in zip(found, needed, strict=True)
+        abs(a - b) <= tolerance for a, b in zip(found, needed, strict=True)
     )
 
 

@@ -6,14 +6,14 @@ import functools
 import json
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from iopath.common.file_io import PathHandler
 
 from rt_detectron.checkpoint.architectures import IMAGENET_MEAN, IMAGENET_STD
-from rt_detectron.checkpoint.convert import convert_checkpoint
+from rt_detectron.checkpoint.convert import UNIT_PIXELS, convert_checkpoint
 from rt_detectron.checkpoint.formats import backbone_metadata, check_file
 from rt_detectron.checkpoint.metadata import Metadata
 from rt_detectron.utils.errors import InputError, did_you_mean, one_line, optional_import
@@ -29,7 +29,7 @@ BGR = "-bgr"  # ends the names of weights that absorb Detectron2's default prepr
 # What an image is normalised by, mean and std of RGB in 0..255, by what the table calls it.
 PIXELS = {
     "wrap": (IMAGENET_MEAN, IMAGENET_STD),
-    "raw": ((0.0,) * 3, (255.0,) * 3),
+    "raw": UNIT_PIXELS,
     "clip": ((122.7709, 116.746, 104.0937), (68.5005, 66.6322, 70.3232)),
 }
 
@@ -278,9 +278,7 @@ def metadata(name: str) -> Metadata:
         source=entry.published_name,
         sha256=entry.sha256,
     )
-    if not name.endswith(BGR):
-        return rgb
-    return replace(rgb, input_format="BGR", pixel_mean=rgb.pixel_mean[::-1], pixel_std=(1.0,) * 3)
+    return rgb.folded() if name.endswith(BGR) else rgb
 
 
 def name_in(path: str) -> str:
