@@ -38,8 +38,8 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2 as T
 
+from rt_detectron.data.augmentation import Lighting
 from rt_detectron.data.class_folders import ImageList
-from rt_detectron.data.images import Lighting
 from rt_detectron.data.loader import to_device
 from rt_detectron.engine.lazy_config import build
 from rt_detectron.pretrain.recipe import load_pretrain_config

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop as _Draw
 from torchvision.transforms import v2 as T
-from torchvision.transforms.v2.functional import pil_to_tensor, resize
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_dtype
 
-from rt_detectron.data.images import Lighting, decode
+from rt_detectron.data.images import EncodedTransform, decode
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.pictures import pillow_errors, to_rgb
 
@@ -21,7 +21,7 @@ _JPEG = b"\xff\xd8"
 _ORDERS = list(itertools.permutations(range(3)))  # of brightness, contrast and saturation
 
 
-class RandomResizedCrop(T.RandomResizedCrop):
+class RandomResizedCrop(T.RandomResizedCrop, EncodedTransform):
     """torchvision's RandomResizedCrop with antialiasing, which can also begin with a file's bytes.
 
     libjpeg can decode a JPEG at 1/2, 1/4 or 1/8 of its size, each pixel the mean of those that it stands for,
@@ -115,6 +115,33 @@ def scaled_box(
     return start[0], start[1], start[0] + extent[0], start[1] + extent[1]
 
 
+class Lighting:
+    """AlexNet's PCA noise on an RGB image (Krizhevsky et al. 2012, section 4.1).
+
+    Args:
+        std: standard deviation of the three components' weights.
+    """
+
+    # Eigenvalues and eigenvectors of the RGB covariance over ImageNet, for images in [0, 1].
+    EIGENVALUES = torch.tensor([0.2175, 0.0188, 0.0045])
+    EIGENVECTORS = torch.tensor(
+        [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+    )
+
+    def __init__(self, std: float):
+        self.std = std
+
+    def shift(self) -> Tensor:
+        """What is added to red, green and blue, (3,), from torch's global random numbers."""
+        weights = torch.randn(3, dtype=torch.float32) * self.std
+        return self.EIGENVECTORS @ (weights * self.EIGENVALUES)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(3, H, W), uint8 or float in [0, 1], to float in [0, 1]."""
+        image = to_dtype(image, torch.float32, scale=True)
+        return (image + self.shift().view(3, 1, 1)).clamp(0, 1)
+
+
 class ColorNoise:
     """torchvision's ColorJitter of brightness, contrast and saturation, then :class:`.Lighting`, in batches.
 
@@ -141,7 +168,7 @@ class ColorNoise:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise InputError(f"ColorNoise: {name} is {value!r}; it must be a number >= 0")
         self.jitter = [brightness, contrast, saturation]
-        self.lighting = lighting
+        self.lighting = Lighting(lighting)
 
     def draw(self) -> Tensor:
         """The factors of one image, (9,), from torch's global random numbers.
@@ -153,10 +180,7 @@ class ColorNoise:
         order = _ORDERS[min(int(first * len(_ORDERS)), len(_ORDERS) - 1)]
         low = [max(1 - value, 0.0) for value in self.jitter]
         factors = [low[i] + places[i] * (1 + self.jitter[i] - low[i]) for i in order]
-        shift = Lighting.EIGENVECTORS @ (
-            torch.randn(3, dtype=torch.float32) * self.lighting * Lighting.EIGENVALUES
-        )
-        return torch.cat([torch.tensor([*order, *factors], dtype=torch.float32), shift])
+        return torch.cat([torch.tensor([*order, *factors], dtype=torch.float32), self.lighting.shift()])
 
     @torch.no_grad()
     def __call__(self, images: Tensor, factors: Tensor) -> Tensor:

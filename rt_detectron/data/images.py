@@ -1,14 +1,15 @@
-"""Labelled images in class folders, their decoding, and colour noise."""
+"""Labelled images in class folders, and their decoding."""
 
 import io
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from rt_detectron.data.class_folders import list_images
 from rt_detectron.data.unreadable import UnreadableImages
@@ -47,18 +48,30 @@ def unchanged(image: torch.Tensor) -> torch.Tensor:
     return image
 
 
+class EncodedTransform(ABC):
+    """A transform that can begin with an image file's bytes, and so need not decode all of the image."""
+
+    @abstractmethod
+    def from_encoded(self, encoded: bytes) -> torch.Tensor:
+        """The transformed image of a file's bytes.
+
+        Raises:
+            as :func:`decode`.
+        """
+
+
 def load(encoded: bytes, transform: Callable) -> torch.Tensor:
     """An image file's bytes, decoded and transformed.
 
     Args:
-        transform: of a uint8 RGB tensor (3, H, W), or torchvision's Compose of such. The first one may have a
-            method ``from_encoded``, which takes the bytes and so need not decode all of the image.
+        transform: of a uint8 RGB tensor (3, H, W), or torchvision's Compose of such. The first one may be
+            an :class:`EncodedTransform`.
 
     Raises:
         as :func:`decode`.
     """
     first, *others = getattr(transform, "transforms", [transform])
-    image = first.from_encoded(encoded) if hasattr(first, "from_encoded") else first(decode(encoded))
+    image = first.from_encoded(encoded) if isinstance(first, EncodedTransform) else first(decode(encoded))
     for other in others:
         image = other(image)
     return image
@@ -119,27 +132,3 @@ def check_same_classes(train: Dataset, test: Dataset) -> None:
         raise InputError(
             f"{has.root} has the class {name!r}, but {lacks.root} does not: make the folders agree"
         )
-
-
-class Lighting:
-    """AlexNet's PCA noise on an RGB image (Krizhevsky et al. 2012, section 4.1).
-
-    Args:
-        std: standard deviation of the three components' weights.
-    """
-
-    # Eigenvalues and eigenvectors of the RGB covariance over ImageNet, for images in [0, 1].
-    EIGENVALUES = torch.tensor([0.2175, 0.0188, 0.0045])
-    EIGENVECTORS = torch.tensor(
-        [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
-    )
-
-    def __init__(self, std: float):
-        self.std = std
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """(3, H, W), uint8 or float in [0, 1], to float in [0, 1]."""
-        image = to_dtype(image, torch.float32, scale=True)
-        weights = torch.randn(3) * self.std
-        shift = self.EIGENVECTORS @ (weights * self.EIGENVALUES)
-        return (image + shift.view(3, 1, 1)).clamp(0, 1)

@@ -9,8 +9,14 @@ from small_images import encoded
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as F
 
-from rt_detectron.data.augmentation import ColorNoise, RandomResizedCrop, UnfinishedImages, scaled_box
-from rt_detectron.data.images import Lighting, decode, load
+from rt_detectron.data.augmentation import (
+    ColorNoise,
+    Lighting,
+    RandomResizedCrop,
+    UnfinishedImages,
+    scaled_box,
+)
+from rt_detectron.data.images import decode, load
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.pictures import DepthError
 
@@ -147,6 +153,25 @@ def one_by_one(images, factors):
             image = adjust[int(kind)](image, factor)
         finished.append((image + torch.tensor(its[6:]).view(3, 1, 1)).clamp(0, 1))
     return torch.stack(finished)
+
+
+class TestLighting:
+    def test_shifts_the_whole_image_by_one_colour(self):
+        torch.manual_seed(0)
+        shift = Lighting(0.5)(torch.full((3, 4, 4), 0.5)) - 0.5
+        assert torch.allclose(shift, shift[:, :1, :1].expand_as(shift))
+        assert shift.abs().max() > 0.01
+
+    def test_takes_bytes_too(self):
+        image = torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8)
+        torch.testing.assert_close(Lighting(0.0)(image), image / 255)
+
+    def test_the_colours_have_the_covariance_of_the_eigenvectors(self):
+        torch.manual_seed(0)
+        shifts = torch.stack([Lighting(0.1)(torch.full((3, 1, 1), 0.5)).flatten() - 0.5 for _ in range(4000)])
+        vectors, values = Lighting.EIGENVECTORS, Lighting.EIGENVALUES
+        expected = vectors @ torch.diag((0.1 * values) ** 2) @ vectors.T
+        assert torch.allclose(torch.cov(shifts.T), expected, atol=3e-5)
 
 
 class TestColorNoise:

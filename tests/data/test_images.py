@@ -7,7 +7,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from small_images import as_is, encoded, jpeg
 
-from rt_detectron.data.images import FolderDataset, Lighting, check_same_classes, decode
+from rt_detectron.data.images import FolderDataset, check_same_classes, decode
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.pictures import DepthError
 
@@ -157,22 +157,3 @@ class TestFolderDataset:
         (tmp_path / "empty").rmdir()
         with pytest.raises(InputError, match="has 2 class folders, but num_classes is 3"):
             FolderDataset(str(folder), 3, as_is)
-
-
-class TestLighting:
-    def test_shifts_the_whole_image_by_one_colour(self):
-        torch.manual_seed(0)
-        shift = Lighting(0.5)(torch.full((3, 4, 4), 0.5)) - 0.5
-        assert torch.allclose(shift, shift[:, :1, :1].expand_as(shift))
-        assert shift.abs().max() > 0.01
-
-    def test_takes_bytes_too(self):
-        image = torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8)
-        torch.testing.assert_close(Lighting(0.0)(image), image / 255)
-
-    def test_the_colours_have_the_covariance_of_the_eigenvectors(self):
-        torch.manual_seed(0)
-        shifts = torch.stack([Lighting(0.1)(torch.full((3, 1, 1), 0.5)).flatten() - 0.5 for _ in range(4000)])
-        vectors, values = Lighting.EIGENVECTORS, Lighting.EIGENVALUES
-        expected = vectors @ torch.diag((0.1 * values) ** 2) @ vectors.T
-        assert torch.allclose(torch.cov(shifts.T), expected, atol=3e-5)
