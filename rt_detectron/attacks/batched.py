@@ -18,6 +18,8 @@ from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from rt_detectron.utils.seeds import seeded
+
 _HEADS = (BaseMaskRCNNHead, BaseKeypointRCNNHead)
 
 
@@ -77,14 +79,6 @@ def method_replaced(owner: nn.Module, name: str, function: Callable) -> Iterator
             setattr(owner, name, before)
 
 
-@contextmanager
-def random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's random numbers in the block and restore their state afterwards."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
 class _Draws:
     """The random numbers of each image, from its seed on."""
 
@@ -99,7 +93,7 @@ class _Draws:
 
         def drawing(*arguments):
             image = next(calls) % len(self.seeds)
-            with random_state(self.seeds[image], self.device):
+            with seeded(self.seeds[image], self.device):
                 self._go_on(image)
                 found = function(*arguments)
                 on_gpu = self.device.type == "cuda"

@@ -26,11 +26,12 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from rt_detectron.attacks.apgd import APGD
-from rt_detectron.attacks.batched import image_by_image, method_replaced, random_state, takes_batches
+from rt_detectron.attacks.batched import image_by_image, method_replaced, takes_batches
 from rt_detectron.attacks.pgd import PGD, Objective
 from rt_detectron.attacks.sem_seg import preprocess, sem_seg_losses
 from rt_detectron.attacks.threat_model import ThreatModel
 from rt_detectron.utils.errors import InputError, did_you_mean
+from rt_detectron.utils.seeds import seeded
 
 DETECTOR_ATTACKS: dict[str, type["DetectorAttack"]] = {}  # by name
 
@@ -366,7 +367,7 @@ class RandomNoise:
         """As :meth:`DetectorAttack.__call__`; no "instances" are needed."""
         noisy = []
         for each, image in zip(inputs, unit_images(model, inputs), strict=True):
-            with random_state(image_seed(self.seed, each), model.device):
+            with seeded(image_seed(self.seed, each), model.device):
                 noise = self.threat_model.step(torch.randn_like(image), self.threat_model.radius)
             noisy.append((image + noise).clamp_(0, 1))
         return with_images(inputs, noisy)
@@ -436,7 +437,7 @@ def _head_losses(
     for i, (target, seed) in enumerate(zip(targets, seeds, strict=True)):
         image = _one_of(images, i)
         feature = {name: maps[i : i + 1] for name, maps in features.items()}
-        with random_state(seed, model.device):
+        with seeded(seed, model.device):
             if model.proposal_generator is None:
                 proposals, losses = [inputs[i]["proposals"].to(model.device)], {}
             else:
@@ -458,7 +459,7 @@ def _dense_losses(
         feature = [maps[i : i + 1] for maps in features]
         prediction = [[maps[i : i + 1] for maps in levels] for levels in predictions]
         # Every call updates loss_normalizer, a running mean: restore it.
-        with random_state(seed, model.device), _attribute_kept(model, "loss_normalizer"):
+        with seeded(seed, model.device), _attribute_kept(model, "loss_normalizer"):
             found.append(model.forward_training(_one_of(images, i), feature, prediction, [target]))
     return found
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rt_detectron.attacks.detection import LossAttack, image_seed, random_state, unit_images, with_images
+from rt_detectron.attacks.detection import LossAttack, image_seed, unit_images, with_images
+from rt_detectron.utils.seeds import seeded
 
 # The share of the pixels that a square covers, and the parts of the queries after which it halves: those of
 # Andriushchenko et al., for 10,000 queries.
@@ -35,7 +36,7 @@ class RandomSearch:
         """As :meth:`~.detection.DetectorAttack.__call__`."""
         found = []
         for each, image in zip(inputs, unit_images(model, inputs), strict=True):
-            with random_state(image_seed(self.attack.seed, each), model.device):
+            with seeded(image_seed(self.attack.seed, each), model.device):
                 found += with_images([each], [self._search(model, each, image)])
         return found
 
