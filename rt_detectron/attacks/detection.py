@@ -396,32 +396,19 @@ def _rcnn_losses(
     images = model.preprocess_image(inputs)
     features = model.backbone(images.tensor)
     if takes_batches(model):
-        found = _batched_head_losses(model, inputs, images, features, targets, seeds)
+        with image_by_image(model, seeds):  # one pass of the heads for all images
+            losses = _head_losses(model, inputs, images, features, targets)
+        found = [{name: values[i] for name, values in losses.items()} for i in range(len(inputs))]
     else:
-        found = _head_losses(model, inputs, images, features, targets, seeds)
+        found = []
+        for i, seed in enumerate(seeds):
+            with seeded(seed, model.device):
+                one = inputs[i : i + 1], _one_of(images, i), _features_of(features, i), targets[i : i + 1]
+                found.append(_head_losses(model, *one))
     if hasattr(model, "sem_seg_head"):  # a PanopticFPN
         for i, losses in enumerate(found):
-            feature = {name: maps[i : i + 1] for name, maps in features.items()}
-            losses |= sem_seg_losses(model, feature, inputs[i], images.tensor.shape[-2:])
+            losses |= sem_seg_losses(model, _features_of(features, i), inputs[i], images.tensor.shape[-2:])
     return found
-
-
-def _batched_head_losses(
-    model: GeneralizedRCNN,
-    inputs: list[dict],
-    images: ImageList,
-    features: dict[str, Tensor],
-    targets: list[Instances],
-    seeds: list[int],
-) -> list[dict[str, Tensor]]:
-    """The losses of proposals and boxes, with one pass for all images."""
-    with image_by_image(model, seeds):
-        if model.proposal_generator is None:
-            proposals, losses = [each["proposals"].to(model.device) for each in inputs], {}
-        else:
-            proposals, losses = model.proposal_generator(images, features, targets)
-        losses = {**losses, **model.roi_heads(images, features, proposals, targets)[1]}
-    return [{name: values[i] for name, values in losses.items()} for i in range(len(inputs))]
 
 
 def _head_losses(
@@ -430,20 +417,13 @@ def _head_losses(
     images: ImageList,
     features: dict[str, Tensor],
     targets: list[Instances],
-    seeds: list[int],
-) -> list[dict[str, Tensor]]:
-    """The same with a pass for each image, for heads of any kind."""
-    found = []
-    for i, (target, seed) in enumerate(zip(targets, seeds, strict=True)):
-        image = _one_of(images, i)
-        feature = {name: maps[i : i + 1] for name, maps in features.items()}
-        with seeded(seed, model.device):
-            if model.proposal_generator is None:
-                proposals, losses = [inputs[i]["proposals"].to(model.device)], {}
-            else:
-                proposals, losses = model.proposal_generator(image, feature, [target])
-            found.append({**losses, **model.roi_heads(image, feature, proposals, [target])[1]})
-    return found
+) -> dict[str, Tensor]:
+    """The losses of proposals and boxes."""
+    if model.proposal_generator is None:
+        proposals, losses = [each["proposals"].to(model.device) for each in inputs], {}
+    else:
+        proposals, losses = model.proposal_generator(images, features, targets)
+    return {**losses, **model.roi_heads(images, features, proposals, targets)[1]}
 
 
 def _dense_losses(
@@ -471,15 +451,17 @@ def segmentor_losses(
     images = preprocess(model, inputs)
     features = model.backbone(images.tensor)
     return [
-        sem_seg_losses(
-            model, {name: maps[i : i + 1] for name, maps in features.items()}, given, images.tensor.shape[-2:]
-        )
+        sem_seg_losses(model, _features_of(features, i), given, images.tensor.shape[-2:])
         for i, given in enumerate(inputs)
     ]
 
 
 def _one_of(images: ImageList, i: int) -> ImageList:
     return ImageList(images.tensor[i : i + 1], images.image_sizes[i : i + 1])
+
+
+def _features_of(features: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+    return {name: maps[i : i + 1] for name, maps in features.items()}
 
 
 def _padded(model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
