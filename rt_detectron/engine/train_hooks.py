@@ -1,11 +1,10 @@
 """Hooks of Detectron2's trainers, for classifiers and detectors."""
 
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from detectron2.engine import HookBase, TrainerBase, hooks
@@ -14,6 +13,7 @@ from detectron2.utils import comm
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from rt_detectron.utils.files import json_lines
 from rt_detectron.utils.seeds import seed_all
 
 logger = logging.getLogger(__name__)
@@ -77,18 +77,10 @@ class EvalHook(hooks.EvalHook):
         self.trainer.storage.put_scalar("eval_time", time.perf_counter() - start, smoothing_hint=False)
 
     def _is_recorded(self, done: int) -> bool:
-        try:
-            with open(os.path.join(self.folder, "metrics.json"), encoding="utf-8", errors="replace") as file:
-                lines = [line for line in file if "eval_time" in line]
-        except OSError:
-            return False
-        for line in lines:
-            try:
-                # Detectron2 counts from 0, but the evaluation at the end of a training from 1.
-                if json.loads(line)["iteration"] in (done - 1, done):
-                    return True
-            except ValueError:  # half a line of a killed training
-                continue
+        with suppress(OSError):
+            records = json_lines(os.path.join(self.folder, "metrics.json"))
+            # Detectron2 counts from 0, but the evaluation at the end of a training from 1.
+            return any("eval_time" in each and each["iteration"] in (done - 1, done) for each in records)
         return False
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from detectron2.utils import comm
 
 from rt_detectron.utils.errors import InputError
+from rt_detectron.utils.files import json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +33,9 @@ class Measurements:
         self._found: dict[str, dict[str, bool]] = defaultdict(dict)
         if folder:
             for path in sorted(glob.glob(os.path.join(glob.escape(folder), "measurements-*.jsonl"))):
-                self._read(path)
-
-    def _read(self, path: str) -> None:
-        with open(path, encoding="ascii", errors="replace") as file:
-            for line in file:
-                try:
-                    entry = json.loads(line)
-                    if entry["identity"] == self.identity:
+                for entry in json_lines(path):
+                    if entry.get("identity") == identity:
                         self._found[entry["attack"]].update(entry["withstood"])
-                except (ValueError, KeyError, TypeError):
-                    continue  # incomplete
 
     def known(self, attack: str, keys: Sequence[str]) -> list[bool | None]:
         """Whether each of these images withstands the attack; None where that is not known."""

@@ -1,7 +1,7 @@
 """The plots of a report."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +23,7 @@ from rt_detectron.study.statistics import (
     select,
 )
 from rt_detectron.study.targets import Pooled
+from rt_detectron.utils.files import json_lines
 from rt_detectron.utils.numbers import is_number
 from rt_detectron.visualization import plots
 
@@ -339,15 +340,8 @@ def _in_words(series: Sequence[plots.Series], values: Sequence[Sequence[float]])
 def _loss_curve(folder: Path) -> tuple[list[int], list[float]]:
     """Iterations and total losses in Detectron2's metrics.json. The last of a repeated iteration counts."""
     losses: dict[int, float] = {}
-    try:
-        lines = (folder / "metrics.json").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return [], []
-    for line in lines:
-        try:
-            record = json.loads(line)
-            if is_number(record["total_loss"]):
+    with suppress(OSError):
+        for record in json_lines(folder / "metrics.json"):
+            if is_number(record.get("total_loss")) and is_number(record.get("iteration")):
                 losses[int(record["iteration"])] = record["total_loss"]
-        except (ValueError, KeyError, TypeError):
-            continue  # a record of an evaluation, or half a line of a killed trial
     return sorted(losses), [losses[iteration] for iteration in sorted(losses)]

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from rt_detectron.study.grid import Study, Trial
 from rt_detectron.study.worker import PROCESSES, read_json
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import printable, write_json, write_text
+from rt_detectron.utils.files import json_lines, printable, write_json, write_text
 
 SPECIFICATION, RECORD = "trial.json", "record.json"
 STUDY = "study.json"  # in the output folder: the study as it runs, for reports without its files
@@ -270,13 +270,10 @@ def _has_all_results(folder: Path, trial: Trial) -> bool:
 
 
 def _read_processes(folder: Path) -> list[dict[str, Any]]:
-    processes = []
     try:
-        for line in (folder / PROCESSES).read_text(encoding="utf-8").splitlines():
-            processes.append(json.loads(line))
-    except (OSError, ValueError):  # no file, or a killed worker left half a line
-        pass
-    return processes
+        return list(json_lines(folder / PROCESSES))
+    except OSError:
+        return []
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

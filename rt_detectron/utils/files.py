@@ -61,6 +61,22 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
     return content
 
 
+def json_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The objects in a file of one on each line, without what a killed process left of one.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                content = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(content, dict):
+                yield content
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write ``text`` in UTF-8 atomically."""
     with replaced_atomically(path) as temporary:

@@ -8,6 +8,7 @@ from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.files import (
     cache_folder,
     find_config,
+    json_lines,
     read_json,
     replaced_atomically,
     shipped,
@@ -25,6 +26,14 @@ def test_a_damaged_file_of_ours_is_told_and_made_again(tmp_path, content, caplog
     assert f"{path} is damaged: it is made again" in caplog.text
     path.write_text('{"AP": 1}')
     assert read_json(path) == {"AP": 1}
+
+
+def test_lines_that_a_killed_process_left_incomplete_are_left_out(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    with pytest.raises(FileNotFoundError):
+        list(json_lines(path))
+    path.write_bytes(b'{"a": 1}\n{"a"\n[2]\n\n\xff\n{"a": 3}\n{"a": 4')
+    assert list(json_lines(path)) == [{"a": 1}, {"a": 3}]
 
 
 def test_shipped_configs_are_found_by_name_from_any_folder(tmp_path, monkeypatch):

@@ -19,7 +19,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,7 +29,7 @@ from torch import distributed
 
 from rt_detectron.evaluation.panoptic import COCOPanopticEvaluator
 from rt_detectron.evaluation.sem_seg import SemSegEvaluator
-from rt_detectron.utils.files import read_json, text_sha256, write_json
+from rt_detectron.utils.files import json_lines, read_json, text_sha256, write_json
 from rt_detectron.utils.numbers import finite
 
 _PATIENCE = timedelta(days=7)  # how long a process waits for another one
@@ -196,11 +195,4 @@ def _image_files(folder: str) -> list[str]:
 
 
 def _read_lines(path: str) -> list[dict[str, Any]]:
-    """The whole lines of the file. Those that were cut off when the process was killed are left out."""
-    lines = []
-    with open(path, errors="replace") as file:
-        for text in file:
-            with suppress(ValueError):
-                lines.append(json.loads(text))
-    # An older version's have no predictions.
-    return [line for line in lines if isinstance(line, dict) and "predictions" in line]
+    return [line for line in json_lines(path) if "predictions" in line]  # which an older version's lack
