@@ -77,7 +77,7 @@ def check_test_sets(cfg: CfgNode) -> None:
         if isinstance(records, list):  # not a torch Dataset of the user's
             _warn_of_counts(cfg, name, records)
         evaluator = build_evaluator(cfg, name)
-        for each in getattr(evaluator, "_evaluators", [evaluator]):
+        for each in parts_of(evaluator):
             if isinstance(each, COCOEvaluator | LVISEvaluator):
                 each.check_shapes(masks=cfg.MODEL.MASK_ON, keypoints=cfg.MODEL.KEYPOINT_ON)
 
@@ -119,3 +119,8 @@ class SeveralEvaluators(DatasetEvaluators):
     def evaluate(self, img_ids: Sequence | None = None) -> dict | None:
         found = [evaluator.evaluate(img_ids=img_ids) for evaluator in self._evaluators]
         return {task: metrics for each in found if each for task, metrics in each.items()}
+
+
+def parts_of(evaluator: DatasetEvaluator) -> list[DatasetEvaluator]:
+    """The evaluators of the tasks of a test set."""
+    return getattr(evaluator, "_evaluators", [evaluator])

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -31,6 +30,7 @@ from rt_detectron.evaluation.matching import (
     keypoint_similarity,
     mask_areas,
     mask_iou,
+    mean_precision,
     precision_and_recall,
     write_matches,
 )
@@ -248,18 +248,14 @@ def metrics_of(
         class_names: in the order of the categories.
     """
     precision, _ = curves_of(matches, len(class_names), REC_THRS)
-
-    def mean(values: np.ndarray) -> float:
-        defined = values[values > -1]
-        return 100 * float(defined.mean()) if defined.size else math.nan
-
     areas = ("m", "l") if task == "keypoints" else ("s", "m", "l")
-    metrics = {"AP": mean(precision[..., 0])}
+    metrics = {"AP": mean_precision(precision[..., 0])}
     for percent in (50, 75):
-        metrics[f"AP{percent}"] = mean(precision[np.isclose(iou_thrs, percent / 100), ..., 0])
-    metrics |= {f"AP{size}": mean(precision[..., number]) for number, size in enumerate(areas, start=1)}
+        metrics[f"AP{percent}"] = mean_precision(precision[np.isclose(iou_thrs, percent / 100), ..., 0])
+    for number, size in enumerate(areas, start=1):
+        metrics[f"AP{size}"] = mean_precision(precision[..., number])
     if len(class_names) > 1:
-        metrics |= {f"AP-{name}": mean(precision[:, :, k, 0]) for k, name in enumerate(class_names)}
+        metrics |= {f"AP-{name}": mean_precision(precision[:, :, k, 0]) for k, name in enumerate(class_names)}
     return metrics
 
 

@@ -571,7 +571,11 @@ def _curve(
 
 def average_precision(matches: Matches, num_categories: int, rec_thrs: Sequence[float]) -> float:
     """COCO's AP in percent, over all sizes of objects; NaN without any object."""
-    precision = curves_of(matches, num_categories, rec_thrs)[0][..., 0]
+    return mean_precision(curves_of(matches, num_categories, rec_thrs)[0][..., 0])
+
+
+def mean_precision(precision: np.ndarray) -> float:
+    """In percent, the mean of what :func:`curves_of` gives where it is defined; NaN if it is nowhere."""
     defined = precision[precision > -1]
     return 100 * float(defined.mean()) if defined.size else math.nan
 

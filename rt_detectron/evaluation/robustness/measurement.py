@@ -27,6 +27,8 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator
 from detectron2.utils import comm
 from torch import distributed
 
+from rt_detectron.evaluation.build import parts_of
+from rt_detectron.evaluation.counts import image_id
 from rt_detectron.evaluation.panoptic import COCOPanopticEvaluator
 from rt_detectron.evaluation.sem_seg import SemSegEvaluator
 from rt_detectron.utils.files import json_lines, read_json, text_sha256, write_json
@@ -41,11 +43,6 @@ COUNTING = SemSegEvaluator | COCOPanopticEvaluator
 def main_metric(task: str) -> str:
     """The metric of a task that tables show."""
     return {"sem_seg": "mIoU", "panoptic_seg": "PQ"}.get(task, "AP")
-
-
-def parts_of(evaluator: DatasetEvaluator) -> list[DatasetEvaluator]:
-    """The evaluators of the tasks of a test set."""
-    return getattr(evaluator, "_evaluators", [evaluator])
 
 
 @dataclass(frozen=True)
@@ -145,9 +142,7 @@ class ImageByImage(DatasetEvaluator):
     def note(self, inputs: Sequence[dict]) -> None:
         """Keep the "objective" of an attack, before and after it, of the images that have one."""
         attacked = [each for each in inputs if "objective" in each]
-        self._objectives.update(
-            {each.get("image_id", each["file_name"]): each["objective"] for each in attacked}
-        )
+        self._objectives.update({image_id(each): each["objective"] for each in attacked})
 
     def objectives(self) -> list[tuple[float, float]]:
         """In the first process those of all images, else []."""

@@ -15,8 +15,9 @@ from torch import nn
 
 from rt_detectron.attacks.detection import detect
 from rt_detectron.data import load_test_set
-from rt_detectron.evaluation.build import build_evaluator, inference_folder
+from rt_detectron.evaluation.build import build_evaluator, inference_folder, parts_of
 from rt_detectron.evaluation.coco import metrics_of
+from rt_detectron.evaluation.counts import image_id
 from rt_detectron.evaluation.matching import read_matches, write_matches
 from rt_detectron.evaluation.robustness.identity import detector_identity, weights_sha256
 from rt_detectron.evaluation.robustness.measurement import (
@@ -27,7 +28,6 @@ from rt_detectron.evaluation.robustness.measurement import (
     digest,
     from_main,
     main_metric,
-    parts_of,
     read_result,
     summary,
     wait_for_all,
@@ -176,7 +176,7 @@ class Session:
         identity = {
             **self.identity,
             "name": name,
-            "images": digest([each.get("image_id", each["file_name"]) for each in images.dicts]),
+            "images": digest([image_id(each) for each in images.dicts]),
             "settings": settings or {},
         }
         key = digest(identity)

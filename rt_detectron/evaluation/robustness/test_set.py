@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from rt_detectron.attacks.detection import detect as detect_on
 from rt_detectron.data import CheckedMapper
+from rt_detectron.evaluation.build import parts_of
 from rt_detectron.evaluation.coco import COCOEvaluator
-from rt_detectron.evaluation.robustness.measurement import ImageByImage, Metrics, parts_of
+from rt_detectron.evaluation.robustness.measurement import ImageByImage, Metrics
 from rt_detectron.layers.frozen_norm import norms_folded_once
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.modes import eval_mode
