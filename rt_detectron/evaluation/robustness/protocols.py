@@ -8,57 +8,50 @@ from rt_detectron.config import add_robust_config
 from rt_detectron.utils.errors import InputError, did_you_mean
 
 OURS = "ours"  # no publication's: what the keys say
-# What each one sets of TEST.ATTACK.
+# What a published one sets of TEST.ATTACK unless it says otherwise below.
+_PLAIN: dict[str, Any] = {
+    "L2_EPS": (),
+    "ADAPTIVE": False,
+    "REDUCE_RADIUS": False,
+    "RESTARTS": 1,
+    "BEST": False,
+    "TARGETED": False,
+    "CLIP": 0.0,
+    "PADDING": False,
+}
 PROTOCOLS: dict[str, dict[str, Any]] = {
     OURS: {},
     # Li et al., TIFS 2025, and their code, thu-ml/oddefense: mmdet/apis/test.py and the configs.
     "oddefense": {
+        **_PLAIN,
         "LINF_EPS": (4,),
-        "L2_EPS": (),
         "STEPS": 10,
         "STEP_SIZE": 1.0,
-        "ADAPTIVE": False,
-        "REDUCE_RADIUS": False,
         "START": "image",
-        "RESTARTS": 1,
-        "BEST": False,
-        "TARGETED": False,
         "LOSSES": ("A_cls", "A_reg", "A_cwa"),
         "CLIP": 6.0,
         "PADDING": True,
     },
     # ARES 2.0, thu-ml/ares: detection/configs/global.
     "ares": {
+        **_PLAIN,
         "LINF_EPS": (2,),
-        "L2_EPS": (),
         "STEPS": 20,
         "STEP_SIZE": 1.0,
-        "ADAPTIVE": False,
-        "REDUCE_RADIUS": False,
         "START": "random",
-        "RESTARTS": 1,
-        "BEST": False,
-        "TARGETED": False,
         "LOSSES": ("no_regression",),
-        "CLIP": 0.0,
-        "PADDING": False,
     },
     # The Segmentation Ensemble Attack, Croce, Singh & Hein (ECCV 2024), for any Linf eps. Their code,
     # nmndeep/robust-segmentation, has the steps and radii (semseg/utils/attacker.py, tools/infer.py); since
     # the paper it has other losses.
     "sea": {
-        "L2_EPS": (),
+        **_PLAIN,
         "STEPS": 300,
         "STEP_SIZE": 0.0,
         "ADAPTIVE": True,
         "REDUCE_RADIUS": True,
         "START": "random",
-        "RESTARTS": 1,
-        "BEST": False,
-        "TARGETED": False,
         "LOSSES": ("MCE_Bal", "MCE", "JS"),
-        "CLIP": 0.0,
-        "PADDING": False,
     },
 }
 
