@@ -189,7 +189,7 @@ def _plots(fits: Sequence[Fit], task: str, charts: Charts) -> list[Figure]:
                 f"{target}: {TASKS[task]} against the accuracy on the weights' own data set; a dot per arm, "
                 "lines by least squares.",
                 ", ".join(f"{arm} {source:.1f}: {score:.1f}" for arm, (source, score) in points.items()),
-                plots.fit_plot(dots, lines, ("source accuracy (%)", f"{TASKS[task]} (%)")),
+                plots.scatter_plot(dots, ("source accuracy (%)", f"{TASKS[task]} (%)"), lines),
             )
         )
     return figures

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
+from types import MappingProxyType
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -83,7 +84,7 @@ def difference_plot(groups: Mapping[str, Sequence[Difference]], label: str) -> b
     lines: list[str | Difference] = []
     for heading, differences in groups.items():
         lines += [heading] * (len(groups) > 1) + list(differences)
-    with _axes(height=0.75 + 0.3 * len(lines)) as axes:
+    with _axes(0.75 + 0.3 * len(lines), label) as axes:
         axes.axvline(0, color=_INK, linewidth=1)
         for row, line in enumerate(lines):
             if isinstance(line, str):
@@ -98,7 +99,6 @@ def difference_plot(groups: Mapping[str, Sequence[Difference]], label: str) -> b
         for text, line in zip(axes.get_yticklabels(), lines, strict=True):
             text.set_fontweight("bold" if isinstance(line, str) else "normal")
         axes.margins(x=0.08)
-        axes.set_xlabel(label)
         return _svg(axes.figure)
 
 
@@ -117,7 +117,7 @@ def heat_map(
     values = [abs(value) for value, _ in cells.values()] or [1.0]
     limit = max(*values, 1e-9)
     marks = {"better": "\u25b2", "worse": "\u25bc", "equivalent": "="}
-    with _axes(height=1.1 + 0.24 * len(rows)) as axes:
+    with _axes(1.1 + 0.24 * len(rows), label) as axes:
         for y, row in enumerate(rows):
             for x, column in enumerate(columns):
                 if (row, column) not in cells:
@@ -134,23 +134,32 @@ def heat_map(
         axes.set_xticks(range(len(columns)), columns, rotation=0 if len(columns) < 4 else 30, ha="center")
         axes.tick_params(length=0, labelsize=9, top=True, bottom=False, labeltop=True, labelbottom=False)
         axes.spines["bottom"].set_visible(False)
-        axes.set_xlabel(label)
         return _svg(axes.figure)
 
 
-def scatter_plot(dots: Sequence[tuple[Series, float, float]], labels: tuple[str, str]) -> bytes:
-    """A dot (x, y) per series, named beside it where there is room, else in a legend. Gives an SVG."""
-    with _axes(height=3.2) as axes:
+def scatter_plot(
+    dots: Sequence[tuple[Series, float, float]],
+    labels: tuple[str, str],
+    lines: Mapping[str, Sequence[tuple[float, float]]] = MappingProxyType({}),
+) -> bytes:
+    """A dot (x, y) per series, named beside it where there is room, else in a legend. Gives an SVG.
+
+    Args:
+        labels: of the axes.
+        lines: straight lines: name -> its ends.
+    """
+    with _axes(3.2, *labels) as axes:
+        for (name, ends), line in zip(lines.items(), itertools.cycle(_LINES), strict=False):
+            axes.plot(*zip(*ends, strict=True), color=_INK, ls=line, lw=1.2, alpha=0.6, label=name)
+        has_room = len(dots) <= _NAMED_DOTS
         for series, x, y in dots:
-            axes.plot([x], [y], **{**series.dots, "alpha": 1, "markersize": 8}, zorder=3, label=series.name)
-            if len(dots) <= _NAMED_DOTS:
+            style = {**series.dots, "alpha": 1, "markersize": 8, "label": None if has_room else series.name}
+            axes.plot([x], [y], **style, zorder=3)
+            if has_room:
                 axes.annotate(series.name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
         axes.grid(alpha=0.2)
         axes.margins(x=0.15, y=0.15)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        if len(dots) > _NAMED_DOTS:
-            _legend(axes)
+        _legend(axes)
         return _svg(axes.figure)
 
 
@@ -160,14 +169,13 @@ def dot_plot(
     label: str,
 ) -> bytes:
     """SVG with one row per series, the first on top: a dot for each value, a bar at their mean."""
-    with _axes(height=0.75 + 0.36 * len(series)) as axes:
+    with _axes(0.75 + 0.36 * len(series), label) as axes:
         for row, (arm, numbers) in enumerate(zip(series, values, strict=True)):
             axes.plot(numbers, [row] * len(numbers), **arm.dots)
             if numbers:
                 axes.plot([fmean(numbers)] * 2, [row - 0.28, row + 0.28], color=_hex(arm.color_index), lw=2.5)
         _rows_on(axes, [arm.name for arm in series])
         axes.set_xlim(*_limits([value for numbers in values for value in numbers]))
-        axes.set_xlabel(label)
         return _svg(axes.figure)
 
 
@@ -182,7 +190,7 @@ def group_plot(
     Args:
         values: by series, then group, the numbers to show; there may be none.
     """
-    with _axes(height=2.7) as axes:
+    with _axes(2.7, y=label) as axes:
         width = 0.8 / len(series)
         for number, (arm, of_arm) in enumerate(zip(series, values, strict=True)):
             name: str | None = arm.name
@@ -198,7 +206,6 @@ def group_plot(
         axes.tick_params(axis="x", length=0)
         axes.grid(axis="y", alpha=0.2)
         axes.set_ylim(bottom=0)
-        axes.set_ylabel(label)
         _legend(axes)
         return _svg(axes.figure)
 
@@ -216,7 +223,7 @@ def line_plot(
         dotted: by series, x -> one value: a second, thin line.
         labels: of the axes.
     """
-    with _axes(height=2.7) as axes:
+    with _axes(2.7, *labels) as axes:
         for arm, at, thin in zip(series, points, dotted, strict=True):
             x = sorted(at)
             axes.plot(x, [fmean(at[v]) for v in x], **arm.style, markersize=5, label=arm.name if x else None)
@@ -227,8 +234,6 @@ def line_plot(
         axes.set_ylim(bottom=0)
         ticks = sorted({x for at in points for x in at})
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
         _legend(axes)
         return _svg(axes.figure)
 
@@ -245,7 +250,7 @@ def radius_plot(
         families: name -> (series, eps, values); the name of a single family is not written.
         labels: of the axes.
     """
-    with _axes(height=2.7) as axes:
+    with _axes(2.7, *labels) as axes:
         every = sorted({eps for members in families.values() for _, eps, _ in members})
         for (name, members), line in zip(families.items(), itertools.cycle(_LINES), strict=False):
             means = sorted((eps, fmean(values)) for _, eps, values in members if values)
@@ -260,35 +265,8 @@ def radius_plot(
             axes.minorticks_off()
         axes.grid(alpha=0.2)
         axes.margins(x=0.06, y=0.12)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
         if len(families) > 1:
             _legend(axes)
-        return _svg(axes.figure)
-
-
-def fit_plot(
-    dots: Sequence[tuple[Series, float, float]],
-    lines: Mapping[str, Sequence[tuple[float, float]]],
-    labels: tuple[str, str],
-) -> bytes:
-    """SVG with a labelled dot (x, y) per series, and straight lines given by their ends.
-
-    Args:
-        lines: name -> points.
-        labels: of the axes.
-    """
-    with _axes(height=3.2) as axes:
-        for (name, ends), line in zip(lines.items(), itertools.cycle(_LINES), strict=False):
-            axes.plot(*zip(*ends, strict=True), color=_INK, ls=line, lw=1.2, alpha=0.6, label=name)
-        for series, x, y in dots:
-            axes.plot([x], [y], **{**series.dots, "alpha": 1}, zorder=3)
-            axes.annotate(series.name, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)
-        axes.grid(alpha=0.2)
-        axes.margins(x=0.15, y=0.12)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        _legend(axes)
         return _svg(axes.figure)
 
 
@@ -298,14 +276,12 @@ def curve_plot(
     labels: tuple[str, str] = ("iteration", "total loss"),
 ) -> bytes:
     """One line per run (x values, y values) of a series, by default its training loss. Gives an SVG."""
-    with _axes(height=2.7) as axes:
+    with _axes(2.7, *labels) as axes:
         for arm, runs in zip(series, curves, strict=True):
             for number, (x, y) in enumerate(runs):
                 style = {**arm.style, "marker": "", "label": arm.name if number == 0 else None}
                 axes.plot(x, y, **style, linewidth=1.2, alpha=0.8)
         axes.grid(alpha=0.2)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
         axes.set_ylim(bottom=0)
         _legend(axes)
         return _svg(axes.figure)
@@ -313,7 +289,7 @@ def curve_plot(
 
 def accuracy_plot(eps: Sequence[float], accuracy: Sequence[float], trained_eps: float, label: str) -> bytes:
     """PNG of accuracy in percent against ``eps``, on a logarithmic axis with 0; ``trained_eps`` is marked."""
-    with _axes(height=3.4, width=5.2) as axes:
+    with _axes(3.4, label, "accuracy, %", width=5.2) as axes:
         axes.plot(eps, accuracy, "o-", color=_hex(0), linewidth=1.8, markersize=5)
         axes.axvline(trained_eps, color=_INK, linewidth=1, linestyle=":")
         axes.annotate(f" eps {trained_eps:g}", (trained_eps, 97))
@@ -322,19 +298,20 @@ def accuracy_plot(eps: Sequence[float], accuracy: Sequence[float], trained_eps: 
         axes.set_xlim(left=0)
         axes.set_ylim(0, 103)
         axes.grid(alpha=0.2)
-        axes.set_xlabel(label)
-        axes.set_ylabel("accuracy, %")
         stream = io.BytesIO()
         axes.figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
         return stream.getvalue()
 
 
 @contextmanager
-def _axes(height: float, width: float = 4.6) -> Iterator[Axes]:
-    """The axes of a figure, by default as wide as a phone shows it readably; sizes in inches."""
+def _axes(height: float, x: str = "", y: str = "", width: float = 4.6) -> Iterator[Axes]:
+    """Labelled axes of a figure, by default as wide as a phone shows it readably; sizes in inches."""
     keys = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
     with matplotlib.rc_context({**_RC, **dict.fromkeys(keys, _INK)}):
-        yield Figure(figsize=(width, height), layout="constrained").subplots()
+        axes = Figure(figsize=(width, height), layout="constrained").subplots()
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        yield axes
 
 
 def _rows_on(axes: Axes, names: Sequence[str]) -> None:

@@ -36,8 +36,8 @@ PLOTS = {
     "group": lambda: plots.group_plot([A, B], ["small", "large"], [[[1.0], [2.0]], [[3.0], []]], "AP"),
     "line": lambda: plots.line_plot([A], [{0: [3.0], 1: [1.0, 2.0]}], [{0: 3.0, 1: 2.5}], LABELS),
     "radius": lambda: plots.radius_plot({"family": [(A, 0, [3.0]), (B, 3, [1.0])]}, LABELS),
-    "fit": lambda: plots.fit_plot(
-        [(A, 70.0, 50.0), (B, 60.0, 55.0)], {"at eps 0": [(60, 1), (70, 2)]}, LABELS
+    "fit": lambda: plots.scatter_plot(
+        [(A, 70.0, 50.0), (B, 60.0, 55.0)], LABELS, {"at eps 0": [(60, 1), (70, 2)]}
     ),
     "curve": lambda: plots.curve_plot([A, B], [[([1, 2], [3.0, 2.0])], []]),
 }
