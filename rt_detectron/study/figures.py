@@ -87,7 +87,8 @@ class Charts:
         Args:
             pooled: those over all targets, which come first if there are several targets.
         """
-        over_all = [self._pooled(one) for one in pooled] if lines["target"].nunique() > 1 else []
+        several = lines["target"].nunique() > 1
+        over_all = [_difference(one.arm or "best on held-out", one) for one in pooled] if several else []
         words = "; ".join(f"{line.target} {line.arm} {line.change:+.2f}" for line in lines_of(lines))
         if len(lines) + len(over_all) > MANY_ROWS:
             cells = {(line.arm, line.target): (line.change, line.verdict) for line in lines_of(lines)}
@@ -99,7 +100,7 @@ class Charts:
             return svg_figure(name, caption, words, plot)
         groups = {ALL_TARGETS: over_all} if over_all else {}
         groups |= {
-            target: [self._difference(line.arm, line) for line in lines_of(group)]
+            target: [_difference(line.arm, line) for line in lines_of(group)]
             for target, group in groups_of(lines, "target")
         }
         return svg_figure(name, caption, words, plots.difference_plot(groups, f"difference in {measure}"))
@@ -219,7 +220,7 @@ class Charts:
                     which = f"the {CATEGORIES} of {len(lines)} categories that gain and that lose most"
                     lines = pd.concat([lines.head(CATEGORIES), lines.tail(CATEGORIES)])
                 names = lines["metric"].str.removeprefix(f"{main_metric(task)}-")
-                shown = [self._difference(*pair) for pair in zip(names, lines_of(lines), strict=True)]
+                shown = [_difference(*pair) for pair in zip(names, lines_of(lines), strict=True)]
                 yield svg_figure(
                     f"categories-{target}-{task}-{arm}",
                     f"{target}: {TASKS[task]} of {arm} minus {lines['baseline'].iloc[0]}, {which}; "
@@ -309,20 +310,18 @@ class Charts:
             target,
         )
 
-    def _difference(self, name: str, line: Any) -> plots.Difference:
-        ends = (line.low, line.high) if line.over else (None, None)
-        return plots.Difference(name, line.verdict, line.change, *ends)
-
-    def _pooled(self, one: Pooled) -> plots.Difference:
-        ends = (one.low, one.high) if one.over else (None, None)
-        return plots.Difference(one.arm or "best on held-out", one.verdict, one.change, *ends)
-
     def _suffix(self, baseline: str) -> str:
         return f"-{baseline}" if len(self.families) > 1 else ""
 
 
 def svg_figure(name: str, caption: str, alt: str, svg: bytes, target: str = "") -> Figure:
     return Figure(name, caption, alt, "image/svg+xml", svg, target)
+
+
+def _difference(name: str, line: Any) -> plots.Difference:
+    """Of a line of the scores, or of :class:`Pooled`."""
+    ends = (line.low, line.high) if line.over else (None, None)
+    return plots.Difference(name, line.verdict, line.change, *ends)
 
 
 def _by_arm(series: Sequence[plots.Series], lines: pd.DataFrame) -> list[list[float]]:
