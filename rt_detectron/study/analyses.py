@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from scipy import stats
 
 from rt_detectron.study.evaluations import Chapter
@@ -21,6 +20,7 @@ from rt_detectron.study.statistics import (
     Quantity,
     Sample,
     contrast_samples,
+    differences,
     groups_of,
     lines_of,
     main_metric,
@@ -99,14 +99,12 @@ def may_be_best(samples: Mapping[str, Sample], arms: Sequence[str]) -> list[str]
     known = all(samples[arm].draws is not None for arm in arms)
     found = []
     for arm in arms:
-        weights = np.zeros((len(arms) - 1, len(names)))
-        for row, other in enumerate(other for other in arms if other != arm):
-            weights[row, names.index(arm)], weights[row, names.index(other)] = 1, -1
-        differences = contrast_samples(list(samples.values()), weights, known)
-        if not (differences.se > 0).all():
+        weights = differences(names, [(arm, other) for other in arms if other != arm])
+        to_others = contrast_samples(list(samples.values()), weights, known)
+        if not (to_others.se > 0).all():
             return None
-        critical = simultaneous(differences.correlation, differences.df, one_sided=True)
-        if (differences.estimate + critical * differences.se >= 0).all():
+        critical = simultaneous(to_others.correlation, to_others.df, one_sided=True)
+        if (to_others.estimate + critical * to_others.se >= 0).all():
             found.append(arm)
     return found
 

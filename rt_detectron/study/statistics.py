@@ -274,9 +274,7 @@ def _changes(
 ) -> dict[str, dict[str, Any]]:
     """The differences of ``arms`` to the baseline, by arm."""
     names = list(samples)
-    weights = np.zeros((len(arms), len(names)))
-    for row, arm in enumerate(arms):
-        weights[row, names.index(arm)], weights[row, names.index(baseline)] = 1, -1
+    weights = differences(names, [(arm, baseline) for arm in arms])
     known = all(samples[arm].draws is not None for arm in (baseline, *arms))
     found = contrast_samples(list(samples.values()), weights, images=known)
     critical = simultaneous_where_known(found) if main else None
@@ -284,20 +282,40 @@ def _changes(
     changes = {}
     for row, arm in enumerate(arms):
         kinds = {samples[name].kind for name in (arm, baseline)}
-        runs = CHECKPOINTS if kinds == {CHECKPOINTS} else SEEDS
-        over = " and ".join(([runs] if found.covers_runs[row] else []) + ([IMAGES] if known else []))
         changes[arm] = {
             "change": found.estimate[row],
             "se": found.se[row],
             "df": found.df[row],
             "low": low[row],
             "high": high[row],
-            "over": over,
+            "over": covered(kinds, found.covers_runs[row], known),
             "p": found.p[row],
         }
         if not found.se[row] > 0:  # runs that agree exactly say nothing about the chance in them
             changes[arm] |= {"low": math.nan, "high": math.nan, "over": ""}
     return changes
+
+
+def differences(names: Sequence[str], pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    """(C, A) weights of contrasts of the arms ``names``: of each pair the first minus the second."""
+    weights = np.zeros((len(pairs), len(names)))
+    for row, (arm, other) in zip(weights, pairs, strict=True):
+        row[names.index(arm)], row[names.index(other)] = 1, -1
+    return weights
+
+
+def padded(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    """(A, R) the rows, of R numbers at most, with NaN behind the last of each."""
+    table = np.full((len(rows), max(map(len, rows))), math.nan)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return table
+
+
+def covered(kinds: set[str], runs: bool, images: bool) -> str:
+    """What an interval covers, such as "seeds and images"; ``kinds``: what the runs are."""
+    of_runs = CHECKPOINTS if kinds == {CHECKPOINTS} else SEEDS
+    return " and ".join([of_runs] * bool(runs) + [IMAGES] * images)
 
 
 def simultaneous_where_known(found: Contrasts) -> np.ndarray:
@@ -316,9 +334,7 @@ def contrast_samples(samples: Sequence[Sample], weights: np.ndarray, images: boo
         weights: (C, A), see :func:`contrasts`.
         images: whether all samples that take part have draws.
     """
-    runs = np.full((len(samples), max(len(sample.values) for sample in samples)), math.nan)
-    for row, sample in enumerate(samples):
-        runs[row, : len(sample.values)] = list(sample.values.values())
+    runs = padded([list(sample.values.values()) for sample in samples])
     pools = np.array([sample.kind == CHECKPOINTS for sample in samples], int)
     if not images:
         return contrasts(runs, weights, pools=pools)

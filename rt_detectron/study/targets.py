@@ -16,12 +16,12 @@ from rt_detectron.study.intervals import CONFIDENCE, contrasts
 from rt_detectron.study.selection import Choice
 from rt_detectron.study.statistics import (
     CHECKPOINTS,
-    IMAGES,
-    SEEDS,
     Comparison,
     Quantity,
     Sample,
     covariance_over_images,
+    covered,
+    padded,
     simultaneous_where_known,
     verdict,
 )
@@ -106,22 +106,16 @@ def _pooled(
     sets = comparison.test_sets
     weights = [_weights(plan, sets) for plan in plans.values()]
     columns = _columns(cells, weights)
-    runs = np.full((len(columns), max(len(column.values) for column in columns)), math.nan)
-    for row, column in enumerate(columns):
-        runs[row, : len(column.values)] = column.values
     used = {cell for chosen in weights for cell in chosen}
     known = all(cells[cell].draws is not None for cell in used)
     covariance, df = _covariance(columns, sets) if known else (None, math.inf)
     matrix = np.array([[column.weight_in(chosen) for column in columns] for chosen in weights])
     pools = np.unique([column.pool for column in columns], return_inverse=True)[1]
-    found = contrasts(runs, matrix, covariance, df, pools)
+    found = contrasts(padded([column.values for column in columns]), matrix, covariance, df, pools)
     low, high = found.interval(simultaneous_where_known(found))
     result = []
     for row, (arm, plan) in enumerate(plans.items()):
         kinds = {cells[target, name].kind for target, names in plan.items() for name in names}
-        covered = ([CHECKPOINTS if kinds == {CHECKPOINTS} else SEEDS] if found.covers_runs[row] else []) + (
-            [IMAGES] if known else []
-        )
         decided = bool(found.se[row] > 0)
         ends = (float(low[row]), float(high[row])) if decided else (math.nan, math.nan)
         random = _random(cells, plan, sets)
@@ -134,7 +128,7 @@ def _pooled(
                 len({sets.get(target, target) for target in plan}),
                 float(found.estimate[row]),
                 *ends,
-                " and ".join(covered) if decided else "",
+                covered(kinds, found.covers_runs[row], known) if decided else "",
                 verdict(*ends, margin),
                 random,
                 verdict(*random, margin) if random else "",
