@@ -375,16 +375,20 @@ class Attack(Evaluation):
         return evaluation_pictures(outcomes)
 
 
-class Corruption(Evaluation):
-    """Image corruptions, such as fog: mean AP over all of them (mPC), and relative to clean images (rPC)."""
-
-    CORRUPTED, UNCORRUPTED, MPC, RPC = "corruption", "corruption: clean", "mPC", "rPC"
-    name, title, question, main_kind = "corruption", "Under corruption", "Under corruption", MPC
+class _WithResults(Evaluation):
+    """An evaluation whose part of robustness.json has several "results"."""
 
     def part(self, outcome: Outcome) -> Any:
         part = super().part(outcome)
         results = _requested(part["results"]) if part else []
         return {**part, "results": results} if results else None
+
+
+class Corruption(_WithResults):
+    """Image corruptions, such as fog: mean AP over all of them (mPC), and relative to clean images (rPC)."""
+
+    CORRUPTED, UNCORRUPTED, MPC, RPC = "corruption", "corruption: clean", "mPC", "rPC"
+    name, title, question, main_kind = "corruption", "Under corruption", "Under corruption", MPC
 
     def images(self, outcome: Outcome) -> int:
         return (self.part(outcome) or {}).get("images", 0)
@@ -440,16 +444,11 @@ class Corruption(Evaluation):
         )
 
 
-class Natural(Evaluation):
+class Natural(_WithResults):
     """Box AP on other test sets, such as COCO-O's drawings and paintings, and its mean over them."""
 
     SHIFTED, MEAN, SCORE = "natural", "natural: mean", "effective robustness"
     name, title, question, main_kind = "natural", "Under natural shifts", "Under natural shifts", MEAN
-
-    def part(self, outcome: Outcome) -> Any:
-        part = super().part(outcome)
-        results = _requested(part["results"]) if part else []
-        return {**part, "results": results} if results else None
 
     def images(self, outcome: Outcome) -> int:
         return sum(result.get("images", 0) for result in (self.part(outcome) or {"results": []})["results"])
