@@ -15,7 +15,7 @@ from rt_detectron.attacks import PGD, DetectorAttack, LossAttack, ThreatModel, b
 from rt_detectron.attacks.box_head import clip_proposal_losses
 from rt_detectron.attacks.pgd import HALF_PRECISION_SCALE
 from rt_detectron.attacks.schedule import EpsSchedule
-from rt_detectron.detection.loader import batches_from
+from rt_detectron.detection.loader import ChangedBatches, batches_from
 from rt_detectron.evaluation.robustness.measurement import Metrics
 from rt_detectron.evaluation.robustness.test_set import DetectionTestSet
 from rt_detectron.utils.errors import InputError, did_you_mean
@@ -213,7 +213,7 @@ class LossGradients:
         self.found = [grad if last is None else last for grad, last in zip(grads, self.found, strict=True)]
 
 
-class FreeReplays:
+class FreeReplays(ChangedBatches):
     """A training loader that repeats each batch on perturbed images ("free" adversarial training).
 
     Each batch comes ``replays`` times in a row: first clean, then moved by a step of eps along the gradient
@@ -246,7 +246,7 @@ class FreeReplays:
         strength: Callable[[int], float] = lambda iteration: 1.0,
         gradients: LossGradients | None = None,
     ):
-        self.loader = loader
+        super().__init__(loader)
         self.threat_model = threat_model
         self.replays = replays
         self.device = device
@@ -258,11 +258,7 @@ class FreeReplays:
         self._restored: list[Tensor] = []
         self._iteration = 0
 
-    def __iter__(self) -> Iterator[list[dict]]:
-        return self.batches()
-
     def batches(self, start: int = 0) -> Iterator[list[dict]]:
-        """Batches from iteration ``start`` on, if ``loader`` has ``batches``, too."""
         number, skipped = divmod(start, self.replays)
         if not hasattr(self.loader, "batches"):
             skipped, self._restored = 0, []
@@ -288,20 +284,17 @@ class FreeReplays:
                 self._iteration += 1
             skipped = 0
 
-    def moved_images(self) -> list[Tensor]:
-        """The perturbations that come next, after a step; [] if the next batch begins clean."""
-        return [moved.detach().cpu() for moved in self._next()] if self._left or self.carry_over else []
+    def state_of_process(self) -> dict:
+        """The perturbations that come next; none if the next batch begins clean."""
+        goes_on = self._left or self.carry_over
+        return {"moved_images": [moved.detach().cpu() for moved in self._next()] if goes_on else []}
 
-    def go_on_with(self, moved_images: list[Tensor]) -> None:
-        """Begin with these perturbations of the images."""
-        self._restored = moved_images
-
-    def state_dict(self) -> dict:
-        return self.loader.state_dict() if hasattr(self.loader, "state_dict") else {}
-
-    def load_state_dict(self, state: dict) -> None:
-        if hasattr(self.loader, "load_state_dict") and state:
-            self.loader.load_state_dict(state)
+    def load_state_of_process(self, states: list[dict]) -> None:
+        if all("moved_images" in state for state in states):
+            # Process r of w has the images [r::w] of a batch.
+            rows = zip(*(state["moved_images"] for state in states), strict=True)
+            whole = [image for row in rows for image in row]
+            self._restored = whole[comm.get_rank() :: comm.get_world_size()]
 
     def _first(self, images: list[Tensor], last: list[Tensor]) -> list[Tensor]:
         """The perturbations that a batch begins with."""
@@ -332,7 +325,7 @@ def _has_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.track_running_stats
 
 
-class AttackedBatches:
+class AttackedBatches(ChangedBatches):
     """A training loader whose images are attacked, on the detector as it is when they are asked for.
 
     The attack sees the detector in eval mode, whatever it trains in. (Madry et al. 2018; with the attack
@@ -354,18 +347,14 @@ class AttackedBatches:
         strength: Callable[[int], float] = lambda iteration: 1.0,
         amp: bool = False,
     ):
-        self.loader = loader
+        super().__init__(loader)
         self.detector = detector
         self.attack = attack
         self.strength = strength
         self.amp = amp
         self._restored: dict[str, Tensor] = {}
 
-    def __iter__(self) -> Iterator[list[dict]]:
-        return self.batches()
-
     def batches(self, start: int = 0) -> Iterator[list[dict]]:
-        """Batches from iteration ``start`` on, if ``loader`` has ``batches``, too."""
         buffers, restored = dict(self.detector.named_buffers()), self._restored
         for name in restored.keys() & buffers.keys():
             buffers[name].copy_(restored[name])
@@ -375,23 +364,21 @@ class AttackedBatches:
             scale = self.strength(iteration)
             yield self._attacked(batch, scale, seed + iteration) if scale else batch
 
-    def state_dict(self) -> dict:
-        return self.loader.state_dict() if hasattr(self.loader, "state_dict") else {}
+    def state_of_process(self) -> dict:
+        """The running statistics of the detector's batch norms, which differ between processes.
 
-    def load_state_dict(self, state: dict) -> None:
-        if hasattr(self.loader, "load_state_dict") and state:
-            self.loader.load_state_dict(state)
-
-    def statistics(self) -> dict[str, Tensor]:
-        """The running statistics of the detector's batch norms, which differ between processes."""
+        A checkpoint has those of the first process only.
+        """
+        if comm.get_world_size() == 1:
+            return {}
         names = [name for name, module in self.detector.named_modules() if _has_statistics(module)]
         buffers = dict(self.detector.named_buffers())
         parts = [f"{name}.{part}" for name in names for part in ("running_mean", "running_var")]
-        return {part: buffers[part].detach().cpu() for part in parts}
+        return {"statistics": {part: buffers[part].detach().cpu() for part in parts}}
 
-    def go_on_with_statistics(self, statistics: dict[str, Tensor]) -> None:
-        """Begin with these, once all processes have got the weights, and with them buffers, of the first."""
-        self._restored = statistics
+    def load_state_of_process(self, states: list[dict]) -> None:
+        """The statistics are set with the first batch, once all processes have the first one's buffers."""
+        self._restored = states[comm.get_rank() % len(states)].get("statistics", {})
 
     def _attacked(self, batch: list[dict], scale: float, seed: int) -> list[dict]:
         pgd = self.attack.pgd

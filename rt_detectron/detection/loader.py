@@ -4,6 +4,7 @@ import functools
 import itertools
 import logging
 import multiprocessing
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -98,6 +99,39 @@ def batches_from(loader: Iterable, start: int) -> Iterator:
     if start:
         logger.warning("%s cannot go on in its middle: the images start over", type(loader).__name__)
     return iter(loader)
+
+
+class ChangedBatches(ABC):
+    """A training loader whose batches are those of another one, with changed images.
+
+    Args:
+        loader: that other one.
+    """
+
+    def __init__(self, loader: Iterable):
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        return self.batches()
+
+    @abstractmethod
+    def batches(self, start: int = 0) -> Iterator[list[dict]]:
+        """Batches from iteration ``start`` on, if the other loader can begin there."""
+
+    def state_dict(self) -> dict:
+        return self.loader.state_dict() if hasattr(self.loader, "state_dict") else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if hasattr(self.loader, "load_state_dict") and state:
+            self.loader.load_state_dict(state)
+
+    @abstractmethod
+    def state_of_process(self) -> dict:
+        """What this process alone needs to go on after a step, as torch saves it."""
+
+    @abstractmethod
+    def load_state_of_process(self, states: list[dict]) -> None:
+        """Take over what :meth:`state_of_process` gave in each process, at least one."""
 
 
 class _Order:

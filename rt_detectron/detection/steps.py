@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rt_detectron.checkpoint.checkpointer import TRUNK
-from rt_detectron.detection.loader import batches_from
+from rt_detectron.detection.loader import ChangedBatches, batches_from
 from rt_detectron.engine.base_trainer import BaseTrainer, LossesOnTheWay, write_losses
 from rt_detectron.layers.frozen_norm import fold_frozen_norms
 from rt_detectron.layers.paste_masks import use_product_paste
@@ -146,33 +146,22 @@ class DetectorTrainer(BaseTrainer):
             self.data_loader.load_state_dict(state["loader"])
 
     def state_of_process(self) -> dict:
-        """What this process alone needs to go on, to be saved after a step.
-
-        The moved images of a batch that is to be used again; where the detector is attacked in eval mode, its
-        batch norms' statistics, of which the checkpoint has the first process's only; and the running mean
-        that dense detectors (RetinaNet, FCOS) divide their losses by, which is in no state dict.
-        """
-        state = {}
-        if hasattr(self.data_loader, "moved_images"):
-            state["moved_images"] = self.data_loader.moved_images()
-        if hasattr(self.data_loader, "statistics") and comm.get_world_size() > 1:
-            state["statistics"] = self.data_loader.statistics()
+        """That of the loader; and the running mean that dense detectors (RetinaNet, FCOS) divide their losses
+        by, which is in no state dict."""
+        loader = self.data_loader
+        state = loader.state_of_process() if isinstance(loader, ChangedBatches) else {}
         if hasattr(self.detector, "loss_normalizer"):
             state["loss_normalizer"] = float(self.detector.loss_normalizer)
         return state
 
     def load_state_of_process(self, states: list[dict]) -> None:
-        """Take over what :meth:`state_of_process` gave in each process, however many there were."""
-        mine = states[comm.get_rank() % len(states)] if states else {}
+        if not states:
+            return
+        mine = states[comm.get_rank() % len(states)]
         if "loss_normalizer" in mine:
             self.detector.loss_normalizer = mine["loss_normalizer"]
-        if "statistics" in mine and hasattr(self.data_loader, "statistics"):
-            self.data_loader.go_on_with_statistics(mine["statistics"])
-        if "moved_images" in mine and hasattr(self.data_loader, "moved_images"):
-            # Process r of w has the images [r::w] of a batch.
-            images = [state["moved_images"] for state in states]
-            whole = [image for row in zip(*images, strict=True) for image in row]
-            self.data_loader.go_on_with(whole[comm.get_rank() :: comm.get_world_size()])
+        if isinstance(self.data_loader, ChangedBatches):
+            self.data_loader.load_state_of_process(states)
 
     @property
     def detector(self) -> nn.Module:

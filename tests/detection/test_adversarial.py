@@ -151,7 +151,7 @@ def test_the_next_batch_begins_where_the_last_one_ended(threat_model):
     for number, batch in enumerate(loader):
         step(model, batch)
         if number == 1:
-            left = loader.moved_images()
+            left = loader.state_of_process()["moved_images"]
     for first, inputs, moved in zip(model.seen[2], data[1], left, strict=True):
         resized = nn.functional.interpolate(moved[None], first.shape[1:], mode="bilinear")[0]
         norm = resized.norm() if threat_model.norm == "l2" else resized.abs().max()
