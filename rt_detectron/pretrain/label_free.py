@@ -10,7 +10,6 @@ from rt_detectron.layers.folding import fold
 from rt_detectron.modeling.classifier import Classifier, versioned
 from rt_detectron.pretrain.schedules import FULL_STRENGTH, EpsSchedule
 from rt_detectron.pretrain.strategies import Adversarial
-from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.modes import eval_mode
 
 
@@ -34,12 +33,7 @@ class LabelFree(Adversarial):
 
     def __init__(self, attack: PGD, schedule: EpsSchedule = FULL_STRENGTH):
         super().__init__(attack, schedule)
-        if not isinstance(attack, PGD):
-            raise InputError(
-                f"LabelFree: attack is {attack.name}; it must be a PGD, which takes another loss"
-            )
-        if not attack.random_start:
-            raise InputError("LabelFree: the attack cannot leave the image; set attack.random_start=True")
+        self.check_takes_other_loss()
 
     def begin(self, classifier: Classifier, has_head: bool) -> None:
         self.has_head = has_head

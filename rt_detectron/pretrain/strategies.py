@@ -110,6 +110,19 @@ class Adversarial(Standard):
                 f"{strategy}: the schedule changes eps, but {attack.name} has no threat_model to scale"
             )
 
+    def check_takes_other_loss(self) -> None:
+        """Raise :class:`InputError` unless the attack is a PGD that begins beside the image.
+
+        For losses whose gradient is zero at the image.
+        """
+        strategy = type(self).__name__
+        if not isinstance(self.attack, PGD):
+            raise InputError(
+                f"{strategy}: attack is {self.attack.name}; it must be a PGD, which takes another loss"
+            )
+        if not self.attack.random_start:
+            raise InputError(f"{strategy}: the attack cannot leave the image; set attack.random_start=True")
+
     def attack_now(self, progress: float) -> Attack:
         """The attack at its present strength."""
         if not self.schedule.changes_eps:
@@ -266,10 +279,7 @@ class Trades(Adversarial):
 
     def __init__(self, attack: PGD, beta: float = 6.0, schedule: EpsSchedule = FULL_STRENGTH):
         super().__init__(attack, schedule)
-        if not isinstance(attack, PGD):
-            raise InputError(f"Trades: attack is {attack.name}; it must be a PGD, which takes another loss")
-        if not attack.random_start:
-            raise InputError("Trades: the attack cannot leave the image; set attack.random_start=True")
+        self.check_takes_other_loss()
         if type(beta) not in (int, float) or not 0 <= beta < math.inf:
             raise InputError(f"Trades: beta is {beta!r}; it must be a finite number >= 0")
         self.beta = beta
