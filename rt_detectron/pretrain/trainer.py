@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
-import numpy as np
 import torch
 from detectron2.engine import HookBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
@@ -32,6 +31,7 @@ from rt_detectron.pretrain.model import Pretraining, check_takes
 from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import printable
 from rt_detectron.utils.ranges import images_are_checked
+from rt_detectron.utils.seeds import torch_seed
 
 logger = logging.getLogger(__name__)
 
@@ -330,5 +330,4 @@ class StepState(HookBase):
     def before_step(self):
         iteration = self.trainer.iter
         self.model.progress = iteration / self.trainer.max_iter
-        sequence = np.random.SeedSequence([self.seed, iteration, comm.get_rank()])
-        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+        torch.manual_seed(torch_seed(self.seed, iteration, comm.get_rank()))

@@ -8,10 +8,14 @@ import numpy as np
 import torch
 
 
+def torch_seed(*seed: int) -> int:
+    """One seed for torch from these numbers."""
+    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
+
+
 def seeded_generator(*seed: int) -> torch.Generator:
     """Random numbers on the CPU that follow from these numbers."""
-    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> 1))
+    return torch.Generator().manual_seed(torch_seed(*seed))
 
 
 @contextmanager
