@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, distributed
 
-from rt_detectron.engine.patience import patient_group
+from rt_detectron.engine.processes import patient_group
 
 logger = logging.getLogger(__name__)
 

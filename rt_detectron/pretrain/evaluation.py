@@ -21,7 +21,7 @@ from rt_detectron.attacks.registry import Attack
 from rt_detectron.data.loader import share, to_device
 from rt_detectron.data.shards import ShardDataset
 from rt_detectron.engine.lazy_config import build
-from rt_detectron.engine.patience import patient_group
+from rt_detectron.engine.processes import patient_group
 from rt_detectron.modeling.load import load_weights
 from rt_detectron.pretrain.measurements import Measurements
 from rt_detectron.pretrain.model import Pretraining, check_takes

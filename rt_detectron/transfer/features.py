@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from rt_detectron.checkpoint.architectures import is_counter
 from rt_detectron.data.loader import build_test_loader, in_order, to_device
-from rt_detectron.engine.patience import patient_group
+from rt_detectron.engine.processes import patient_group
 from rt_detectron.layers.folding import fold
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.transfer.datasets import ClassificationDataset

@@ -65,7 +65,7 @@ def test_processes_attack_what_one_would_however_few(model_and_batches, monkeypa
     for max_attacked in (1, 7, 10):
         evaluators = []
         monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 8)
-        monkeypatch.setattr("rt_detectron.engine.patience._patient_group", lambda: None)
+        monkeypatch.setattr("rt_detectron.engine.processes._patient_group", lambda: None)
         for rank in range(8):
             monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
             evaluators.append(AccuracyEvaluator(model, harmless, max_attacked))
