@@ -10,7 +10,6 @@ from rt_detectron.detection.lazy import (
 from rt_detectron.detection.predictor import Predictor, load_predictors
 from rt_detectron.detection.steps import backbone_factor, clipped_optimizer
 from rt_detectron.detection.trainer import Trainer, load_detector_config
-from rt_detectron.evaluation.results import write_results
 
 __all__ = [
     "Predictor",
@@ -24,5 +23,4 @@ __all__ = [
     "load_lazy_config",
     "load_predictors",
     "write_lazy_results",
-    "write_results",
 ]
