@@ -1,11 +1,10 @@
 """Batches of labelled images, reproducible across interruptions."""
 
-import functools
 import itertools
 import logging
-import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from rt_detectron.data.augmentation import ColorNoise, UnfinishedImages
 from rt_detectron.data.shards import ShardDataset
-from rt_detectron.data.workers import leave_signals_to_the_trainer
+from rt_detectron.data.workers import training_batches
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.ranges import check_images
 from rt_detectron.utils.seeds import seeded, seeded_generator
@@ -94,26 +93,21 @@ class TrainLoader:
 
     def batches(self, start: int = 0) -> Iterator[list]:
         """Batches from iteration ``start`` on. Earlier images are not decoded."""
+        source: Dataset = _Augmented(self)
+        options: dict[str, Any] = {"batch_sampler": _Order(self, start)}
         if isinstance(self.dataset, ShardDataset):
-            source = {"dataset": _ShardStream(self, start), "batch_size": self.batch_size}
-        else:
-            source = {"dataset": _Augmented(self), "batch_sampler": _Order(self, start)}
-        closing = multiprocessing.Event()
-        try:
-            for images, labels, keys, *drawn in DataLoader(
-                **source,
-                num_workers=self.num_workers,
-                prefetch_factor=self.prefetch_factor if self.num_workers else None,
-                collate_fn=collate,
-                pin_memory=self.pin_memory,
-                worker_init_fn=functools.partial(leave_signals_to_the_trainer, closing),
-                generator=torch.Generator(),  # or else it uses the global one
-            ):
-                if self.batch_transform:
-                    images = UnfinishedImages(images, drawn[0], self.batch_transform)
-                yield [images, labels, keys]
-        finally:
-            closing.set()
+            source, options = _ShardStream(self, start), {"batch_size": self.batch_size}
+        for images, labels, keys, *drawn in training_batches(
+            source,
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            collate_fn=collate,
+            pin_memory=self.pin_memory,
+            **options,
+        ):
+            if self.batch_transform:
+                images = UnfinishedImages(images, drawn[0], self.batch_transform)
+            yield [images, labels, keys]
 
     def drawn(self) -> tuple[torch.Tensor, ...]:
         """What follows the key in a sample: the factors of the batch's transform, if there is one."""

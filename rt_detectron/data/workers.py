@@ -1,10 +1,30 @@
 """The processes that load images."""
 
+import functools
+import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
 from multiprocessing.synchronize import Event
 
+import torch
+from torch.utils.data import DataLoader, Dataset
+
 GRACE_SECONDS = 30  # a loader's worker outlives a SIGTERM by this time
+
+
+def training_batches(dataset: Dataset, **options) -> Iterator:
+    """The batches of a DataLoader with these ``options``, whose workers leave signals to the trainer.
+
+    Torch's global random numbers are left alone.
+    """
+    closing = multiprocessing.Event()
+    worker_init = functools.partial(leave_signals_to_the_trainer, closing)
+    generator = torch.Generator()  # or else it uses the global one
+    try:
+        yield from DataLoader(dataset, worker_init_fn=worker_init, generator=generator, **options)
+    finally:
+        closing.set()
 
 
 def leave_signals_to_the_trainer(closing: Event, worker_id: int) -> None:

@@ -1,9 +1,7 @@
 """The batches of a detector's training, the same whether or not it was interrupted."""
 
-import functools
 import itertools
 import logging
-import multiprocessing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
@@ -15,7 +13,7 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from rt_detectron.data.workers import leave_signals_to_the_trainer
+from rt_detectron.data.workers import training_batches
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.seeds import all_seeded
 
@@ -52,17 +50,7 @@ class ResumableLoader:
 
     def batches(self, start: int = 0) -> Iterator[list[dict]]:
         """Batches from iteration ``start`` on. Earlier images are not loaded."""
-        closing = multiprocessing.Event()
-        try:
-            yield from DataLoader(
-                _Seeded(self.images),
-                batch_sampler=_Order(self, start),
-                worker_init_fn=functools.partial(leave_signals_to_the_trainer, closing),
-                generator=torch.Generator(),  # else it draws from the global one
-                **self.options,
-            )
-        finally:
-            closing.set()
+        return training_batches(_Seeded(self.images), batch_sampler=_Order(self, start), **self.options)
 
     def state_dict(self) -> dict:
         """The seed, which may have been drawn, and what else the order follows from."""
