@@ -28,6 +28,7 @@ from rt_detectron.evaluation.robustness.evaluation import (
     random_seed,
     register_evaluation,
     unique,
+    with_earlier,
 )
 from rt_detectron.evaluation.robustness.measurement import Measured
 from rt_detectron.evaluation.robustness.protocols import OURS, PROTOCOLS, attack_keys
@@ -218,9 +219,7 @@ class AttackEvaluation(Evaluation):
 
     @staticmethod
     def merged(earlier: list[dict], results: list[dict]) -> list[dict]:
-        asked_for = [_what(entry) for entry in results]
-        kept = [{**entry, "requested": False} for entry in earlier if _what(entry) not in asked_for]
-        return results + kept
+        return with_earlier(earlier, results, _what)
 
     @staticmethod
     def rows(results: list[dict]) -> Iterator[Row]:

@@ -21,6 +21,7 @@ from rt_detectron.evaluation.robustness.evaluation import (
     random_seed,
     register_evaluation,
     unique,
+    with_earlier,
 )
 from rt_detectron.evaluation.robustness.measurement import Metrics, main_metric
 from rt_detectron.evaluation.robustness.session import Session
@@ -119,14 +120,11 @@ class CorruptionEvaluation(Evaluation):
     def merged(earlier: dict | None, results: dict | None) -> dict | None:
         if earlier is None:
             return results
-        kept = [{**result, "requested": False} for result in earlier["results"]]
-        if results is None:
-            return {**earlier, "results": kept}
-        if any(earlier[key] != results[key] for key in ("clean_matches", "seed")):  # of other images
+        if results and any(earlier[key] != results[key] for key in ("clean_matches", "seed")):  # other images
             return results
-        asked_for = {(result["corruption"], result["severity"]) for result in results["results"]}
-        kept = [result for result in kept if (result["corruption"], result["severity"]) not in asked_for]
-        return {**results, "results": results["results"] + kept}
+        new = results["results"] if results else []
+        whole = with_earlier(earlier["results"], new, lambda each: (each["corruption"], each["severity"]))
+        return {**(results or earlier), "results": whole}
 
     @staticmethod
     def rows(results: dict | None) -> Iterator[Row]:

@@ -1,7 +1,8 @@
 """The interface of evaluations of a trained detector, and which of them there are."""
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 from detectron2.config import CfgNode
@@ -117,9 +118,7 @@ def image_count(cfg: CfgNode, key: str, least: int = 0) -> int:
     Raises:
         InputError: if it is less than ``least``.
     """
-    value = cfg
-    for part in key.split("."):
-        value = value[part]
+    value = functools.reduce(getattr, key.split("."), cfg)
     if value < least:
         raise InputError(f"{key} is {value}; it must be >= {least}")
     return value
@@ -133,3 +132,13 @@ def random_seed(cfg: CfgNode) -> int:
 def unique(values) -> tuple:
     """Each value once, in the same order."""
     return tuple(dict.fromkeys(values))
+
+
+def with_earlier(earlier: list[dict], results: list[dict], what: Callable[[dict], Any]) -> list[dict]:
+    """``results``, and what an earlier run measured beside them, as not requested.
+
+    Args:
+        what: tells what was measured, from a result.
+    """
+    measured = [what(result) for result in results]
+    return results + [{**one, "requested": False} for one in earlier if what(one) not in measured]

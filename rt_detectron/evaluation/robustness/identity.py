@@ -1,5 +1,6 @@
 """What a measurement is of: if any of it differs, the number may, and it is measured again."""
 
+import functools
 import hashlib
 import json
 import os
@@ -84,8 +85,5 @@ def _config_sha256(cfg: CfgNode) -> str:
     cfg.defrost()
     for key in _WITHOUT_EFFECT:
         *path, last = key.split(".")
-        node = cfg
-        for part in path:
-            node = node[part]
-        node.pop(last, None)
+        functools.reduce(getattr, path, cfg).pop(last, None)
     return text_sha256(cfg.dump())

@@ -9,7 +9,13 @@ from detectron2.config import CfgNode
 from rt_detectron.data import check_datasets, load_test_set
 from rt_detectron.data.coco_o import KEPT, SETS, effective_robustness
 from rt_detectron.evaluation.coco import COCOEvaluator
-from rt_detectron.evaluation.robustness.evaluation import Evaluation, Row, register_evaluation, unique
+from rt_detectron.evaluation.robustness.evaluation import (
+    Evaluation,
+    Row,
+    register_evaluation,
+    unique,
+    with_earlier,
+)
 from rt_detectron.evaluation.robustness.session import Session
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.numbers import is_number
@@ -82,9 +88,9 @@ class NaturalEvaluation(Evaluation):
     def merged(earlier: dict | None, results: dict | None) -> dict | None:
         if earlier is None:
             return results
-        new = {result["dataset"] for result in (results or {}).get("results", ())}
-        kept = [{**each, "requested": False} for each in earlier["results"] if each["dataset"] not in new]
-        return {**(results or earlier), "results": [*(results or {"results": []})["results"], *kept]}
+        new = results["results"] if results else []
+        whole = with_earlier(earlier["results"], new, lambda result: result["dataset"])
+        return {**(results or earlier), "results": whole}
 
     @staticmethod
     def rows(results: dict | None) -> Iterator[Row]:
