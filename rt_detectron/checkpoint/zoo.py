@@ -428,9 +428,7 @@ def _by_hand(entry: Entry) -> str:
     folder = os.environ.get("RT_DETECTRON_ZOO", "")
     if folder and entry.is_downloaded:
         return f"download {entry.url} to {os.path.join(folder, entry.file)}"
-    other = ""
-    if entry.source == "robustbench":
-        other = ", or get it by RobustBench's load_model"
+    other = ", or get it by RobustBench's load_model" if entry.source == "robustbench" else ""
     return (
         f"download {entry.url} to FOLDER/{entry.file} and export RT_DETECTRON_ZOO=FOLDER{other} "
         f"(RT_DETECTRON_ZOO is {folder or 'not set'})"

@@ -1,13 +1,12 @@
 """Annotation files that are made from others, once, in the user's cache."""
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Callable
 from typing import Any
 
-from rt_detectron.utils.files import cache_folder, locked, replaced_atomically
+from rt_detectron.utils.files import cache_folder, locked, replaced_atomically, text_sha256
 
 _LONGEST = 80  # characters of a dataset's name in that of its folder
 
@@ -15,7 +14,7 @@ _LONGEST = 80  # characters of a dataset's name in that of its folder
 def folder_name(name: str) -> str:
     """A name for a folder of that dataset: its own if it can be one, else with a digest behind."""
     readable = re.sub(r"[^\w.@-]", "_", name)[-_LONGEST:]
-    return name if readable == name else f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name if readable == name else f"{readable}-{text_sha256(name)[:8]}"
 
 
 def cached_annotations(name: str, key: Any, make: Callable[[], dict]) -> tuple[str, dict[str, Any]]:
@@ -32,7 +31,7 @@ def cached_annotations(name: str, key: Any, make: Callable[[], dict]) -> tuple[s
     Raises:
         InputError: as ``make``, and if the cache cannot be written.
     """
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    digest = text_sha256(json.dumps(key))[:16]
     path = os.path.join(cache_folder("datasets"), f"{folder_name(name)}-{digest}", "annotations.json")
     categories_path = os.path.join(os.path.dirname(path), "categories.json")
     if not os.path.isfile(path):

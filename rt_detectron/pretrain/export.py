@@ -9,7 +9,7 @@ from rt_detectron.engine.lazy_config import as_yaml
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.model import Pretraining
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import file_sha256, replaced_atomically
+from rt_detectron.utils.files import file_sha256, write_text
 from rt_detectron.utils.versions import versions
 
 PRETRAINING = "rt_detectron pretraining"  # where weights come from
@@ -71,8 +71,7 @@ def export(cfg, model: Pretraining, results: dict) -> list[str]:
     try:
         write_classifier(model, classifier)
         convert_checkpoint(classifier, backbone)
-        with replaced_atomically(card) as temporary, open(temporary, "w") as file:
-            file.write(model_card(cfg, model, results, [classifier, backbone]))
+        write_text(card, model_card(cfg, model, results, [classifier, backbone]))
     except OSError as error:
         raise InputError(
             f"cannot write to {folder}: {error.strerror}; the training is done: make room and add "
