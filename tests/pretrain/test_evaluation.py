@@ -14,19 +14,16 @@ from rt_detectron.attacks import PGD, ThreatModel
 from rt_detectron.data.shards import ShardDataset
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.pretrain.evaluation import (
-    WORST_CASE,
     AccuracyEvaluator,
     RobustnessEvaluator,
     eps_curve,
     evaluate_classifier,
-    findings,
     grey_eps,
-    markdown,
     wilson_interval,
-    write_report,
 )
 from rt_detectron.pretrain.export import write_classifier
 from rt_detectron.pretrain.model import Pretraining
+from rt_detectron.pretrain.report import WORST_CASE, findings, markdown, write_report
 from rt_detectron.pretrain.strategies import Standard
 from rt_detectron.pretrain.trainer import build_model
 from rt_detectron.utils.errors import InputError
