@@ -9,7 +9,6 @@ new file of this package, and decorate it with :func:`register_detector_attack`.
 its name.
 """
 
-import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -19,16 +18,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from detectron2.modeling import GeneralizedRCNN, SemanticSegmentor
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList, Instances
-from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from rt_detectron.attacks.apgd import APGD
-from rt_detectron.attacks.batched import image_by_image, method_replaced, takes_batches
+from rt_detectron.attacks.batched import method_replaced
+from rt_detectron.attacks.losses import LossesFunction, giving_losses, losses_function, segmentor_losses
 from rt_detectron.attacks.pgd import PGD, Objective
-from rt_detectron.attacks.sem_seg import preprocess, sem_seg_losses
 from rt_detectron.attacks.threat_model import ThreatModel
 from rt_detectron.utils.errors import InputError, did_you_mean
 from rt_detectron.utils.seeds import seeded
@@ -187,13 +183,13 @@ class LossAttack(DetectorAttack):
             raise InputError(f"attack: this detector has no {self.name} loss; it has {', '.join(losses)}")
         return sum(chosen)
 
-    def losses_function(self, model: nn.Module) -> Callable[..., list[dict[str, Tensor]]]:
-        """What gives the training losses of each image by name: such a function as :func:`_rcnn_losses`.
+    def losses_function(self, model: nn.Module) -> LossesFunction:
+        """What gives the training losses of each image by name.
 
         Raises:
             InputError: for a model that this attack does not work on.
         """
-        return _losses_function(model)
+        return losses_function(model)
 
     def replaced_losses(self, model: nn.Module) -> dict[nn.Module, Callable]:
         """By module of the detector, what is called with it and the arguments of its ``losses`` instead."""
@@ -271,7 +267,7 @@ class LossAttack(DetectorAttack):
             ]
 
         with ExitStack() as stack:
-            stack.enter_context(_giving_losses(model, self.all_proposals))
+            stack.enter_context(giving_losses(model, self.all_proposals))
             stack.enter_context(_sizes_known(model))
             for module, losses in self.replaced_losses(model).items():
                 stack.enter_context(method_replaced(module, "losses", partial(losses, module)))
@@ -373,97 +369,6 @@ class RandomNoise:
         return with_images(inputs, noisy)
 
 
-def _losses_function(model: nn.Module) -> Callable[..., list[dict[str, Tensor]]]:
-    if isinstance(model, GeneralizedRCNN):
-        return _rcnn_losses
-    if isinstance(model, DenseDetector):
-        return _dense_losses
-    if isinstance(model, SemanticSegmentor):
-        return segmentor_losses
-    raise InputError(
-        f"attack: {type(model).__name__} is no GeneralizedRCNN, DenseDetector or SemanticSegmentor; others "
-        "are not supported"
-    )
-
-
-def _rcnn_losses(
-    model: GeneralizedRCNN, inputs: list[dict], targets: list[Instances], seeds: list[int]
-) -> list[dict[str, Tensor]]:
-    """The training losses of each image by name. (Detectron2's forward gives those of the whole batch.)
-
-    Sampling is seeded again each time, so that all steps and restarts climb the same function.
-    """
-    images = model.preprocess_image(inputs)
-    features = model.backbone(images.tensor)
-    if takes_batches(model):
-        with image_by_image(model, seeds):  # one pass of the heads for all images
-            losses = _head_losses(model, inputs, images, features, targets)
-        found = [{name: values[i] for name, values in losses.items()} for i in range(len(inputs))]
-    else:
-        found = []
-        for i, seed in enumerate(seeds):
-            with seeded(seed, model.device):
-                one = inputs[i : i + 1], _one_of(images, i), _features_of(features, i), targets[i : i + 1]
-                found.append(_head_losses(model, *one))
-    if hasattr(model, "sem_seg_head"):  # a PanopticFPN
-        for i, losses in enumerate(found):
-            losses |= sem_seg_losses(model, _features_of(features, i), inputs[i], images.tensor.shape[-2:])
-    return found
-
-
-def _head_losses(
-    model: GeneralizedRCNN,
-    inputs: list[dict],
-    images: ImageList,
-    features: dict[str, Tensor],
-    targets: list[Instances],
-) -> dict[str, Tensor]:
-    """The losses of proposals and boxes."""
-    if model.proposal_generator is None:
-        proposals, losses = [each["proposals"].to(model.device) for each in inputs], {}
-    else:
-        proposals, losses = model.proposal_generator(images, features, targets)
-    return {**losses, **model.roi_heads(images, features, proposals, targets)[1]}
-
-
-def _dense_losses(
-    model: DenseDetector, inputs: list[dict], targets: list[Instances], seeds: list[int]
-) -> list[dict[str, Tensor]]:
-    """As :func:`_rcnn_losses`."""
-    images = model.preprocess_image(inputs)
-    features = model.backbone(images.tensor)
-    features = [features[name] for name in model.head_in_features]
-    predictions = model.head(features)
-    found = []
-    for i, (target, seed) in enumerate(zip(targets, seeds, strict=True)):
-        feature = [maps[i : i + 1] for maps in features]
-        prediction = [[maps[i : i + 1] for maps in levels] for levels in predictions]
-        # Every call updates loss_normalizer, a running mean: restore it.
-        with seeded(seed, model.device), _attribute_kept(model, "loss_normalizer"):
-            found.append(model.forward_training(_one_of(images, i), feature, prediction, [target]))
-    return found
-
-
-def segmentor_losses(
-    model: nn.Module, inputs: list[dict], targets: list[Instances], seeds: list[int]
-) -> list[dict[str, Tensor]]:
-    """As :func:`_rcnn_losses`, of the semantic segmentation alone; ``targets`` and ``seeds`` have no say."""
-    images = preprocess(model, inputs)
-    features = model.backbone(images.tensor)
-    return [
-        sem_seg_losses(model, _features_of(features, i), given, images.tensor.shape[-2:])
-        for i, given in enumerate(inputs)
-    ]
-
-
-def _one_of(images: ImageList, i: int) -> ImageList:
-    return ImageList(images.tensor[i : i + 1], images.image_sizes[i : i + 1])
-
-
-def _features_of(features: dict[str, Tensor], i: int) -> dict[str, Tensor]:
-    return {name: maps[i : i + 1] for name, maps in features.items()}
-
-
 def _padded(model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
     """The inputs with the padding that the detector adds, as pixels, and the "image_size" without it."""
     if not hasattr(model, "preprocess_image"):
@@ -544,53 +449,3 @@ def with_images(inputs: Sequence[dict], images: Sequence[Tensor]) -> list[dict]:
 def image_seed(seed: int, image: dict) -> int:
     """The seed of an image's random numbers, whichever images come before it."""
     return zlib.crc32(f"{seed}/{image.get('image_id')}".encode())
-
-
-@contextmanager
-def _attribute_kept(owner: nn.Module, name: str) -> Iterator[None]:
-    """Restore an attribute afterwards, or its absence."""
-    missing = object()
-    value = getattr(owner, name, missing)
-    try:
-        yield
-    finally:
-        if value is not missing:
-            setattr(owner, name, value)
-        elif hasattr(owner, name):
-            delattr(owner, name)
-
-
-@contextmanager
-def _giving_losses(model: nn.Module, all_proposals: bool) -> Iterator[None]:
-    """Make a detector compute losses, while its layers stay in eval mode.
-
-    Detectron2's detectors give losses in training mode only, but the detector under attack runs in eval mode.
-    So the backbone and all leaf modules (norms, dropout) are in eval mode, and only the modules that contain
-    others are in training mode. No parameter takes a gradient. With ``all_proposals``, an R-CNN's proposals
-    are not sampled.
-    """
-    training = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    roi_heads = getattr(model, "roi_heads", None)
-    batch_size = getattr(roi_heads, "batch_size_per_image", None)
-    model.train()
-    model.backbone.eval()
-    for module in model.modules():
-        if next(module.children(), None) is None:
-            module.eval()
-    if hasattr(model, "sem_seg_head"):  # DeepLab's has dropout that is no module
-        model.sem_seg_head.eval().training = True
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        if all_proposals and roi_heads is not None and batch_size is not None:
-            roi_heads.batch_size_per_image = sys.maxsize
-        with EventStorage():
-            yield
-    finally:
-        if roi_heads is not None and batch_size is not None:
-            roi_heads.batch_size_per_image = batch_size
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module, mode in training.items():
-            module.training = mode

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rt_detectron.attacks.detection import LossAttack, register_detector_attack, segmentor_losses
+from rt_detectron.attacks.detection import LossAttack, register_detector_attack
+from rt_detectron.attacks.losses import LossesFunction, segmentor_losses
 from rt_detectron.utils.errors import InputError
 
 
@@ -26,7 +27,7 @@ class SegmentationAttack(LossAttack):
 
     terms, task = ("loss_sem_seg",), "sem_seg"
 
-    def losses_function(self, model: nn.Module) -> Callable[..., list[dict[str, Tensor]]]:
+    def losses_function(self, model: nn.Module) -> LossesFunction:
         if not hasattr(model, "sem_seg_head"):
             raise InputError(f"attack: {self.name} is for semantic segmentation, and this model has none")
         return segmentor_losses

@@ -124,7 +124,7 @@ def test_the_heads_see_a_batch_once_and_give_the_losses_of_each_image(
     assert len(calls) == stages
     alone = [attack.value(model, [each])[0] for each in inputs]
     assert together == pytest.approx(alone, rel=1e-4)
-    monkeypatch.setattr("rt_detectron.attacks.detection.takes_batches", lambda model: False)
+    monkeypatch.setattr("rt_detectron.attacks.losses.takes_batches", lambda model: False)
     calls.clear()
     assert attack.value(model, inputs) == pytest.approx(together, rel=1e-4)
     assert len(calls) == 2 * stages

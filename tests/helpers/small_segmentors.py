@@ -21,7 +21,7 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 from pycocotools.coco import COCO
 
-from rt_detectron.attacks.sem_seg import preprocess
+from rt_detectron.attacks.losses import preprocess
 from rt_detectron.evaluation.robustness.test_set import annotated_test_mapper
 
 CONFIG = "configs/demo/mask_rcnn_r18_fpn.yaml"
