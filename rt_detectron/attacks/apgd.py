@@ -17,8 +17,8 @@ class APGD(PGD):
 
     The step begins at twice the ball's radius, and halves for an image whose loss has risen in fewer than
     three of four steps since the last look, or whose best loss has not risen although the step is the same.
-    It then goes on from its best point. The best iterate is kept: ``relative_step_size`` and ``best`` have no
-    say.
+    It then goes on from its best point. The best iterate is kept: ``relative_step_size`` and ``best`` are
+    ignored.
 
     Attributes:
         reduce_radius: "red-eps" of Croce, Singh & Hein (2024, https://arxiv.org/abs/2306.12941, section 3):

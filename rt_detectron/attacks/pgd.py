@@ -192,7 +192,7 @@ def ascent(found: list[tuple[Tensor, Tensor]], points: list[Tensor]) -> tuple[Te
 
 @register_attack(r"pgd(\d+)(?:x(\d+))?", "pgd20 (20 steps), pgd100x5 (5 restarts)")
 def _pgd_named(threat_model: ThreatModel, seed: int, steps: str, restarts: str | None) -> PGD:
-    """The seed has no say: random starts come from torch's global generator."""
+    """The seed is ignored: random starts come from torch's global generator."""
     count = int(restarts or 1)
     return PGD(threat_model, int(steps), random_start=count > 1, restarts=count)
 

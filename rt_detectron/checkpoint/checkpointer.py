@@ -140,7 +140,7 @@ def _check_whole(path: str) -> None:
 
 
 def _fingerprint(path: str) -> str:
-    """Tells whole checkpoints apart by the checksums that they hold; "" if there is no such file."""
+    """A hash of the checksums in a checkpoint, which differs between checkpoints; "" without such a file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return text_sha256(str([(record.filename, record.CRC) for record in archive.infolist()]))

@@ -31,7 +31,7 @@ class _InertType(type):
 
 
 class Placeholder(metaclass=_InertType):
-    """Stands for every object of a pickle that is neither a tensor nor a plain container.
+    """Takes the place of every object of a pickle that is neither a tensor nor a plain container.
 
     Pickle demands a class in some places and an object in others, so the class is its own only instance.
     """

@@ -189,7 +189,7 @@ def backbone(name: str, force: bool = False) -> str:
     Args:
         name: of ``NAME.pkl`` in the folder ``$RT_DETECTRON_ZOO``, taken as it is, or of a published
             checkpoint; with ``-bgr`` at its end the weights absorb Detectron2's default preprocessing.
-        force: download and convert anew.
+        force: download and convert again.
 
     Raises:
         InputError: as for :func:`checkpoint`, for a ``.pkl`` that is refused, and if the file cannot be

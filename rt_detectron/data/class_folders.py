@@ -58,7 +58,7 @@ def list_images(root: str) -> tuple[list[str], ImageList]:
     """The class folders of ``root``, sorted, and the images below them, as torchvision's ImageFolder does.
 
     A large list is kept in ``$RT_DETECTRON_CACHE/folders``, so that one process reads the folders and the
-    others map its file. It is made anew when a folder's time of change is another than when it was read.
+    others map its file. It is made again when a folder has changed since, by its modification time.
 
     Raises:
         InputError: if there is no such folder, no class folder, or one without images.
@@ -139,7 +139,7 @@ def _make(root: str, classes: list[str], path: str) -> dict[str, Any]:
 
 
 def _kept(path: str, root: str) -> dict[str, Any] | None:
-    """The list in that file, mapped into memory; None if there is none that holds."""
+    """The list in that file, mapped into memory; None if there is none, or folders have changed since."""
     if not os.path.isfile(path):
         return None
     try:

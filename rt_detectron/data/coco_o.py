@@ -28,5 +28,5 @@ def register_coco_o(root: str) -> None:
 
 
 def effective_robustness(domain_aps: Sequence[float], coco_ap: float) -> float:
-    """The mean box AP over the domains beyond what the AP on COCO val2017 makes one expect, in percent."""
+    """The mean box AP over the domains minus what the AP on COCO val2017 predicts, in percent."""
     return sum(domain_aps) / len(domain_aps) - KEPT * coco_ap

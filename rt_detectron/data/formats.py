@@ -1,7 +1,7 @@
 """Annotations in the formats of Pascal VOC, YOLO and LabelMe, read as COCO's.
 
 Each reader gives the content of a COCO file, whose file names are relative to the folder. What it cannot read
-stops it, so that no object is lost without a word.
+stops it, so that no object is lost silently.
 """
 
 import json

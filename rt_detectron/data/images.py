@@ -44,7 +44,7 @@ def decode(encoded: bytes) -> torch.Tensor:
 
 
 def unchanged(image: torch.Tensor) -> torch.Tensor:
-    """The transform that is none; a function, so that worker processes can be given it."""
+    """No transform; a function, so that it can be sent to worker processes."""
     return image
 
 

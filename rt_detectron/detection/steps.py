@@ -47,7 +47,7 @@ class DetectorTrainer(BaseTrainer):
 
     def __init__(self, model: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer, **kwargs):
         super().__init__(model, data_loader, optimizer, **kwargs)
-        self._diverged = self._is_finite_no_more = False
+        self._diverged = self._is_not_finite = False
         self._on_the_way = LossesOnTheWay()
         self._unwritten: list[tuple[int, dict[str, float], float]] = []  # see write_losses
         self._losses: deque[float] = deque(maxlen=WINDOW)  # sums, the means over all processes
@@ -77,7 +77,7 @@ class DetectorTrainer(BaseTrainer):
         self._look()
         if (self.iter + 1) % self.gather_metric_period == 0:
             self._write_all()
-        if self._is_finite_no_more:
+        if self._is_not_finite:
             raise FloatingPointError("a loss is not finite")  # ahead of the optimiser's step
 
     def _look(self, wait: bool = False) -> None:
@@ -85,8 +85,8 @@ class DetectorTrainer(BaseTrainer):
         for losses, iteration, names, data_time in self._on_the_way.arrived(wait):
             found = dict(zip(names, losses.tolist(), strict=True))
             self._unwritten.append((iteration, found, data_time))
-            if not self._is_finite_no_more and not math.isfinite(sum(found.values())):
-                self._is_finite_no_more = True
+            if not self._is_not_finite and not math.isfinite(sum(found.values())):
+                self._is_not_finite = True
                 self._note_divergence(f"Loss became infinite or NaN at iteration={iteration}: {found}")
 
     def _write_all(self) -> None:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class LossesOnTheWay:
-    """Losses that a GPU may still have to compute. Only who asks for them waits."""
+    """Losses that a GPU may still be computing. To read those that are there does not wait for the others."""
 
     def __init__(self):
         self._queue: deque[tuple[Tensor, torch.cuda.Event | None, tuple]] = deque()

@@ -64,7 +64,7 @@ def share_buffers(model: nn.Module) -> None:
 def first_ones_buffers(model: nn.Module) -> Iterator[None]:
     """Within this, every process has the first one's buffers; afterwards its own again.
 
-    So an evaluation leaves a training as it was, and one that is resumed behind it goes on alike.
+    So a training that is resumed after the evaluation goes on as one that was not interrupted.
     """
     is_alone = comm.get_world_size() == 1
     own = [] if is_alone else [buffer.clone() for buffer in model.buffers()]

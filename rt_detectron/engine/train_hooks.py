@@ -40,7 +40,7 @@ class LRScheduler(hooks.LRScheduler):
 
 @contextmanager
 def as_after(trainer: TrainerBase, iteration: int) -> Iterator[None]:
-    """Within this, a training that is about to go on is behind ``iteration``, its last one so far."""
+    """Within this, the trainer is at ``iteration``, for what belongs to it but was interrupted."""
     now = trainer.iter
     trainer.iter = trainer.storage.iter = iteration
     try:

@@ -85,7 +85,7 @@ def _config(architecture: str | Architecture, detector: str | None, norm: str, f
     cfg.MODEL.RESNETS.NORM = norm
     cfg.MODEL.RESNETS.OUT_FEATURES = stages
     cfg.MODEL.FPN.IN_FEATURES = stages
-    cfg.MODEL.ROI_HEADS.NAME = ""  # Detectron2's default, a C4 head, would have a say in the backbone
+    cfg.MODEL.ROI_HEADS.NAME = ""  # Detectron2's default, a C4 head, would change the backbone
     return cfg
 
 

@@ -15,7 +15,7 @@ HELD_OUT = 0.2  # of the training images, for choosing the penalty
 
 
 def fresh_linear(layer: nn.Linear, seed: int) -> nn.Linear:
-    """``layer``, initialised anew as torch initialises linear layers, from ``seed``."""
+    """``layer``, initialised again as torch initialises linear layers, from ``seed``."""
     with seeded(seed):
         layer.reset_parameters()
     return layer

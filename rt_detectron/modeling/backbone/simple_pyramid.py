@@ -28,7 +28,7 @@ def build_robust_timm_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Simp
     Plain transformers (ViT, DeiT, XCiT, DINO, EVA, CLIP) have one resolution, stride 16. Transposed
     convolutions and pooling make p2 ... p5 of it, and max pooling p6 (Li et al. 2022,
     https://arxiv.org/abs/2203.16527, section 3). MODEL.FPN.NORM is the pyramid's norm; "" is "LN", as in the
-    paper. MODEL.FPN.IN_FEATURES and MODEL.RESNETS.OUT_FEATURES have no say.
+    paper. MODEL.FPN.IN_FEATURES and MODEL.RESNETS.OUT_FEATURES are ignored.
 
     Raises:
         InputError: as :func:`build_robust_timm_backbone`, for a network with features of several strides, and
