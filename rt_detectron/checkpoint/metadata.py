@@ -88,7 +88,7 @@ class Metadata:
         return content
 
     def folded(self) -> "Metadata":
-        """Of the same weights for BGR and std 1: Detectron2's default preprocessing is folded into the stem."""
+        """Of the same weights with Detectron2's default preprocessing folded into the stem: BGR and std 1."""
         return replace(self, input_format="BGR", pixel_mean=self.pixel_mean[::-1], pixel_std=(1.0,) * 3)
 
 
