@@ -1,8 +1,9 @@
 """Evaluators whose metrics are computed from counts that add up over the images, such as those of pixels."""
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from detectron2.utils import comm
@@ -11,20 +12,28 @@ from detectron2.utils import comm
 Prediction = dict[str, Any]
 
 
-class CountingEvaluator(Protocol):
-    """What the robustness evaluation needs; ``_predictions`` has one for each image."""
+class CountingEvaluator(ABC):
+    """What the robustness evaluation needs of such an evaluator.
 
-    task: str
+    For Detectron2's evaluators, ahead of them among the bases; ``_predictions`` has one for each image.
+    """
 
+    task: ClassVar[str]
+    _predictions: list[Prediction]
+
+    @abstractmethod
     def evaluate(self, img_ids: Sequence | None = None) -> dict | None:
         """The metrics of the images with these ids; None is all."""
 
+    @abstractmethod
     def metrics_of(self, predictions: Sequence[Prediction]) -> dict[str, float]:
         """The metrics of some images' counts."""
 
+    @abstractmethod
     def scored(self, predictions: Sequence[Prediction]) -> np.ndarray:
         """(N, S, K) the counts that the main metric is computed from, of N images and K classes."""
 
+    @abstractmethod
     def main_metric(self, counts: np.ndarray) -> np.ndarray:
         """(...) the main metric of counts (..., S, K) of all images together."""
 

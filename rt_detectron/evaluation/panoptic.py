@@ -10,23 +10,22 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from rt_detectron.data.annotations import annotations_of
-from rt_detectron.evaluation.counts import Prediction, gathered
+from rt_detectron.evaluation.counts import CountingEvaluator, Prediction, gathered
 from rt_detectron.utils.errors import InputError
 
 _VOID = 0  # the id of pixels without a label
 
 
-class COCOPanopticEvaluator(Detectron2COCOPanopticEvaluator):
+class COCOPanopticEvaluator(CountingEvaluator, Detectron2COCOPanopticEvaluator):
     """Detectron2's COCOPanopticEvaluator, which matches segments itself, image by image.
 
-    Results are the same; segments are not written to files. See :class:`~.counts.CountingEvaluator`.
+    Results are the same; segments are not written to files.
 
     Raises:
         InputError: for annotations that cannot be used.
     """
 
     task = "panoptic_seg"
-    _predictions: list[Prediction]
 
     def __init__(self, dataset_name: str, output_dir: str | None = None):
         super().__init__(dataset_name, output_dir)

@@ -10,22 +10,21 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from rt_detectron.data.annotations import annotations_of
-from rt_detectron.evaluation.counts import Prediction, gathered, image_id
+from rt_detectron.evaluation.counts import CountingEvaluator, Prediction, gathered, image_id
 from rt_detectron.utils.errors import InputError
 
 
-class SemSegEvaluator(Detectron2SemSegEvaluator):
+class SemSegEvaluator(CountingEvaluator, Detectron2SemSegEvaluator):
     """Detectron2's SemSegEvaluator, whose confusion matrices are kept image by image.
 
     So it can score some images only, and the worst of several attacks be chosen for each of them. Files and
-    results are the same. See :class:`~.counts.CountingEvaluator`.
+    results are the same.
 
     Raises:
         InputError: for a test set without the files of its segmentation, or without classes.
     """
 
     task = "sem_seg"
-    _predictions: list[Prediction]
 
     def __init__(self, dataset_name: str, distributed: bool = True, output_dir: str | None = None):
         metadata = MetadataCatalog.get(dataset_name)

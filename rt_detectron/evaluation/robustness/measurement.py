@@ -28,16 +28,13 @@ from detectron2.utils import comm
 from torch import distributed
 
 from rt_detectron.evaluation.build import parts_of
-from rt_detectron.evaluation.counts import image_id
-from rt_detectron.evaluation.panoptic import COCOPanopticEvaluator
-from rt_detectron.evaluation.sem_seg import SemSegEvaluator
+from rt_detectron.evaluation.counts import CountingEvaluator, image_id
 from rt_detectron.utils.files import json_lines, read_json, text_sha256, write_json
 from rt_detectron.utils.numbers import finite
 
 _PATIENCE = timedelta(days=7)  # how long a process waits for another one
 # {"bbox": {"AP": 38.6, ...}, "segm": {...}}, in percent; NaN or None where undefined
 Metrics = dict[str, dict[str, Any]]
-COUNTING = SemSegEvaluator | COCOPanopticEvaluator
 
 
 def main_metric(task: str) -> str:
@@ -125,7 +122,9 @@ class ImageByImage(DatasetEvaluator):
         self.evaluator = evaluator
         self.folder = folder
         self._parts = parts_of(evaluator)
-        self.keeps = all(isinstance(part, COCOEvaluator | LVISEvaluator | COUNTING) for part in self._parts)
+        self.keeps = all(
+            isinstance(part, COCOEvaluator | LVISEvaluator | CountingEvaluator) for part in self._parts
+        )
         self._found: dict[Any, list[dict]] = {}  # by image, the prediction that each part keeps of it
         self._objectives: dict[Any, tuple[float, float]] = {}
         seconds = [0.0]

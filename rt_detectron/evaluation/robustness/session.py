@@ -17,11 +17,10 @@ from rt_detectron.attacks.detection import detect
 from rt_detectron.data import load_test_set
 from rt_detectron.evaluation.build import build_evaluator, inference_folder, parts_of
 from rt_detectron.evaluation.coco import metrics_of
-from rt_detectron.evaluation.counts import image_id
+from rt_detectron.evaluation.counts import CountingEvaluator, image_id
 from rt_detectron.evaluation.matching import read_matches, write_matches
 from rt_detectron.evaluation.robustness.identity import detector_identity, weights_sha256
 from rt_detectron.evaluation.robustness.measurement import (
-    COUNTING,
     ImageByImage,
     Measured,
     Metrics,
@@ -240,7 +239,9 @@ class Session:
                 raise InputError(f"{path} is damaged: delete its folder, which is then measured again")
             read.append(content)
         counting = {
-            part.task: part for part in parts_of(self._changed.evaluator) if isinstance(part, COUNTING)
+            part.task: part
+            for part in parts_of(self._changed.evaluator)
+            if isinstance(part, CountingEvaluator)
         }
         worst = {
             task: worst_counts(evaluator, [each[task] for each in read])
@@ -363,7 +364,7 @@ def _keep_counts(images: DetectionTestSet, folder: str) -> None:
             {key: value for key, value in each.items() if key != "segments"} for each in part._predictions
         ]
         for part in parts_of(images.evaluator)
-        if isinstance(part, COUNTING)
+        if isinstance(part, CountingEvaluator)
     }
     if found:
         write_json(os.path.join(folder, "counts.json"), found)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rt_detectron.evaluation.coco import REC_THRS
-from rt_detectron.evaluation.counts import Prediction, worst_choice
+from rt_detectron.evaluation.counts import CountingEvaluator, Prediction, worst_choice
 from rt_detectron.evaluation.matching import Matches, average_precision, chosen_matches
 
 
@@ -33,11 +33,10 @@ def worst_case(parts: Sequence[dict[str, Matches]], images: int, categories: int
     return min([chosen, *parts], key=ap)
 
 
-def worst_counts(evaluator, parts: Sequence[Sequence[Prediction]]) -> list[Prediction]:
+def worst_counts(evaluator: CountingEvaluator, parts: Sequence[Sequence[Prediction]]) -> list[Prediction]:
     """The same for an evaluator that counts: of each image its counts under one of the attacks.
 
     Args:
-        evaluator: a :class:`~rt_detectron.evaluation.counts.CountingEvaluator`.
         parts: of each attack, the counts of the same images in the same order.
     """
     choice = worst_choice(np.stack([evaluator.scored(part) for part in parts]), evaluator.main_metric)
