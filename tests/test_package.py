@@ -134,15 +134,9 @@ stand_in = types.ModuleType("rt_detectron")
 stand_in.__path__ = [{str(PACKAGE)!r}]
 stand_in.__version__ = "0"
 sys.modules["rt_detectron"] = stand_in
-# Not as None in sys.modules: SciPy takes that for a torch that has been imported.
-class Hidden:
-    def find_spec(name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "detectron2"):
-            raise ModuleNotFoundError("hidden: " + name)
-sys.meta_path.insert(0, Hidden)
 for name in {light}:
     importlib.import_module(name)
-sys.meta_path.remove(Hidden)
+    assert not {{"torch", "detectron2"}} & sys.modules.keys(), name
 for name in [name for name in sys.modules if name.split(".")[0] == "rt_detectron"]:
     del sys.modules[name]
 for name in {MODULES}:
