@@ -47,7 +47,7 @@ FLOORS = (
 )  # fmt: skip
 ROOMS = {room: known for floor in FLOORS for room, known in floor.items()}
 # Rooms that read files only: comparing results must not wait for, or need, what made them.
-WITHOUT_TORCH = ("study", "visualization", "utils.errors", "utils.files", "utils.numbers")
+WITHOUT_TORCH = ("study", "visualization", "utils.arrays", "utils.errors", "utils.files", "utils.numbers")
 
 
 def python(code: str, *arguments: str, blocked=()) -> subprocess.CompletedProcess:

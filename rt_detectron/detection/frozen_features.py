@@ -5,10 +5,8 @@ import logging
 import math
 import os
 import shutil
-import zipfile
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
@@ -18,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from rt_detectron.evaluation.robustness.identity import weights_sha256
+from rt_detectron.utils.arrays import read_arrays, write_arrays
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import cache_folder, printable, replaced_atomically, text_sha256
+from rt_detectron.utils.files import cache_folder, printable, text_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +82,7 @@ class FeatureStore:
             return
         self.room -= size
         try:
-            with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
+            write_arrays(path, arrays)
         except OSError as error:
             self._stop_writing(error.strerror or str(error))
 
@@ -96,12 +94,11 @@ class FeatureStore:
 
 def _read(path: str) -> dict[str, Tensor] | None:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        return {name: torch.from_numpy(array) for name, array in read_arrays(path).items()}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        logger.warning("%s is damaged (%s) and is made again", printable(path), type(error).__name__)
+    except (OSError, InputError) as error:
+        logger.warning("%s and is made again", error)
         return None
 
 

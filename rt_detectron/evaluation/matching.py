@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle_masks
 
-from rt_detectron.utils.files import replaced_atomically
+from rt_detectron.utils.arrays import read_arrays, write_arrays
+from rt_detectron.utils.errors import InputError
 
 # Detections that are matched at once, and pairs that are compared at once: they bound the memory.
 BLOCK, PAIRS = 100_000, 1_000_000
@@ -125,14 +126,19 @@ def write_matches(path: str, matches: dict[str, Matches], **common: np.ndarray) 
         for task, found in matches.items()
         for field in fields(Matches)
     }
-    with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **common, **arrays)
+    write_arrays(path, {**common, **arrays}, compressed=True)
 
 
 def read_matches(path: str) -> tuple[dict[str, Matches], dict[str, np.ndarray]]:
-    """The matches of each task in ``matches.npz``, and the arrays that they share."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    """The matches of each task in ``matches.npz``, and the arrays that they share.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        arrays = read_arrays(path)
+    except InputError as error:
+        raise InputError(f"{error}: delete its folder, which is then measured again") from None
     tasks = dict.fromkeys(name.partition("/")[0] for name in arrays if "/" in name)
     matches = {
         task: Matches(**{field.name: arrays[f"{task}/{field.name}"] for field in fields(Matches)})

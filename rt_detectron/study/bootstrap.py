@@ -25,6 +25,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.sparse import csr_array
 
+from rt_detectron.utils.arrays import read_arrays
+
 MAX_DETECTIONS = 100  # per image and category, as in COCO's AP
 IOU_THRESHOLDS = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)  # COCO's
@@ -90,8 +92,7 @@ def read_matches(path: str | Path, names: Mapping[int, str]) -> dict[str, Matche
         path: of a matches.npz of :mod:`rt_detectron.evaluation.matching`, which says what is in it.
         names: category id -> its name. Those of other categories are their ids.
     """
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    arrays = read_arrays(path)
     found = {}
     for task in dict.fromkeys(name.partition("/")[0] for name in arrays if "/" in name):
         of_task = {name.partition("/")[2]: array for name, array in arrays.items() if name.startswith(task)}

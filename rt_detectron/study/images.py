@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from rt_detectron.study.bootstrap import (
 from rt_detectron.study.error_types import ERROR_TYPES, error_gains
 from rt_detectron.study.record import Outcome, by_test_set
 from rt_detectron.study.statistics import TASKS
-from rt_detectron.utils.files import replaced_atomically
+from rt_detectron.utils.arrays import read_arrays, write_arrays
 from rt_detectron.utils.numbers import is_number
 from rt_detectron.visualization.coco import load_coco, load_detections
 
@@ -157,29 +158,26 @@ def _kept(source: Path, make: Callable[[], Resampled], name: str = RESAMPLED) ->
 
 def _read(path: Path, key: str) -> Resampled | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["key"]) != key:
-                return None
-            found: Resampled = {}
-            for name in set(file.files) - {"key"}:
-                task, metric = name.split("/", 1)
-                found.setdefault(task, {})[metric] = file[name]
-            return found
+        arrays = read_arrays(path)
+        if str(arrays.pop("key")) != key:
+            return None
+        found: Resampled = {}
+        for name, values in arrays.items():
+            task, metric = name.split("/", 1)
+            found.setdefault(task, {})[metric] = values
+        return found
     except UNREADABLE:
         return None
 
 
 def _write(path: Path, key: str, found: Resampled) -> None:
-    arrays: dict[str, Any] = {
+    arrays = {
         f"{task}/{metric}": values.astype(np.float32)
         for task, by_metric in found.items()
         for metric, values in by_metric.items()
     }
-    try:
-        with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, key=np.array(key), **arrays)
-    except OSError:
-        pass  # a folder that can only be read: the next report computes them again
+    with suppress(OSError):  # a folder that can only be read: the next report computes them again
+        write_arrays(path, {"key": np.array(key), **arrays})
 
 
 def datasets_of(outcome: Outcome) -> list[dict[str, Any]]:

@@ -22,8 +22,9 @@ from rt_detectron.study.record import (
 from rt_detectron.study.selection import choose
 from rt_detectron.study.statistics import TRIAL, Draws, Quantity, trial_key
 from rt_detectron.study.worker import read_json
+from rt_detectron.utils.arrays import read_arrays, write_arrays
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import file_sha256, replaced_atomically, write_json
+from rt_detectron.utils.files import file_sha256, write_json
 from rt_detectron.utils.numbers import finite
 
 REPORTED = "results.json"  # of a report: the study and all of its trials
@@ -133,8 +134,8 @@ def write_draws(path: Path, draws: Draws) -> str | None:
     if not lines:
         path.unlink(missing_ok=True)
         return None
-    with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, names=np.array([*lines], str), values=np.array([*lines.values()], "f4"))
+    arrays = {"names": np.array([*lines], str), "values": np.array([*lines.values()], "f4")}
+    write_arrays(path, arrays, compressed=True)
     return file_sha256(path)
 
 
@@ -149,9 +150,9 @@ def _read_draws(path: Path, sha256: str | None) -> Draws:
     if sha256 != file_sha256(path):
         raise InputError(f"{path} was not written with this file: copy both of one report, or delete it")
     found: dict[tuple, dict[Quantity, np.ndarray]] = {}
-    with np.load(path, allow_pickle=False) as file:
-        for name, values in zip(file["names"], file["values"], strict=True):
-            columns = json.loads(str(name))
-            quantity = Quantity(*columns[len(TRIAL) :])
-            found.setdefault(tuple(columns[: len(TRIAL)]), {})[quantity] = values
+    arrays = read_arrays(path)
+    for name, values in zip(arrays["names"], arrays["values"], strict=True):
+        columns = json.loads(str(name))
+        quantity = Quantity(*columns[len(TRIAL) :])
+        found.setdefault(tuple(columns[: len(TRIAL)]), {})[quantity] = values
     return found

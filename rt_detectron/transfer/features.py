@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import zipfile
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -21,8 +20,9 @@ from rt_detectron.engine.processes import patient_group
 from rt_detectron.layers.folding import fold
 from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.transfer.datasets import ClassificationDataset
+from rt_detectron.utils.arrays import read_arrays, write_arrays
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.files import cache_folder, locked, replaced_atomically
+from rt_detectron.utils.files import cache_folder, locked
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +168,7 @@ def _write(path: str, arrays: dict[str, np.ndarray]) -> None:
     if not np.isfinite(arrays["features"]).all():
         raise InputError("the features are not finite: the weights are damaged, or set features.amp=null")
     try:
-        with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+        write_arrays(path, arrays)
     except OSError as error:
         raise InputError(
             f"cannot write {path} ({error.strerror}): make room, or set RT_DETECTRON_CACHE to another folder"
@@ -178,11 +177,9 @@ def _write(path: str, arrays: dict[str, np.ndarray]) -> None:
 
 def _read(path: str) -> Features:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            features, labels, keys = (arrays[name] for name in ("features", "labels", "keys"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} is damaged ({type(error).__name__}): delete it and it will be computed again"
-        ) from None
+        arrays = read_arrays(path)
+    except (OSError, InputError) as error:
+        raise InputError(f"{error}: delete it and it will be computed again") from None
+    features, labels, keys = (arrays[name] for name in ("features", "labels", "keys"))
     views = torch.from_numpy(features).float().transpose(0, 1).contiguous()
     return Features(views, torch.from_numpy(labels), keys.tolist())

@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from rt_detectron.evaluation import COCOEvaluator, evaluate_detections
 from rt_detectron.evaluation.coco import write_evaluations
-from rt_detectron.evaluation.matching import curves_of, read_matches
+from rt_detectron.evaluation.matching import curves_of, read_matches, write_matches
 from rt_detectron.utils.errors import InputError
 
 SEEDS = range(20)
@@ -424,3 +424,9 @@ class TestMatches:
             tasks, _ = read_matches(str(tmp_path / "matches.npz"))
             assert bool(len(tasks["bbox"].image)) == (found is outputs)
             assert len(tasks["bbox"].object_image) == len(drawn.dataset["annotations"])
+
+    def test_a_damaged_file_is_one_line(self, tmp_path):
+        write_matches(str(tmp_path / "matches.npz"), {})
+        (tmp_path / "matches.npz").write_bytes((tmp_path / "matches.npz").read_bytes()[:-1])
+        with pytest.raises(InputError, match=r"is damaged \(BadZipFile\): delete its folder"):
+            read_matches(str(tmp_path / "matches.npz"))

@@ -291,6 +291,11 @@ def test_intervals_under_attack_and_corruption_cover_images(tmp_path, build_stud
     assert np.all((ratio > 0.55) & (ratio < 0.9))
     assert 9.0 not in comparison.table["level"].tolist()  # which only an earlier evaluation asked for
 
+    kept = outcomes[0].folder / "a" / "matches.npz"
+    kept.write_bytes(kept.read_bytes()[:-9])
+    (note,) = compared(study, outcomes).notes
+    assert "is damaged (BadZipFile)" in note
+
 
 def test_types_of_error_are_of_the_predictions_that_made_the_results(tmp_path, build_study):
     options = {"detectors": ("faster_rcnn",), "arms": ("standard", "robust"), "seeds": (1,), "rates": (0.02,)}
