@@ -58,7 +58,7 @@ def saved_study(output: Path) -> tuple[Study, list[Outcome], str]:
         else:
             draws = _read_draws(output / RESAMPLED, content.get("resampled_sha256"))
             found = (_from_report(output, trial, draws) for trial in content["trials"])
-            outcomes = list(_known(study, found))
+            outcomes = _of_arms(study, found)  # at the rates that were chosen then
             _check_each_is_there_once(outcomes)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
@@ -78,13 +78,7 @@ def _from_trials(output: Path) -> Iterator[Outcome]:
 
 def _known(study: Study, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
     """Without trials that the study does not ask for any more, such as those at a rate chosen earlier."""
-    checkpoints = {(arm.name, one.name) for arm in study.arms for one in arm.checkpoints}
-    targets = {target.name for target in study.targets}
-    found = [
-        outcome
-        for outcome in outcomes
-        if (outcome.trial.arm, outcome.trial.checkpoint) in checkpoints and outcome.trial.target in targets
-    ]
+    found = _of_arms(study, outcomes)
     selection = study.selection
     chosen = {(choice.arm, choice.target): choice.learning_rate for choice in choose(study, found)}
     for outcome in found:
@@ -96,6 +90,17 @@ def _known(study: Study, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
             rate = chosen.get((trial.arm, trial.target)) if selection else study.learning_rates[0]
             if trial.learning_rate == rate:
                 yield outcome
+
+
+def _of_arms(study: Study, outcomes: Iterator[Outcome]) -> list[Outcome]:
+    """Those of the arms, checkpoints and targets that the study has."""
+    checkpoints = {(arm.name, one.name) for arm in study.arms for one in arm.checkpoints}
+    targets = {target.name for target in study.targets}
+    return [
+        outcome
+        for outcome in outcomes
+        if (outcome.trial.arm, outcome.trial.checkpoint) in checkpoints and outcome.trial.target in targets
+    ]
 
 
 def _from_report(output: Path, content: dict[str, Any], draws: Draws) -> Outcome:
