@@ -24,7 +24,13 @@ from rt_detectron.study.evaluations import compared  # noqa: E402
 from rt_detectron.study.grid import Study  # noqa: E402
 from rt_detectron.study.load import load_study, trials_only  # noqa: E402
 from rt_detectron.study.power import describe_power  # noqa: E402
-from rt_detectron.study.record import Outcome, output_folder, remove_leftovers, with_copied_configs  # noqa: E402
+from rt_detectron.study.record import (  # noqa: E402
+    Outcome,
+    check_name,
+    output_folder,
+    remove_leftovers,
+    with_copied_configs,
+)
 from rt_detectron.study.report import terminal_table, write_report  # noqa: E402
 from rt_detectron.study.run import describe, import_ray, missing_trials, run_study  # noqa: E402
 from rt_detectron.study.saved import save_study, saved_study  # noqa: E402
@@ -84,6 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     output = Path(args.output)
+    check_name(output)
     if args.report:
         study, outcomes, command = saved_study(output)
         return report(study, outcomes, output, command)

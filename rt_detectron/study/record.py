@@ -195,20 +195,28 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
+def check_name(output: Path) -> None:
+    """Check that the folder ``output`` has a name that results can hold.
+
+    Raises:
+        InputError: if it is no UTF-8.
+    """
+    name = str(output.absolute())
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"--output {printable(name)} is no UTF-8: results name their folder, so give another"
+        ) from None
+
+
 @contextmanager
 def output_folder(output: Path) -> Iterator[None]:
     """Make the folder ``output`` and lock it for this process.
 
     Raises:
-        InputError: if it cannot be written, is another process's, or has a name that no results can hold.
+        InputError: if it cannot be written, or is another process's.
     """
-    try:
-        str(output.absolute()).encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"--output {printable(str(output.absolute()))} is no UTF-8: results name their folder, "
-            "so give another"
-        ) from None
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / "compare.lock", timeout=0)
