@@ -8,6 +8,7 @@ import os
 import re
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -51,7 +52,7 @@ from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
 from rt_detectron.engine.signals import StopSignals
 from rt_detectron.evaluation.build import build_evaluator, check_test_sets, inference_folder
 from rt_detectron.evaluation.robustness.test_set import DetectionTestSet, annotated_test_mapper
-from rt_detectron.utils.errors import InputError, building, one_line
+from rt_detectron.utils.errors import InputError, building, did_you_mean, one_line
 from rt_detectron.utils.files import find_config
 
 logger = logging.getLogger(__name__)
@@ -73,14 +74,17 @@ def load_detector_config(path: str, opts: list[str]) -> CfgNode:
     if not os.path.isfile(path):
         raise InputError(f"--config-file {path or '(none)'}: no such file; configs/ holds the shipped ones")
     cfg = _default_keys()
-    try:
+    with _config_errors(path):
         _add_deeplab_keys(cfg, path)
         cfg.merge_from_file(path)
-        cfg.merge_from_list(_names_as_tuples(opts))
-    except (KeyError, ValueError, AssertionError, OSError, YAMLError, AttributeError, TypeError) as error:
-        # yacs: KeyError for an unknown key, ValueError for a type, AssertionError for an odd list,
-        # AttributeError or TypeError for a file that is no mapping. OSError: a missing _BASE_.
-        raise InputError(f"configuration ({' '.join([path, *opts])}): {one_line(error)}") from None
+    if len(opts) % 2:
+        raise InputError(f"options behind --config-file are KEY VALUE ...: {opts[-1]} has no value")
+    opts, known = _names_as_tuples(opts), set(_keys_of(cfg))
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        if key not in known:
+            raise InputError(f"there is no key {key}{did_you_mean(key, known)}")
+        with _config_errors(f"{key} {value}"):
+            cfg.merge_from_list([key, value])
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         if comm.is_main_process():
             without = ", SOLVER.AMP.ENABLED False" if cfg.SOLVER.AMP.ENABLED else ""
@@ -92,6 +96,24 @@ def load_detector_config(path: str, opts: list[str]) -> CfgNode:
     _count_iterations(cfg)
     cfg.freeze()
     return cfg
+
+
+@contextmanager
+def _config_errors(source: str) -> Iterator[None]:
+    """Errors of yacs in one line: KeyError for an unknown key, ValueError or AssertionError for a value,
+    AttributeError or TypeError for a file that is no mapping, OSError for a missing _BASE_."""
+    try:
+        yield
+    except (KeyError, ValueError, AssertionError, OSError, YAMLError, AttributeError, TypeError) as error:
+        raise InputError(f"{source}: {one_line(error)[:300]}") from None
+
+
+def _keys_of(cfg: CfgNode, before: str = "") -> Iterator[str]:
+    """All keys below, as in ``SOLVER.BASE_LR``."""
+    for name, value in cfg.items():
+        yield before + name
+        if isinstance(value, CfgNode):
+            yield from _keys_of(value, f"{before}{name}.")
 
 
 def _add_deeplab_keys(cfg: CfgNode, path: str) -> None:

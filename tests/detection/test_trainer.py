@@ -153,10 +153,10 @@ class TestLoadConfig:
     @pytest.mark.parametrize(
         ("path", "opts", "words"),
         [
-            (CONFIG, ["SOLVER.BASE_RL", "0.1"], "Non-existent key: SOLVER.BASE_RL"),
+            (CONFIG, ["SOLVER.BASE_RL", "0.1"], "no key SOLVER.BASE_RL; did you mean SOLVER.BASE_LR"),
             (CONFIG, ["SOLVER.MAX_ITER", "many"], "MAX_ITER"),
             (CONFIG, ["DATASETS.TRAIN", "5"], "DATASETS.TRAIN"),
-            (CONFIG, ["SOLVER.MAX_ITER"], "has odd length"),
+            (CONFIG, ["SOLVER.MAX_ITER"], "SOLVER.MAX_ITER has no value"),
             (CONFIG, ["SOLVER", "3"], "SOLVER"),
             ("configs/nowhere.yaml", [], "configs/nowhere.yaml: no such file"),
             ("", [], r"\(none\): no such file"),

@@ -82,7 +82,10 @@ def test_help_shows_examples(run_here):
     [
         ([], "--config-file (none): no such file"),
         (["--config-file", "nowhere.yaml"], "--config-file nowhere.yaml: no such file"),
-        (["--config-file", CONFIG, "SOLVER.BASE_RL", "1"], "Non-existent key: SOLVER.BASE_RL"),
+        (
+            ["--config-file", CONFIG, "SOLVER.BASE_RL", "1"],
+            "no key SOLVER.BASE_RL; did you mean SOLVER.BASE_LR",
+        ),
         (["--config-file", CONFIG, "DATASETS.TRAIN", "('coco_2017_trian',)"], "did you mean coco_2017_train"),
         (["--config-file", CONFIG, "--eval-only", "DATASETS.TEST", "('zzz',)"], "'zzz' is not registered"),
     ],
