@@ -5,8 +5,8 @@
 
 All start from the same weights and train on the same batch with the same SGD. They take turns. Printed are
 the median over the rounds and the loss of the last step, which is equal up to rounding for those that compute
-the same. --memory prints peak memory instead, each in its own process. Packages that are not installed are
-named and left out.
+the same. On a CPU all keep freed memory, as our tools do. --memory prints peak memory instead, each in its
+own process. Packages that are not installed are named and left out.
 
 pip install --no-deps -r benchmarks/requirements.txt
 """
@@ -36,6 +36,7 @@ from rt_detectron.layers import small_maps
 from rt_detectron.layers.folding import FoldedNetwork
 from rt_detectron.layers.small_maps import use_small_maps
 from rt_detectron.modeling.classifier import Classifier
+from rt_detectron.utils.memory import keep_freed_memory
 from rt_detectron.utils.ranges import images_are_checked
 
 EPS, STEPS = 3.0, 3
@@ -258,6 +259,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no GPU that torch can use")
+    if args.device == "cpu":
+        keep_freed_memory()
     global scaler
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     if not args.memory:

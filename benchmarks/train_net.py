@@ -11,8 +11,9 @@ over the rounds are printed, and what took longest in one more iteration of each
 from Detectron2's weights, so that the losses can be compared: if both do the same work, they differ by
 rounding alone. (An untrained detector has proposals of nearly equal scores, and rounding may choose others.)
 
-On a busy machine only "CPU s" counts, the seconds that this process computed, without the loader's workers.
-On a GPU each iteration ends when the GPU has done it. The last lines are rows of docs/results/speed.md.
+On a CPU both keep freed memory, as our tools do. On a busy machine only "CPU s" counts, the seconds that this
+process computed, without the loader's workers. On a GPU each iteration ends when the GPU has done it. The last
+lines are rows of docs/results/speed.md.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.checkpoint.convert import convert_checkpoint
 from rt_detectron.detection import Trainer, load_detector_config
 from rt_detectron.utils.errors import InputError, one_line_errors
+from rt_detectron.utils.memory import keep_freed_memory
 
 SEED = 1
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -240,6 +242,8 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    if args.device == "cpu":
+        keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder, one_line_errors():
         measure(args, folder)
 

@@ -1,4 +1,4 @@
-"""What a tool does before it trains: logs, random seeds, and the config in the output folder."""
+"""What a tool does before it trains: logs, random seeds, memory, and the config in the output folder."""
 
 import logging
 import os
@@ -10,6 +10,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from rt_detectron.utils.files import write_text
+from rt_detectron.utils.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ def set_up(args, folder: str, seed: int = -1, cudnn_benchmark: bool = False) -> 
     logger.info("Command line: %s", args)
     seed_all_rng(None if seed < 0 else seed + rank)
     torch.backends.cudnn.benchmark = cudnn_benchmark
+    if not torch.cuda.is_available():
+        keep_freed_memory()
 
 
 def save_config(text: str, folder: str) -> None:
