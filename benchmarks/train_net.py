@@ -12,8 +12,8 @@ from Detectron2's weights, so that the losses can be compared: if both do the sa
 rounding alone. (An untrained detector has proposals of nearly equal scores, and rounding may choose others.)
 
 On a CPU both keep freed memory, as our tools do. On a busy machine only "CPU s" counts, the seconds that this
-process computed, without the loader's workers. On a GPU each iteration ends when the GPU has done it. The last
-lines are rows of docs/results/speed.md.
+process computed, without the loader's workers. On a GPU each iteration ends when the GPU has done it. The
+last lines are rows of docs/results/speed.md.
 """
 
 import argparse
