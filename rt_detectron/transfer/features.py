@@ -178,8 +178,10 @@ def _write(path: str, arrays: dict[str, np.ndarray]) -> None:
 def _read(path: str) -> Features:
     try:
         arrays = read_arrays(path)
+        features, labels, keys = (arrays[name] for name in ("features", "labels", "keys"))
+    except KeyError as error:
+        raise InputError(f"{path} is damaged (no {error}): delete it and it will be computed again") from None
     except (OSError, InputError) as error:
         raise InputError(f"{error}: delete it and it will be computed again") from None
-    features, labels, keys = (arrays[name] for name in ("features", "labels", "keys"))
     views = torch.from_numpy(features).float().transpose(0, 1).contiguous()
     return Features(views, torch.from_numpy(labels), keys.tolist())

@@ -14,6 +14,7 @@ from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.modeling.load import load_classifier
 from rt_detectron.transfer.datasets import classification_dataset
 from rt_detectron.transfer.features import compute_features
+from rt_detectron.utils.arrays import write_arrays
 from rt_detectron.utils.errors import InputError
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -127,6 +128,15 @@ def test_a_damaged_cache_is_one_line(classifier_file, photographs, cache):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"is damaged .*delete it"):
+        compute(classifier, photographs())
+
+
+def test_a_cache_without_all_arrays_is_one_line(classifier_file, photographs, cache):
+    classifier = load_classifier(classifier_file, num_classes=2)
+    compute(classifier, photographs())
+    (path,) = cache.glob("*.npz")
+    write_arrays(path, {"features": np.zeros((2, 1, 4), np.float16)})
+    with pytest.raises(InputError, match=r"is damaged \(no 'labels'\): delete it"):
         compute(classifier, photographs())
 
 
