@@ -9,6 +9,7 @@ import re
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -174,10 +175,15 @@ def _check_values(cfg: CfgNode) -> None:
         if not values or not all(isinstance(value, int) and value >= least for value in values):
             raise InputError(f"INPUT.{key} is {cfg.INPUT[key]!r}; it must be in pixels, >= {least}")
     rpn = [f"MODEL.RPN.{when}_NMS_TOPK_{mode}" for when in ("PRE", "POST") for mode in ("TRAIN", "TEST")]
-    counts = {"SOLVER.MAX_TO_KEEP": 0, "DATALOADER.NUM_WORKERS": 0, "TEST.COCO_MAX_DETS": 0}
-    for key, number in {**counts, **dict.fromkeys(rpn, 1)}.items():
+    counts = dict.fromkeys(("SOLVER.MAX_TO_KEEP", "DATALOADER.NUM_WORKERS", "TEST.COCO_MAX_DETS"), 0)
+    for key, number in {**counts, **dict.fromkeys([*rpn, "SOLVER.MAX_ITER"], 1)}.items():
         if (value := functools.reduce(getattr, key.split("."), cfg)) < number:
             raise InputError(f"{key} is {value}; it must be >= {number}")
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        steps, end = cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER
+        rising = all(isinstance(step, int) for step in steps) and all(a < b for a, b in pairwise((0, *steps)))
+        if not rising or end in steps:  # later ones are dropped, with a warning
+            raise InputError(f"SOLVER.STEPS is {steps}; it must be rising, between 0 and SOLVER.MAX_ITER {end}")
     for group in ("ATTACK", "CORRUPTION"):
         for key, value in cfg.TEST[group].items():
             values = value if isinstance(value, list | tuple) else ()
