@@ -42,7 +42,9 @@ def relative(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=pytest.mark.slow) if arch == "vgg16_bn" else arch for arch in ARCHS]
+)
 def test_same_function_and_gradient(arch, random_classifier):
     network = random_classifier(arch).to(memory_format=torch.channels_last)
     images, labels = batch()

@@ -16,7 +16,7 @@ from rt_detectron.modeling.backbone import resolve_resnet
 from rt_detectron.modeling.backbone.resnet import RESNETS
 from rt_detectron.utils.errors import InputError
 
-BOTTLENECK = ("resnet50", "wide_resnet50_2", "resnext50_32x4d")
+BOTTLENECK = ("resnet50", "resnext50_32x4d")
 
 
 def run(cfg, photograph):
