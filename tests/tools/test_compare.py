@@ -167,15 +167,16 @@ def start(project):
     """Starts the tool as a user does; gives its process, and the id of the robust trial's, that waits."""
     processes = []
 
-    def start(folder):
+    def start(folder, in_background=False):
+        # A shell starts its background jobs, such as these tests may be, with SIGINT ignored.
+        interrupted = signal.SIG_IGN if in_background else signal.SIG_DFL
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", *COMPARE],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
-            # A shell starts its background jobs, such as these tests may be, with SIGINT ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, interrupted),
         )
         processes.append(process)
         finished = folder / "out/trials/standard/mask_rcnn/lr0.02/seed1/record.json"
@@ -191,7 +192,7 @@ def start(project):
 @pytest.mark.parametrize("stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupt_stops_the_trial_too(project, run, start, stop):
     folder = project("TEST.SLEEP_ONCE", "pid")
-    process, trial = start(folder)
+    process, trial = start(folder, in_background=stop == signal.SIGTERM)
     second_status, _, second_error = run(folder)
     process.send_signal(stop)
     _, error = process.communicate(timeout=30)
