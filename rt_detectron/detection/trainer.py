@@ -183,7 +183,9 @@ def _check_values(cfg: CfgNode) -> None:
         steps, end = cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER
         rising = all(isinstance(step, int) for step in steps) and all(a < b for a, b in pairwise((0, *steps)))
         if not rising or end in steps:  # later ones are dropped, with a warning
-            raise InputError(f"SOLVER.STEPS is {steps}; it must be rising, between 0 and SOLVER.MAX_ITER {end}")
+            raise InputError(
+                f"SOLVER.STEPS is {steps}; it must be rising, between 0 and SOLVER.MAX_ITER {end}"
+            )
     for group in ("ATTACK", "CORRUPTION"):
         for key, value in cfg.TEST[group].items():
             values = value if isinstance(value, list | tuple) else ()

@@ -67,7 +67,7 @@ def run_steps(steps: list[Step], folder: str, cwd: str, git: dict[str, Any] | No
     Returns:
         What went wrong, or None.
     """
-    # Ray cancels a task by an interrupt. A study that was started in the background ignores these, and with it
+    # Ray cancels a task by an interrupt. A study that was started in the background ignores these, and so do
     # its workers, whose processes would then go on until they are killed.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     path = Path(cwd, folder)
