@@ -40,7 +40,9 @@ def test_only_the_last_ones_are_kept(trained, digits_cfg):
     assert names == ["classifier.pth", "model_0000003.pth", "model_0000005.pth", "model_final.pth"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", pytest.param("empty", marks=pytest.mark.slow), "missing", "flipped"]
+)
 def test_a_damaged_checkpoint_is_passed_over(trained, digits_cfg, damage, caplog):
     path = trained / "model_0000005.pth"
     content = bytearray(path.read_bytes())
@@ -48,7 +50,7 @@ def test_a_damaged_checkpoint_is_passed_over(trained, digits_cfg, damage, caplog
         path.unlink()
     else:
         content[len(content) // 2] ^= 1
-        size = {"truncated": len(content) // 2, "flipped": len(content)}[damage]
+        size = {"truncated": len(content) // 2, "empty": 0, "flipped": len(content)}[damage]
         path.write_bytes(content[:size])
     do_train(digits_cfg, resume=True)
     assert "trying the checkpoint before it" in caplog.text

@@ -16,7 +16,11 @@ from rt_detectron.modeling.backbone import resolve_resnet
 from rt_detectron.modeling.backbone.resnet import RESNETS
 from rt_detectron.utils.errors import InputError
 
-BOTTLENECK = ("resnet50", "resnext50_32x4d")
+BOTTLENECK = (
+    "resnet50",
+    pytest.param("wide_resnet50_2", marks=pytest.mark.slow),
+    "resnext50_32x4d",
+)
 
 
 def run(cfg, photograph):
