@@ -38,7 +38,6 @@ from rt_detectron.study.statistics import (
     lines_of,
     main_metric,
     main_task,
-    of_categories,
     select,
     trial_key,
 )
@@ -49,15 +48,18 @@ from rt_detectron.utils.numbers import finite
 
 _TABLE_NOTE = "{} in percent, mean ± sample standard deviation over runs."
 _PLAIN_NOTE = " Δ: difference to the baseline with its 95 % interval."
+_SCORES = ["arm", "target", "baseline", "learning_rate", "seeds", *QUANTITY, "runs", "n", "mean", "sd"]
+_SCORES += ["change", "se", "df", "low", "high", "over", "main", "p", "verdict"]
 _SUFFIXES = {"image/svg+xml": "svg", "image/jpeg": "jpg"}
 
 
 def write_report(comparison: Comparison, output: Path, command: str) -> Path:
     """Write the report of a study into ``output``. Missing trials are named in it.
 
-    Beside report.html this writes results.json (all trials and the scores) and resampled.npz, from which
+    Beside report.html this writes results.json (all trials) and resampled.npz, from which
     :func:`rt_detectron.study.saved.saved_study` makes the report again without the trials' files; results.csv
-    (the tidy table), tables.md, tables.tex, and figures/ (the figures of the page as files).
+    (the tidy table), scores.csv (means, differences and intervals), tables.md, tables.tex, and figures/ (the
+    figures of the page as files).
 
     Args:
         command: the line that makes the study, or what is missing of it, as shown in the report.
@@ -116,11 +118,11 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
         "command": command,
         "trials": trials,
         "resampled_sha256": write_draws(output / RESAMPLED, comparison.draws),
-        "table": _records(scores),
         **_analyses(best, fits, found),
     }
-    write_json(output / REPORTED, finite(content))
+    write_json(output / REPORTED, finite(content), indent=None)  # a third smaller: it may be published
     write_text(output / "results.csv", comparison.table.to_csv(index=False))
+    write_text(output / "scores.csv", scores[_SCORES].to_csv(index=False))
     write_text(output / "tables.md", markdown(tables, note + _PLAIN_NOTE))
     write_text(output / "tables.tex", latex(tables, note + _PLAIN_NOTE))
     _write_figures(output / "figures", figures)
@@ -284,23 +286,6 @@ def _trials(comparison: Comparison) -> list[dict[str, Any]]:
                 "errors": errors.get(trial_key(trial)),
             }
         )
-    return records
-
-
-def _records(scores: pd.DataFrame) -> list[dict[str, Any]]:
-    """One entry per arm, target and quantity. Single categories are only in results.csv."""
-    columns = ["arm", "target", "baseline", "learning_rate", "seeds", *QUANTITY, "runs", "n", "mean", "sd"]
-    records = []
-    for line in lines_of(scores[~of_categories(scores)]):
-        record = {column: getattr(line, column) for column in columns} | {"change": None}
-        if line.verdict:
-            ends = {"low": line.low, "high": line.high, "over": line.over, "df": line.df}
-            interval = ends if line.over else None
-            record["change"] = {
-                "mean": line.change, "standard_error": line.se, "interval": interval,
-                "exploratory": not line.main, "verdict": line.verdict,
-            }  # fmt: skip
-        records.append(record)
     return records
 
 

@@ -4,6 +4,8 @@ import difflib
 import errno
 import importlib
 import logging
+import os
+import select
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -79,14 +81,22 @@ def one_line_errors():
 
     So does one from a data loader's worker or a launched process, which arrives as the text of its
     traceback, and an error of the file system that names a file or is of the disk. Ctrl-C ends it with status
-    130. Everything else keeps its traceback, since it is ours to fix.
+    130, and a reader that closes the pipe, such as ``head``, with 141 and without a word. Everything else
+    keeps its traceback, since it is ours to fix.
     """
     try:
         with no_traceback_of_input_errors():
-            yield
+            try:
+                yield
+            finally:
+                sys.stdout.flush()  # else a closed pipe shows only when Python ends
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        raise SystemExit(141) from None
     except Exception as error:
         message = _message(error)
         if message is None:
@@ -104,6 +114,16 @@ def no_traceback_of_input_errors():
         yield
     finally:
         trainer.removeFilter(_is_no_input_error)
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads the standard output any more. What is left of it then goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _message(error: Exception) -> str | None:

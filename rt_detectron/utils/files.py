@@ -40,10 +40,10 @@ def replaced_atomically(path: str | os.PathLike) -> Iterator[str]:
             os.remove(temporary)
 
 
-def write_json(path: str | os.PathLike, content: dict) -> None:
+def write_json(path: str | os.PathLike, content: dict, indent: int | None = 2) -> None:
     """Write ``content``, without NaN in it, atomically."""
     with replaced_atomically(path) as temporary, open(temporary, "w") as file:
-        json.dump(content, file, indent=2, allow_nan=False)
+        json.dump(content, file, indent=indent, allow_nan=False)
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any] | None:

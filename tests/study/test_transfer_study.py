@@ -1,7 +1,6 @@
 """A study of classification transfer, run by stand-ins: the same machinery as for detectors."""
 
 import csv
-import json
 import re
 
 import pytest
@@ -35,12 +34,12 @@ def test_accuracies_are_compared_by_seed(finished):
     assert rates == {0.01}  # the stand-in loses accuracy with the rate
     table = terminal_table(comparison.scores)
     assert re.search(r"\+2.50 \[.[\d.]+, \+[\d.]+\]  undecided", table)
-    (record,) = [
-        entry
-        for entry in json.loads((folder / "results.json").read_text())["table"]
-        if (entry["arm"], entry["metric"]) == ("robust", "accuracy")
+    (line,) = [
+        line
+        for line in csv.DictReader((folder / "scores.csv").open())
+        if (line["arm"], line["metric"]) == ("robust", "accuracy")
     ]
-    assert record["mean"] == pytest.approx((63 + 64.5) / 2)
+    assert float(line["mean"]) == pytest.approx((63 + 64.5) / 2)
     assert "robust (eps 3) is not significantly different from standard: +2.50 accuracy [" in page
     assert "Accuracy in percent, mean" in page
     assert "<th>arm</th><th>transfer</th>" in page

@@ -1,6 +1,7 @@
 import errno
 import logging
 import os
+import subprocess
 import sys
 
 import pytest
@@ -132,3 +133,24 @@ def test_what_a_package_itself_lacks_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match=r"half is missing \(No module named 'rt_test_nowhere'\)"):
         optional_import("rt_test_half", "half", "this")
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])  # within Python's buffer, and while printing
+def test_a_reader_that_closes_the_pipe_ends_the_tool_without_a_word(lines):
+    script = (
+        "import sys\n"
+        "from rt_detectron.utils.errors import one_line_errors\n"
+        "with one_line_errors():\n"
+        f"    print('line\\n' * {lines})\n"
+        "    sys.exit(0)\n"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    tool = subprocess.run([sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (tool.returncode, tool.stderr) == (141, "")
+
+
+def test_another_pipe_that_closes_keeps_its_traceback():
+    with pytest.raises(BrokenPipeError), one_line_errors():
+        throw(BrokenPipeError(errno.EPIPE, "Broken pipe"))
