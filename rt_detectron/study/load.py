@@ -244,6 +244,7 @@ def _study(file: StudyFile) -> Study:
     _check_whole("retries", file.retries)
     _check_resources(file.resources)
     _check_baselines(study)
+    _check_same_seeds(file.arms)
     return study
 
 
@@ -289,6 +290,24 @@ def _seeds_on_disk(weights: str) -> list[int]:
     )
     files = map(str, glob.iglob("*".join(map(glob.escape, weights.split(SEED)))))
     return sorted({int(match[1]) for match in map(pattern.fullmatch, files) if match})
+
+
+def _check_same_seeds(arms: Mapping[str, ArmEntry]) -> None:
+    """An arm with fewer checkpoints than others has a training that is not finished, or a file lost."""
+    weights = {name: entry.weights for name, entry in arms.items()}
+    found = {
+        name: ", ".join(map(str, _seeds_on_disk(path)))
+        for name, path in weights.items()
+        if isinstance(path, str) and SEED in path
+    }
+    for name, seeds in found.items():
+        other = next(iter(found))
+        if seeds != found[other]:
+            _refuse(
+                f"arms.{name}.weights",
+                f"there are files of {SEED} {seeds}, but {found[other]} of arms.{other}; finish the missing "
+                "trainings, or give lists of paths",
+            )
 
 
 def _target(key: str, name: str, entry: TargetEntry, task: DownstreamTask) -> Target:

@@ -148,6 +148,17 @@ def test_checkpoints_that_are_not_there(write_study, weights, message):
         load_study(write_study(arms={"standard": {"weights": weights}}))
 
 
+def test_arms_have_checkpoints_of_the_same_seeds(write_study, tmp_path):
+    for name in ("eps0_seed1", "eps0_seed2", "eps3_seed2"):
+        (tmp_path / f"{name}.pkl").write_text(name)
+    arms = {"standard": {"weights": "eps0_seed{seed}.pkl"}, "robust": {"weights": "eps3_seed{seed}.pkl"}}
+    message = r"arms.robust.weights: there are files of \{seed\} 2, but 1, 2 of arms.standard; finish the"
+    with pytest.raises(InputError, match=message):
+        load_study(write_study(arms=arms))
+    (tmp_path / "eps3_seed1.pkl").touch()
+    assert [len(arm.checkpoints) for arm in load_study(write_study(arms=arms)).arms] == [2, 2]
+
+
 def test_a_study_is_read_from_its_description_without_its_files(write_study, tmp_path):
     arms = {"standard": {"weights": ["std.pkl", "l2.pkl"], "eps": 0}, "l2": {"weights": "l2.pkl"}}
     study = load_study(write_study(arms=arms, margin=0.3, evaluations={"attack": ["A.X", [1, 2]]}))
