@@ -12,7 +12,6 @@ pip install --no-deps -r benchmarks/requirements.txt
 """
 
 import argparse
-import contextlib
 import importlib
 import math
 import multiprocessing
@@ -22,6 +21,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from unittest import mock
 
 import torch
@@ -80,12 +80,26 @@ def clean(arch, images, labels) -> Step:
     return training_step(model, images, labels, lambda: images)
 
 
-def plain(arch, images, labels) -> Step:
-    model = Normalised(network(arch)).to(images.device)
-    return training_step(model, images, labels, lambda: plain_pgd(model, images, labels, EPS, STEPS))
+def plain(half: bool = False) -> Callable[..., Step]:
+    def build(arch, images, labels) -> Step:
+        model = Normalised(network(arch)).to(images.device)
+
+        def attack():
+            with attack_in_bf16(images, half):
+                return plain_pgd(model, images, labels, EPS, STEPS)
+
+        return training_step(model, images, labels, attack)
+
+    return build
 
 
-def ours(folded: bool = True, channels_last: bool = True, fused: bool = False) -> Callable[..., Step]:
+def attack_in_bf16(images: Tensor, half: bool) -> AbstractContextManager:
+    return torch.autocast(images.device.type, torch.bfloat16) if half else nullcontext()
+
+
+def ours(
+    folded: bool = True, channels_last: bool = True, fused: bool = False, half: bool = False
+) -> Callable[..., Step]:
     def build(arch, images, labels) -> Step:
         torch.manual_seed(0)  # the weights of the others, by the same numbers
         model = Classifier(arch, 1000).to(images.device)
@@ -96,7 +110,7 @@ def ours(folded: bool = True, channels_last: bool = True, fused: bool = False) -
         pgd = PGD(ThreatModel("l2", EPS), STEPS, relative_step_size=2.0)
 
         def attack():
-            with images_are_checked():
+            with attack_in_bf16(images, half), images_are_checked():
                 adversarial = pgd(target, images, labels)
             if folded:
                 target.forget()
@@ -185,11 +199,13 @@ def art(arch, images, labels) -> Step:
 
 SIDES: dict[str, Callable[..., Step]] = {
     "ours": ours(),
+    "ours, attack in bf16": ours(half=True),
     "ours, optimiser fused": ours(fused=True),
     "ours, small maps convolved directly": ours_without_small_maps,
     "ours, not folded": ours(folded=False),
     "ours, not folded, not channels_last": ours(folded=False, channels_last=False),
-    "plain loop": plain,
+    "plain loop": plain(),
+    "plain loop, attack in bf16": plain(half=True),
     "robustness (use_best=False)": robustness(False),
     "robustness (its default)": robustness(True),
     "torchattacks": torchattacks,
@@ -273,5 +289,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt):
         main()

@@ -65,27 +65,31 @@ class FoldedConvolution(nn.Module):
 
     def forget(self) -> None:
         """Drop the folded weights; the next pass computes them from the present parameters and statistics."""
-        self._folded: tuple[Callable | None, Tensor, Tensor] | None = None
+        self._folded: tuple[tuple, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         convolution, _ = self.source
-        on_cpu = runs_on_cpu(x)
-        if on_cpu and (small := small_map(x, convolution)) is not None:
+        if runs_on_cpu(x) and (small := small_map(x, convolution)) is not None:
             weight, bias = self.folded(small.transform)
             return _finish(small.convolve(x, weight).add_(bias.view(-1, 1, 1)), residual, self.relu)
-        if on_cpu and self.in_blocks and x.shape[2] % 2 == x.shape[3] % 2 == 0:
-            weight, bias = self.folded(_weight_of_blocks)
+        dtype = _fused_dtype(x)
+        if dtype is not None:
+            x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
+        if dtype is not None and self.in_blocks and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+            weight, bias = self.folded(_weight_of_blocks, dtype)
             x, geometry = _blocks(x, weight.shape[2]), ((0, 0), (1, 1), (1, 1), 1)
         else:
-            weight, bias = self.folded()
+            weight, bias = self.folded(dtype=dtype)
             geometry = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
-        convolve = _FusedConvolution.apply if on_cpu else _convolve
+        convolve = _convolve if dtype is None else _FusedConvolution.apply
         return convolve(x, residual, weight, bias, geometry, self.relu)
 
-    def folded(self, transform: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Weight, in the form that ``transform`` gives it, and bias."""
-        if self._folded is None or self._folded[0] != transform:
-            self._folded = transform, *self._fold(transform)
+    def folded(
+        self, transform: Callable[[Tensor], Tensor] | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Weight, in the form that ``transform`` gives it, and bias; ``dtype`` None: of the convolution."""
+        if self._folded is None or self._folded[0] != (transform, dtype):
+            self._folded = (transform, dtype), *(each.to(dtype) for each in self._fold(transform))
         return self._folded[1:]
 
     @torch.inference_mode(False)  # an attack may use them next
@@ -119,6 +123,15 @@ def _blocks(x: Tensor, taps: int) -> Tensor:
 def runs_on_cpu(x: Tensor) -> bool:
     """Whether ``x`` can go through the kernels for CPUs: float32, outside autocast."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def _fused_dtype(x: Tensor) -> torch.dtype | None:
+    """What the fused kernel for CPUs computes ``x`` in; None where it does not."""
+    if runs_on_cpu(x):
+        return torch.float32
+    half = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+    # Without AVX-512 the kernel refuses bfloat16.
+    return half if half == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
 
 
 def _fused_kernel():

@@ -1,5 +1,7 @@
 """A classifier and the way it is trained, as one module for Detectron2's trainers."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -26,6 +28,8 @@ class Pretraining(nn.Module):
     Attributes:
         attacked: the classifier as attacks see it.
         progress: share of the training that is done; the trainer sets it.
+        attack_dtype: what attacks are computed in, by autocast; None: what the rest of the step is. The
+            trainer sets it.
 
     Raises:
         InputError: for a strategy or a resolution that is none.
@@ -47,6 +51,7 @@ class Pretraining(nn.Module):
         self.resolution = resolution
         self.attacked = AttackedModel(classifier)
         self.progress = 0.0
+        self.attack_dtype: torch.dtype | None = None
 
     @property
     def device(self) -> torch.device:
@@ -73,13 +78,18 @@ class Pretraining(nn.Module):
             images = self.resolution(images, self.progress)
         adversarial = images
         if type(self.strategy).perturb is not Standard.perturb:  # else nothing is attacked
-            with images_are_checked():  # by to_device
+            with self._precision_of_attacks(), images_are_checked():  # by to_device
                 adversarial = self.strategy.perturb(self.attacked.now(), images, labels, self.progress)
             self.attacked.release()
             # What autocast cast without gradients, as for the predictions on clean images, must not be used
             # again: the weights would get none.
             torch.clear_autocast_cache()
         return self.strategy.losses(self.classifier, images, adversarial, labels)
+
+    def _precision_of_attacks(self) -> AbstractContextManager:
+        if self.attack_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.attack_dtype)
 
 
 def check_takes(classifier: Classifier, dataset: Dataset, resolution: Resolution | None = None) -> None:

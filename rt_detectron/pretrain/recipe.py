@@ -33,6 +33,7 @@ def check_train(train) -> None:
         "accumulate": (lambda x: whole(x) and x > 0, "a whole number > 0"),
         "ema": (lambda x: number(x) and 0 <= x < 1, "a number from 0 (none) to below 1"),
         "amp": (lambda x: x in (None, "bf16", "fp16"), "bf16, fp16 or null"),
+        "attack_amp": (lambda x: x in (None, "bf16", "fp16"), "bf16, fp16 or null"),
         "compile": (
             lambda x: x is None or x in torch.compiler.list_backends(exclude_tags=()),
             "null or a backend of torch.compile, such as inductor",
@@ -41,8 +42,9 @@ def check_train(train) -> None:
         "sync_bn": (lambda x: type(x) is bool, "true or false"),
     }
     check_values(train, "train", {key: rule for key, rule in rules.items() if key in train})
-    if train.get("amp") == "fp16" and torch.device(train.device).type == "cpu":
-        raise InputError("train.amp=fp16 is for GPUs: on the CPU use bf16 or null")
+    for key in ("amp", "attack_amp"):
+        if train.get(key) == "fp16" and torch.device(train.device).type == "cpu":
+            raise InputError(f"train.{key}=fp16 is for GPUs: on the CPU use bf16 or null")
 
 
 def check_values(node, name: str, rules: dict) -> None:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from detectron2.engine import HookBase, create_ddp_model
@@ -134,6 +135,9 @@ def train_classifier(
     trainer = ClassifierTrainer(
         model, loader, build_optimizer(cfg, model), train.accumulate, train.amp, train.sync_bn
     )
+    if attack_amp := train.get("attack_amp"):
+        model.attack_dtype = AMP[attack_amp]
+        _check_speed(attack_amp, model.device)
     parts = {"trainer": trainer, "rt_detectron": Provenance(model)}
     if hasattr(model.strategy, "state_dict"):
         parts["strategy"] = model.strategy
@@ -192,6 +196,19 @@ def evaluate(model: Pretraining, loader: DataLoader, evaluator: DatasetEvaluator
     if comm.is_main_process():
         print_csv_format(results)
     return results
+
+
+def _check_speed(attack_amp: str, device: torch.device) -> None:
+    """Warn where half precision is computed by other instructions than its own."""
+    # Older versions of torch do not say.
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    emulated = known.get("architecture") == "x86_64" and not (known["avx512_bf16"] or known["amx_bf16"])
+    if device.type == "cpu" and emulated:
+        logger.warning(
+            "train.attack_amp=%s: this CPU has no bfloat16 instructions, so attacks may take longer than in "
+            "float32 (train.attack_amp=null)",
+            attack_amp,
+        )
 
 
 class ClassifierTrainer(BaseTrainer):

@@ -88,6 +88,7 @@ OTHERS = {
     "eps at random": lambda cfg: _schedule(cfg, random=True),
     "without labels": _label_free_from_file,
     "amp": lambda cfg: cfg.train.update(amp="bf16"),
+    "amp of the attack": lambda cfg: cfg.train.update(attack_amp="bf16"),
     "batch norm of each process": lambda cfg: cfg.train.update(sync_bn=False, ema=0.9),
 }
 
@@ -110,7 +111,7 @@ def train_all(data: str, output: str) -> None:
     for name, change in {**EQUAL, **OTHERS}.items():
         averages.clear()
         # In single precision a few steps make much of rounding; autocast leaves double precision alone.
-        torch.set_default_dtype(torch.float32 if name == "amp" else torch.float64)
+        torch.set_default_dtype(torch.float32 if "amp" in name else torch.float64)
         TrainingCheckpointer.save = save if "interrupted" in name else lambda *_, **__: None
         cfg = recipe(data, f"{output}/{name}")
         torch.manual_seed(comm.get_rank())  # weights of their own, until the first process's are shared

@@ -70,6 +70,37 @@ def test_without_the_private_operator_the_numbers_are_the_same(random_classifier
         assert relative(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet", "densenet"])
+def test_half_precision_is_as_near_as_the_networks_own(arch, random_classifier, monkeypatch):
+    network = random_classifier(arch).to(memory_format=torch.channels_last)
+    images, labels = batch()
+    exact = logits_and_gradient(network, images, labels)
+    asked, fused = [], folding._fused_kernel
+    monkeypatch.setattr(folding, "_fused_kernel", lambda: asked.append(1) or fused())
+    folded = FoldedNetwork(network)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = logits_and_gradient(network, images, labels)
+        found = logits_and_gradient(folded, images, labels)
+    assert found[0].dtype == torch.bfloat16
+    assert found[1].dtype == torch.float32
+    for ours, theirs, expected in zip(found, own, exact, strict=True):
+        assert relative(ours, expected) < 1.5 * relative(theirs, expected)
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert len(asked) > 10
+    again = logits_and_gradient(folded, images, labels)  # in float32, with weights that are not rounded
+    assert relative(again[0], exact[0]) < 1e-4
+
+
+def test_half_precision_without_the_kernels_instructions(random_classifier, monkeypatch):
+    monkeypatch.setattr(folding, "_fused_dtype", lambda x: None)
+    network = random_classifier("resnet18")
+    images, labels = batch()
+    exact = logits_and_gradient(network, images, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits_and_gradient(FoldedNetwork(network), images, labels)
+    assert relative(found[0], exact[0]) < 0.05
+
+
 # VGG's 138 million weights take 10 s.
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "vgg16_bn"])
 def test_without_cpu_kernels_in_double_precision(arch, random_classifier):

@@ -128,6 +128,7 @@ def test_without_a_gpu_the_cpu_serves(monkeypatch, caplog, gpu, device, warnings
     [
         ("train.amp=true", "train.amp is True; it must be bf16, fp16 or null"),
         ("train.amp=fp16", "train.amp=fp16 is for GPUs"),
+        ("train.attack_amp=fp16", "train.attack_amp=fp16 is for GPUs"),
         ("train.compile=fast", "train.compile is 'fast'; it must be null or a backend of torch.compile"),
         ("train.seed=-1", "train.seed is -1; it must be a whole number >= 0"),
         ("train.epochs=many", "train.epochs is 'many'; it must be a finite number"),

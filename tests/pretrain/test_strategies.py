@@ -313,6 +313,39 @@ def test_an_attack_in_mixed_precision_takes_no_gradient_from_the_weights(build, 
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
 
 
+def test_the_attack_alone_in_half_precision():
+    def step(dtype):
+        model, seen = make(Adversarial(PGD(L2, steps=2))).train(), []
+        model.attack_dtype = dtype
+        perturb, losses = model.strategy.perturb, model.strategy.losses
+
+        def attack(*inputs):
+            seen.append(model.attacked.now()(inputs[1]).dtype)
+            return perturb(*inputs)
+
+        def loss(*inputs):
+            seen.append(inputs)
+            return losses(*inputs)
+
+        model.strategy.perturb, model.strategy.losses = attack, loss
+        found = sum(model(batch()).values())
+        found.backward()
+        return model, seen, found
+
+    model, (dtype, (_, images, adversarial, labels)), found = step(torch.bfloat16)
+    assert (dtype, adversarial.dtype, found.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    reference = make().train().classifier
+    expected = sum(Standard().losses(reference, images, adversarial, labels).values())
+    expected.backward()
+    assert torch.equal(found, expected)
+    for ours, theirs in zip(model.classifier.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    _, (dtype, (_, _, exact, _)), _ = step(None)
+    assert dtype == torch.float32
+    moved, whole = (x - images for x in (adversarial, exact))
+    assert torch.cosine_similarity(moved.flatten(), whole.flatten(), dim=0) > 0.95
+
+
 @pytest.mark.parametrize("keywords", [{"best": True}, {"restarts": 2}, {"best": True, "restarts": 2}])
 def test_trades_with_the_strongest_of_several(keywords):
     """Its labels are probabilities."""

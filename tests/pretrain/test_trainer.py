@@ -320,3 +320,13 @@ def test_what_cannot_be_compiled_is_one_line(digits_cfg, digit_folders, tmp_path
     cfg.train.update(compile="broken", sync_bn=False)
     with pytest.raises(InputError, match=r"fails here \(.*no compiler.*\); set train.compile=null"):
         pretraining_variants._train(cfg, resume=False)
+
+
+@pytest.mark.parametrize(("bfloat16", "warnings"), [(True, 0), (False, 1)])
+def test_half_precision_that_a_cpu_lacks_is_a_warning(digits_cfg, monkeypatch, caplog, bfloat16, warnings):
+    known = {"architecture": "x86_64", "avx512_bf16": bfloat16, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    digits_cfg.train.update(epochs=0.25, attack_amp="bf16")
+    do_train(digits_cfg)
+    assert len([line for line in caplog.messages if "no bfloat16 instructions" in line]) == warnings
+    assert all(value.isfinite().all() for value in classifier_file(digits_cfg)["model"].values())
