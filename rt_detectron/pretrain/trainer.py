@@ -29,6 +29,7 @@ from rt_detectron.modeling.classifier import Classifier
 from rt_detectron.modeling.load import load_weights
 from rt_detectron.pretrain.export import Provenance, export
 from rt_detectron.pretrain.model import Pretraining, check_takes
+from rt_detectron.pretrain.strategies import Free, Standard
 from rt_detectron.utils.errors import InputError, one_line
 from rt_detectron.utils.files import printable
 from rt_detectron.utils.ranges import images_are_checked
@@ -135,9 +136,8 @@ def train_classifier(
     trainer = ClassifierTrainer(
         model, loader, build_optimizer(cfg, model), train.accumulate, train.amp, train.sync_bn
     )
-    if attack_amp := train.get("attack_amp"):
-        model.attack_dtype = AMP[attack_amp]
-        _check_speed(attack_amp, model.device)
+    if train.get("attack_amp"):
+        _use_attack_amp(train.attack_amp, model)
     parts = {"trainer": trainer, "rt_detectron": Provenance(model)}
     if hasattr(model.strategy, "state_dict"):
         parts["strategy"] = model.strategy
@@ -198,17 +198,20 @@ def evaluate(model: Pretraining, loader: DataLoader, evaluator: DatasetEvaluator
     return results
 
 
-def _check_speed(attack_amp: str, device: torch.device) -> None:
-    """Warn where half precision is computed by other instructions than its own."""
+def _use_attack_amp(attack_amp: str, model: Pretraining) -> None:
+    """Have attacks computed in half precision, with a warning where that saves no time."""
+    model.attack_dtype = AMP[attack_amp]
+    strategy = model.strategy
     # Older versions of torch do not say.
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     emulated = known.get("architecture") == "x86_64" and not (known["avx512_bf16"] or known["amx_bf16"])
-    if device.type == "cpu" and emulated:
-        logger.warning(
-            "train.attack_amp=%s: this CPU has no bfloat16 instructions, so attacks may take longer than in "
-            "float32 (train.attack_amp=null)",
-            attack_amp,
-        )
+    if isinstance(strategy, Free) or type(strategy).perturb is Standard.perturb:
+        reason = f"{type(strategy).__name__} needs no passes for an attack"
+    elif model.device.type == "cpu" and emulated:
+        reason = "this CPU has no bfloat16 instructions"
+    else:
+        return
+    logger.warning("train.attack_amp=%s saves no time: %s", attack_amp, reason)
 
 
 class ClassifierTrainer(BaseTrainer):

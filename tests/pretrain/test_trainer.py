@@ -322,11 +322,22 @@ def test_what_cannot_be_compiled_is_one_line(digits_cfg, digit_folders, tmp_path
         pretraining_variants._train(cfg, resume=False)
 
 
-@pytest.mark.parametrize(("bfloat16", "warnings"), [(True, 0), (False, 1)])
-def test_half_precision_that_a_cpu_lacks_is_a_warning(digits_cfg, monkeypatch, caplog, bfloat16, warnings):
+@pytest.mark.parametrize(
+    ("strategy", "bfloat16", "reason"),
+    [
+        (None, True, ""),
+        (None, False, "saves no time: this CPU has no bfloat16 instructions"),
+        (L(Standard)(), True, "saves no time: Standard needs no passes for an attack"),
+        (L(Free)(threat_model="${threat_model}"), True, "saves no time: Free needs no passes for an attack"),
+    ],
+)
+def test_attacks_in_half_precision(digits_cfg, monkeypatch, caplog, strategy, bfloat16, reason):
     known = {"architecture": "x86_64", "avx512_bf16": bfloat16, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    if strategy:
+        digits_cfg.model.strategy = strategy
     digits_cfg.train.update(epochs=0.25, attack_amp="bf16")
     do_train(digits_cfg)
-    assert len([line for line in caplog.messages if "no bfloat16 instructions" in line]) == warnings
+    assert ("saves no time" in caplog.text) == bool(reason)
+    assert reason in caplog.text
     assert all(value.isfinite().all() for value in classifier_file(digits_cfg)["model"].values())
