@@ -129,9 +129,12 @@ def _fused_dtype(x: Tensor) -> torch.dtype | None:
     """What the fused kernel for CPUs computes ``x`` in; None where it does not."""
     if runs_on_cpu(x):
         return torch.float32
-    half = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-    # Without AVX-512 the kernel refuses bfloat16.
-    return half if half == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return None
+    # As autocast itself, which leaves float64 alone. Without AVX-512 the kernel refuses bfloat16.
+    casts = x.dtype in (torch.float32, torch.bfloat16) and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)  # private, too
+    return torch.bfloat16 if casts and supported() else None
 
 
 def _fused_kernel():

@@ -32,7 +32,6 @@ from rt_detectron.study.saved import REPORTED, RESAMPLED, write_draws
 from rt_detectron.study.selection import choose
 from rt_detectron.study.statistics import (
     CLEAN,
-    QUANTITY,
     TASKS,
     Comparison,
     lines_of,
@@ -48,8 +47,6 @@ from rt_detectron.utils.numbers import finite
 
 _TABLE_NOTE = "{} in percent, mean ± sample standard deviation over runs."
 _PLAIN_NOTE = " Δ: difference to the baseline with its 95 % interval."
-_SCORES = ["arm", "target", "baseline", "learning_rate", "seeds", *QUANTITY, "runs", "n", "mean", "sd"]
-_SCORES += ["change", "se", "df", "low", "high", "over", "main", "p", "verdict"]
 _SUFFIXES = {"image/svg+xml": "svg", "image/jpeg": "jpg"}
 
 
@@ -122,7 +119,7 @@ def write_report(comparison: Comparison, output: Path, command: str) -> Path:
     }
     write_json(output / REPORTED, finite(content), indent=None)  # a third smaller: it may be published
     write_text(output / "results.csv", comparison.table.to_csv(index=False))
-    write_text(output / "scores.csv", scores[_SCORES].to_csv(index=False))
+    write_text(output / "scores.csv", scores.drop(columns="values").to_csv(index=False))
     write_text(output / "tables.md", markdown(tables, note + _PLAIN_NOTE))
     write_text(output / "tables.tex", latex(tables, note + _PLAIN_NOTE))
     _write_figures(output / "figures", figures)

@@ -88,8 +88,10 @@ def one_line_errors():
         with no_traceback_of_input_errors():
             try:
                 yield
-            finally:
+            except SystemExit:
                 sys.stdout.flush()  # else a closed pipe shows only when Python ends
+                raise
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -91,6 +91,17 @@ def test_half_precision_is_as_near_as_the_networks_own(arch, random_classifier, 
     assert relative(again[0], exact[0]) < 1e-4
 
 
+def test_autocast_leaves_double_precision_alone(random_classifier):
+    network = random_classifier("resnet18").double()
+    images, labels = batch()
+    expected = logits_and_gradient(network, images.double(), labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = FoldedNetwork(network).network.conv1(images.double())
+    assert found.dtype == torch.float64
+    found = logits_and_gradient(FoldedNetwork(network), images.double(), labels)
+    assert relative(found[0], expected[0]) < 1e-9
+
+
 def test_half_precision_without_the_kernels_instructions(random_classifier, monkeypatch):
     monkeypatch.setattr(folding, "_fused_dtype", lambda x: None)
     network = random_classifier("resnet18")

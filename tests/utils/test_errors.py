@@ -135,6 +135,16 @@ def test_what_a_package_itself_lacks_is_named(tmp_path, monkeypatch):
         optional_import("rt_test_half", "half", "this")
 
 
+def run_with_closed_output(script: str) -> subprocess.CompletedProcess:
+    reading, writing = os.pipe()
+    os.close(reading)
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", script]
+    tool = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=buffered)
+    os.close(writing)
+    return tool
+
+
 @pytest.mark.parametrize("lines", [1, 100_000])  # within Python's buffer, and while printing
 def test_a_reader_that_closes_the_pipe_ends_the_tool_without_a_word(lines):
     script = (
@@ -144,11 +154,20 @@ def test_a_reader_that_closes_the_pipe_ends_the_tool_without_a_word(lines):
         f"    print('line\\n' * {lines})\n"
         "    sys.exit(0)\n"
     )
-    reading, writing = os.pipe()
-    os.close(reading)
-    tool = subprocess.run([sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, text=True)
-    os.close(writing)
+    tool = run_with_closed_output(script)
     assert (tool.returncode, tool.stderr) == (141, "")
+
+
+def test_an_error_is_printed_where_the_output_is_closed():
+    script = (
+        "from rt_detectron.utils.errors import InputError, one_line_errors\n"
+        "with one_line_errors():\n"
+        "    print('line')\n"
+        "    raise InputError('x: do y')\n"
+    )
+    tool = run_with_closed_output(script)
+    assert tool.returncode != 0
+    assert tool.stderr.startswith("error: x: do y\n")
 
 
 def test_another_pipe_that_closes_keeps_its_traceback():
