@@ -1,13 +1,14 @@
 """Seconds of evaluating a detector with masks, from images to AP: ours against Detectron2's evaluator.
 
     DETECTRON2_DATASETS=... python benchmarks/evaluate.py [--config-file F --images 24 --size 320 --rounds 2]
-        [--detections 50] [--device cuda --amp bf16] [KEY VALUE ...]
+        [--detections 50] [--keep] [--device cuda --amp bf16] [KEY VALUE ...]
 
-Both sides have the same weights and images of coco_2017_val. Detectron2's is its build_model and its
-COCOEvaluator, ours what tools/train_net.py --eval-only runs. The network is random and finds nothing. So that
-AP and the masks are as of a trained one, what it would return is replaced: by boxes near the annotated
-objects, others at random, and soft masks of 28 x 28 pixels. All of its layers run all the same, the mask head
-on these boxes. The sides take turns. On CPUs "s" are CPU seconds of this process, on a GPU it is waited for.
+Both sides have the same weights and images of coco_2017_val. Detectron2's is its build_model, its
+DefaultTrainer.test and its COCOEvaluator, ours what tools/train_net.py --eval-only runs, which keeps freed
+memory (--keep: Detectron2 as well). The network is random and finds nothing. So that AP and the masks are as
+of a trained one, what it would return is replaced: by boxes near the annotated objects, others at random, and
+soft masks of 28 x 28 pixels. All of its layers run all the same, the mask head on these boxes. The sides take
+turns. On CPUs "s" are CPU seconds of this process, on a GPU it is waited for.
 """
 
 import argparse
@@ -24,7 +25,8 @@ import warnings
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
@@ -34,6 +36,7 @@ from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.data import check_datasets
 from rt_detectron.detection import Trainer, load_detector_config
 from rt_detectron.utils.errors import InputError, one_line_errors
+from rt_detectron.utils.memory import keep_freed_memory
 
 MASK = 28  # pixels
 CONFIG = "configs/coco_subset/mask_rcnn_r18_fpn.yaml"
@@ -118,15 +121,15 @@ class Finding(nn.Module):
 def evaluated(side: str, model: nn.Module, cfg, folder: str) -> tuple[float, dict]:
     """Seconds and metrics."""
     (name,) = cfg.DATASETS.TEST
-    loader = Trainer.build_test_loader(cfg, name)
     if side == "ours":
-        evaluator = Trainer.build_evaluator(cfg, name, folder)
+        test, evaluator = Trainer.test, Trainer.build_evaluator(cfg, name, folder)
     else:
+        test = DefaultTrainer.test
         evaluator = COCOEvaluator(name, output_dir=folder, use_fast_impl=False)
     clock = time.process_time if cfg.MODEL.DEVICE == "cpu" else time.perf_counter
     start = clock()
     with contextlib.redirect_stdout(io.StringIO()):
-        metrics = inference_on_dataset(model, loader, evaluator)
+        metrics = test(cfg, model, [evaluator])
     if cfg.MODEL.DEVICE != "cpu":
         torch.cuda.synchronize()
     return clock() - start, metrics
@@ -158,6 +161,7 @@ def measure(args: argparse.Namespace, folder: str) -> None:
     results = {}
     for number in range(args.rounds):
         for side in list(models)[:: -1 if number % 2 else 1]:
+            keep_freed_memory(side == "ours" or args.keep)
             took, results[side] = evaluated(side, finding[side], cfg, os.path.join(folder, side))
             seconds[side].append(took)
     print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads: {args.config_file}")
@@ -180,6 +184,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=320, help="of the short side, in the network")
     parser.add_argument("--detections", type=int, default=50, help="in each image")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--keep", action="store_true", help="freed memory on both sides")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--amp", default="", choices=["", *PRECISIONS], help="on a GPU, of both sides")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ... of the config")

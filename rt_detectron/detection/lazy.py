@@ -29,6 +29,7 @@ from rt_detectron.engine.lazy_config import build, lazy_config_sha256, read_lazy
 from rt_detectron.engine.loop import build_optimizer
 from rt_detectron.engine.signals import StopSignals
 from rt_detectron.evaluation.results import describe_dataset
+from rt_detectron.layers.frozen_norm import fixed_weights
 from rt_detectron.utils.errors import InputError
 from rt_detectron.utils.files import write_json
 from rt_detectron.utils.numbers import finite
@@ -125,7 +126,8 @@ def do_test(cfg, model: nn.Module) -> dict:
         return {}
     loader = build_lazy_loader(cfg, "test")
     evaluator = build(cfg.dataloader.evaluator, "dataloader.evaluator")
-    results = inference_on_dataset(model, loader, evaluator)
+    with fixed_weights(model):
+        results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
         print_csv_format(results)
     return results

@@ -53,6 +53,7 @@ from rt_detectron.engine.checkpointing import Checkpoints, SafeCheckpointing
 from rt_detectron.engine.signals import StopSignals
 from rt_detectron.evaluation.build import build_evaluator, check_test_sets, inference_folder
 from rt_detectron.evaluation.robustness.test_set import DetectionTestSet, annotated_test_mapper
+from rt_detectron.layers.frozen_norm import fixed_weights
 from rt_detectron.utils.errors import InputError, building, did_you_mean, one_line
 from rt_detectron.utils.files import find_config
 
@@ -352,6 +353,11 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str | None = None) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name, folder)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> dict:
+        with fixed_weights(model):
+            return super().test(cfg, model, evaluators)
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: torch.nn.Module) -> dict:

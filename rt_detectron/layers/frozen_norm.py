@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rt_detectron.layers.eval_norm import EvalBatchNorm2d
 from rt_detectron.layers.folding import absorb_norm
+from rt_detectron.utils.modes import eval_mode
 
 _FIXED = (FrozenBatchNorm2d, EvalBatchNorm2d)  # norms whose statistics stay
 
@@ -49,24 +50,38 @@ def fold_frozen_norms(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def norms_folded_once(model: nn.Module) -> Iterator[None]:
-    """Within the block, Detectron2's convolutions absorb the norms behind them once, not in each pass.
+def fixed_weights(model: nn.Module) -> Iterator[None]:
+    """Within the block, ``model`` is in eval mode and its convolutions have the form that is fastest there.
 
-    For a model in eval mode whose parameters stay as they are, as under an attack. They take no gradient.
+    For evaluations: the parameters must stay as they are, and those of convolutions take no gradient. A
+    convolution of Detectron2's absorbs the norm behind it once, not in each pass. On CPUs the weights are
+    channels_last, and so become the feature maps, which oneDNN then need not reorder.
     """
-    folded = []
+    fixed = []
     try:
-        with torch.no_grad():
+        with eval_mode(model):
             for module in model.modules():
-                if type(module) in (Conv2d, FrozenNormConv2d) and _can_be_absorbed(module.norm):
-                    scale, bias = absorb_norm(module.norm, module.bias)
-                    weight = module.weight * scale.view(-1, 1, 1, 1)
-                    module.forward = partial(_convolve, module, weight, bias)
-                    folded.append(module)
-        yield
+                plain = type(module) in (nn.Conv2d, Conv2d, FrozenNormConv2d)
+                if plain and "forward" not in vars(module):  # of a block around this one, or of the user's
+                    module.forward = partial(_convolve, module, *_fixed(module))
+                    fixed.append(module)
+            yield
     finally:
-        for module in folded:
+        for module in fixed:
             del module.forward
+
+
+@torch.no_grad()
+def _fixed(module: nn.Conv2d) -> tuple[Tensor, Tensor | None, bool]:
+    """Weight and bias, and whether these have absorbed the norm."""
+    weight, bias = module.weight.detach(), module.bias
+    absorbs = _can_be_absorbed(getattr(module, "norm", None))
+    if absorbs:
+        scale, bias = absorb_norm(module.norm, bias)
+        weight = weight * scale.view(-1, 1, 1, 1)
+    if weight.device.type == "cpu":
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    return weight, bias, absorbs
 
 
 def _can_be_absorbed(norm: nn.Module | None) -> bool:
@@ -75,6 +90,10 @@ def _can_be_absorbed(norm: nn.Module | None) -> bool:
     return norm.running_mean is not None and norm.weight is not None
 
 
-def _convolve(module: Conv2d, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+def _convolve(module: nn.Conv2d, weight: Tensor, bias: Tensor | None, absorbed: bool, x: Tensor) -> Tensor:
     x = F.conv2d(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
-    return x if module.activation is None else module.activation(x)
+    norm, activation = (getattr(module, name, None) for name in ("norm", "activation"))
+    x = x if norm is None or absorbed else norm(x)
+    if activation is None:
+        return x
+    return F.relu(x, inplace=True) if activation is F.relu else activation(x)  # nothing else has ``x``

@@ -2,6 +2,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import DefaultTrainer, SimpleTrainer
 from detectron2.modeling import build_model
 
 from rt_detectron.checkpoint import zoo
@@ -52,6 +53,11 @@ def loaded(cfg) -> torch.nn.Module:
     model = Trainer.build_model(cfg)
     RobustCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
     return model
+
+
+def layout(maps: torch.Tensor) -> torch.memory_format:
+    last = maps.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def deeplab_file(folder: Path) -> str:
@@ -241,6 +247,27 @@ class TestTraining:
         )
         assert len(first) > 10
         assert again == first
+
+    def test_it_finds_what_detectron2s_own_test_finds(self, run, tiny_cfg, tmp_path):
+        found = []
+        for name, test in (("ours", Trainer.test), ("peer", partial(DefaultTrainer.test.__func__, Trainer))):
+            cfg = tiny_cfg(tmp_path / name, "MODEL.WEIGHTS", final(run))
+            model = loaded(cfg)
+            layouts = set()
+            model.backbone.register_forward_hook(
+                lambda _, __, maps, seen=layouts: seen.add(layout(maps["p2"]))
+            )
+            test(cfg, model)
+            found.append(
+                json.loads(Path(cfg.OUTPUT_DIR, "inference/coco_instances_results.json").read_text())
+            )
+            assert layouts == {torch.channels_last if name == "ours" else torch.contiguous_format}
+        boxes, scores = (
+            [torch.tensor([each[key] for each in side]) for side in found] for key in ("bbox", "score")
+        )
+        assert len(scores[0]) > 10
+        torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(boxes[0], boxes[1], rtol=1e-4, atol=1e-2)
 
     def test_resume_goes_on_at_the_next_iteration(self, tiny_cfg, tmp_path, monkeypatch):
         cfg = tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 
-from rt_detectron.layers.frozen_norm import FrozenNormConv2d, fold_frozen_norms, norms_folded_once
+from rt_detectron.layers.frozen_norm import FrozenNormConv2d, fixed_weights, fold_frozen_norms
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_other_convolutions_stay():
 
 
 @pytest.mark.parametrize("kind", [FrozenBatchNorm2d, torch.nn.BatchNorm2d])
-def test_folded_once_it_is_the_same_function_and_after_the_block_itself(plain, kind):
+def test_with_fixed_weights_it_is_the_same_function_and_after_the_block_itself(plain, kind):
     norm = kind(6)
     norm.load_state_dict(plain.norm.state_dict(), strict=False)
     plain.norm = norm
@@ -62,12 +62,46 @@ def test_folded_once_it_is_the_same_function_and_after_the_block_itself(plain, k
     x = torch.randn(2, 4, 9, 7, requires_grad=True)
     expected = network(x)
     (grad,) = torch.autograd.grad(expected.square().sum(), x)
-    with norms_folded_once(network):
+    with fixed_weights(network):
         found = network(x)
         (found_grad,) = torch.autograd.grad(found.square().sum(), x)
         with torch.no_grad():
             norm.weight.mul_(2)
         assert torch.equal(network(x), found)  # the norm is not read again
+        with fixed_weights(network):
+            assert torch.equal(network(x), found)  # nor in a block within
+        assert torch.equal(network(x), found)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found_grad, grad, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(network(x), found)
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        torch.nn.Conv2d(4, 6, 3, padding=1),
+        Conv2d(4, 6, 3, norm=torch.nn.GroupNorm(2, 6), activation=F.relu),
+        Conv2d(4, 6, 3, norm=torch.nn.BatchNorm2d(6, track_running_stats=False), activation=torch.sigmoid),
+        Conv2d(4, 6, 3, stride=2, bias=False),
+    ],
+    ids=["torch's", "group norm", "no statistics", "no norm"],
+)
+def test_fixed_weights_of_convolutions_that_absorb_nothing(convolution):
+    x = torch.randn(2, 4, 9, 7)
+    expected = convolution.eval()(x)
+    with fixed_weights(convolution):
+        found = convolution(x)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fixed_weights_leave_modes_parameters_and_their_layout(plain):
+    network = torch.nn.Sequential(plain, torch.nn.BatchNorm2d(6), torch.nn.Dropout()).train()
+    before = [(parameter.clone(), parameter.stride()) for parameter in network.parameters()]
+    with fixed_weights(network):
+        assert not any(module.training for module in network.modules())
+    assert all(module.training for module in network.modules())
+    assert "forward" not in vars(plain)
+    for parameter, (value, stride) in zip(network.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+        assert parameter.stride() == stride

@@ -10,8 +10,11 @@ from rt_detectron.utils.memory import keep_freed_memory
 COUNT = """
 import resource, runpy, sys
 import numpy as np
-if sys.argv[1] == "kept":  # the file alone, since the package takes seconds to import
-    assert runpy.run_path("rt_detectron/utils/memory.py")["keep_freed_memory"]()
+keep = runpy.run_path("rt_detectron/utils/memory.py")["keep_freed_memory"]  # the package takes seconds
+if sys.argv[1] != "given back":
+    assert keep()
+if sys.argv[1] == "given back again":
+    assert keep(False)
 np.ones(2**23)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
@@ -22,10 +25,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps it")
 def test_freed_memory_is_used_again():
-    kept, given_back = (
-        int(subprocess.check_output([sys.executable, "-c", COUNT, word])) for word in ("kept", "given back")
+    kept, given_back, again = (
+        int(subprocess.check_output([sys.executable, "-c", COUNT, word]))
+        for word in ("kept", "given back", "given back again")
     )
     assert kept < given_back / 10
+    assert again > given_back / 2
 
 
 def test_without_glibc_nothing_happens(monkeypatch):

@@ -21,9 +21,8 @@ from rt_detectron.data import CheckedMapper
 from rt_detectron.evaluation.build import parts_of
 from rt_detectron.evaluation.coco import COCOEvaluator
 from rt_detectron.evaluation.robustness.measurement import ImageByImage, Metrics
-from rt_detectron.layers.frozen_norm import norms_folded_once
+from rt_detectron.layers.frozen_norm import fixed_weights
 from rt_detectron.utils.errors import InputError
-from rt_detectron.utils.modes import eval_mode
 from rt_detectron.utils.numbers import is_number
 
 # Changes a batch of a detector's inputs before it sees them, as an attack does.
@@ -136,7 +135,7 @@ class DetectionTestSet:
 
         if not self.whole:
             evaluator = _OfImages(evaluator, [image["image_id"] for image in self.dicts])
-        with eval_mode(model), norms_folded_once(model):
+        with fixed_weights(model):
             metrics = inference_on_dataset(detect, bar, evaluator)
         if clean is None or not comm.is_main_process():
             return metrics
