@@ -45,7 +45,7 @@ def of_one(measured: Measured, noise: Measured | None, alone: bool, task: str = 
         level = "ok" if stuck <= _STUCK * images else "error" if alone else "warning"
         text = f"objective {_text(before)} -> {_text(after)}; it did not rise in {stuck} of {images} images"
         if level != "ok" and stuck < images:
-            text += " (TEST.ATTACK.BEST True or more STEPS make it stronger)"
+            text += " (more STEPS make it stronger; so does TEST.ATTACK.BEST True, where it is off)"
         checks.append({"check": "objective", "level": level, "text": text})
     if noise is not None:
         what = "random noise of the same size"
