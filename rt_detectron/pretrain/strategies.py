@@ -160,14 +160,23 @@ class Fast(Adversarial):
         threat_model: of the training.
         schedule: of the attack's strength.
         check_every: steps between two checks. Each check costs about five forward and backward passes.
+        random_start: False takes a step of eps from the image (Goodfellow et al. 2015). From a random point
+            of an L2 ball a step goes mostly sideways, and moves less than eps along the gradient.
     """
 
     def __init__(
-        self, threat_model: ThreatModel, schedule: EpsSchedule = FULL_STRENGTH, check_every: int = 100
+        self,
+        threat_model: ThreatModel,
+        schedule: EpsSchedule = FULL_STRENGTH,
+        check_every: int = 100,
+        random_start: bool = True,
     ):
         if type(check_every) is not int or check_every < 1:
             raise InputError(f"Fast: check_every is {check_every!r}; it must be a whole number >= 1")
-        super().__init__(PGD(threat_model, steps=1, relative_step_size=1.25, random_start=True), schedule)
+        size = 1.25 if random_start else 1.0
+        super().__init__(
+            PGD(threat_model, steps=1, relative_step_size=size, random_start=random_start), schedule
+        )
         self.check_every = check_every
         self.seen = self.suspicions = 0
         self.pooled = [0, 0, 0]  # images, and how many of them withstand one step and five

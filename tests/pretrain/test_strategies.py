@@ -267,6 +267,17 @@ def test_the_check_changes_nothing_and_warns_again_after_a_recovery(caplog):
     assert sum("catastrophic overfitting" in record.message for record in caplog.records) == 2
 
 
+def test_without_a_random_start_it_goes_eps_along_the_gradient():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 5))
+    images, labels = 0.3 + 0.4 * torch.rand(2, 3, 4, 4), torch.tensor([0, 3])
+    found = Fast(ThreatModel("l2", 0.1), random_start=False).perturb(network, images, labels, 0.5)
+    images.requires_grad_(True)
+    (grad,) = torch.autograd.grad(F.cross_entropy(network(images), labels), images)
+    expected = images + 0.1 * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_resumed_check_has_the_images_it_had():
     strategy, other = Fast(L2), Fast(L2)
     logits, labels = torch.eye(2), torch.zeros(2, dtype=torch.int64)
