@@ -28,7 +28,7 @@ optimizer = L(clipped_optimizer)(
     optimizer="AdamW",
     max_norm=100.0,
     params=L(get_default_optimizer_params)(
-        base_lr="${..lr}", weight_decay_norm=0.0, lr_factor_func=L(backbone_factor)(multiplier=0.1)
+        base_lr="${..lr}", lr_factor_func=L(backbone_factor)(multiplier=0.1)
     ),
     lr=1e-4,
     weight_decay=0.1,  # 0.05 for a ConvNeXt

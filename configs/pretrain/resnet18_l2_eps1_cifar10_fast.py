@@ -18,6 +18,7 @@ model.strategy = L(Fast)(
     threat_model=L(ThreatModel)(norm="l2", eps=1.0),
     schedule=L(EpsSchedule)(clean=0.3, warmup=0.5, grows="images", random=False),
     check_every=100,
+    random_start=True,
 )
 model.resolution = L(Resolution)(start=16, until=0.6, multiple=4)
 

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from rt_detectron.attacks.detection import DetectorAttack, LossAttack, other_classes, register_detector_attack
 from rt_detectron.utils.errors import InputError
 
+# What the losses of the last head are called: of R-CNNs and RetinaNet, and of FCOS.
+CLASSIFICATION, REGRESSION = ("loss_cls", "loss_fcos_cls"), ("loss_box_reg", "loss_fcos_loc")
+
 
 class BoxHeadAttack(LossAttack):
     """Raises losses of the box head, the mean over its proposals.
@@ -47,21 +50,21 @@ class BoxHeadAttack(LossAttack):
 class BoxClassification(BoxHeadAttack):
     """Raises the classification loss of the box head."""
 
-    name, terms, targetable = "A_cls", ("loss_cls",), True
+    name, terms, targetable = "A_cls", CLASSIFICATION, True
 
 
 @register_detector_attack
 class BoxRegression(BoxHeadAttack):
     """Raises the regression loss of the box head."""
 
-    name, terms = "A_reg", ("loss_box_reg",)
+    name, terms = "A_reg", REGRESSION
 
 
 @register_detector_attack
 class BoxLosses(BoxHeadAttack):
     """Raises both losses of the box head."""
 
-    name, terms = "A_box", ("loss_cls", "loss_box_reg")
+    name, terms = "A_box", CLASSIFICATION + REGRESSION
 
 
 @register_detector_attack
@@ -73,7 +76,7 @@ class ClassBalanced(BoxHeadAttack):
     "Class-Aware Robust Adversarial Training for Object Detection").
     """
 
-    name, terms = "A_cwa", ("loss_cls", "loss_box_reg")
+    name, terms = "A_cwa", CLASSIFICATION + REGRESSION
     needs_object_counts = True
 
     def replaced_losses(self, model: nn.Module) -> dict[nn.Module, Callable]:
@@ -126,17 +129,24 @@ class MultiTask(DetectorAttack):
     def perturb(self, model: nn.Module, inputs: Sequence[dict]) -> list[dict]:
         return [found for found, _ in self._chosen(model, inputs)]
 
+    def check(self, model: nn.Module) -> None:
+        for part in self._parts:
+            part.check(model)
+
+    @property
+    def _parts(self) -> list[LossAttack]:
+        return [
+            kind(self.pgd, self.seed, clip=self.clip, padding=self.padding, amp=self.amp)
+            for kind in (BoxClassification, BoxRegression)
+        ]
+
     @property
     def _both(self) -> BoxLosses:
         return BoxLosses(self.pgd, self.seed, clip=self.clip)
 
     def _chosen(self, model: nn.Module, inputs: Sequence[dict]) -> list[tuple[dict, float]]:
         """Each image, attacked, and the sum of its losses."""
-        attacks = [
-            kind(self.pgd, self.seed, clip=self.clip, padding=self.padding, amp=self.amp)
-            for kind in (BoxClassification, BoxRegression)
-        ]
-        tried = [attack.perturb(model, inputs) for attack in attacks]
+        tried = [attack.perturb(model, inputs) for attack in self._parts]
         valued = [zip(found, self._both.value(model, found), strict=True) for found in tried]
         return [max(pairs, key=lambda pair: pair[1]) for pairs in zip(*valued, strict=True)]
 
@@ -213,7 +223,8 @@ def _clipped_means(
     class_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     losses = proposal_losses(predictor, predictions, proposals, class_weights)
-    return {name: _clipped(values, limit).mean() for name, values in losses.items()}
+    # As Detectron2, 0 without proposals.
+    return {name: _clipped(values, limit).sum() / max(len(values), 1) for name, values in losses.items()}
 
 
 def inverse_frequency(counts: Sequence[int], num_classes: int) -> Tensor:

@@ -30,6 +30,11 @@ class EpsSchedule:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value <= 1:
                 raise InputError(f"eps schedule: {name} is {value!r}; it is a share of training, 0 to 1")
+        if self.clean + self.warmup > 1:
+            raise InputError(
+                f"eps schedule: clean {self.clean} and warmup {self.warmup} are more than the training: the "
+                "attack would never have its full strength"
+            )
         if self.grows not in ("eps", "images"):
             raise InputError(f"eps schedule: grows is {self.grows!r}; it must be 'eps' or 'images'")
 

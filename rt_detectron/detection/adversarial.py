@@ -80,8 +80,15 @@ class AdversarialTraining:
         if not self.replays and (self.carry_over or self.count_batches):
             raise _refusal("CARRY_OVER and COUNT_BATCHES are for REPLAYS")
         attack, _ = self.attack, self.schedule  # which refuse an unknown loss and shares that are none
-        if attack.needs_object_counts:
-            raise _refusal(f"LOSS {self.loss} is for evaluation; take A_box")
+        if attack.needs_object_counts or attack.needs_pixel_counts:
+            instead = "A_box" if attack.needs_object_counts else "all"
+            raise _refusal(f"LOSS {self.loss} is for evaluation; take {instead}")
+        if not self.replays and not self.steps:
+            for name, default in (("loss", "all"), ("step_size", 0), ("clean", 0), ("warmup", 0)):
+                if getattr(self, name) != default:
+                    raise _refusal(f"{name.upper()} is for an attack: set STEPS or REPLAYS")
+        if self.replays and self.start == "image":
+            raise _refusal("START is for STEPS; replays begin at the image, or where CARRY_OVER has them")
         if self.replays and self.loss not in REPLAYED:
             raise _refusal(f"LOSS {self.loss} is for STEPS; with REPLAYS take one of {', '.join(REPLAYED)}")
 
@@ -302,7 +309,7 @@ class FreeReplays(ChangedBatches):
             return [torch.zeros_like(image) for image in images]
         ball = self._ball(self._iteration)
         resized = [
-            F.interpolate(moved[None], image.shape[-2:], mode="bilinear")
+            F.interpolate(moved[None], image.shape[-2:])  # to the nearest: a mean would make it smaller
             for image, moved in zip(images, last, strict=True)
         ]
         return [ball.project(moved)[0] for moved in resized]  # a larger L2 perturbation would leave the ball

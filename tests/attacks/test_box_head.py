@@ -189,6 +189,16 @@ def test_rare_classes_count_more_and_absent_ones_nothing():
         inverse_frequency((1, 2), 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"), [("A_cls", 1), ("A_reg", 10), ("A_box", 11), ("no_regression", 50.5)]
+)
+def test_the_losses_of_fcos(name, expected):
+    losses = {"loss_fcos_cls": 1.0, "loss_fcos_loc": 10.0, "loss_fcos_ctr": 100.0}
+    attack = build_detector_attack(name, PGD(BALL, steps=1))
+    found = attack.objective({name: torch.tensor(value) for name, value in losses.items()})
+    assert found == expected
+
+
 def test_padding_changes_no_detection(learned):
     """Padded beforehand or by the detector, it is the same input, and boxes refer to the image."""
     cfg, model = learned
@@ -247,8 +257,10 @@ class TestMistakes:
         with pytest.raises(InputError, match=words):
             build_detector_attack(name, PGD(BALL, steps=1), **options)
 
-    @pytest.mark.parametrize(("name", "clip"), [("A_cls", 6.0), ("A_cwa", 0.0), ("DAG", 0.0)])
+    @pytest.mark.parametrize(("name", "clip"), [("A_cls", 6.0), ("A_cwa", 0.0), ("DAG", 0.0), ("MTD", 6.0)])
     def test_a_detector_without_a_box_head(self, make_detector, picture, name, clip):
         attack = build_detector_attack(name, PGD(BALL, steps=1), clip=clip)
         with pytest.raises(InputError, match="the box head of an R-CNN, and RetinaNet has none"):
             attack(make_detector("retinanet"), [picture])
+        with pytest.raises(InputError, match="the box head of an R-CNN, and RetinaNet has none"):
+            attack.check(make_detector("retinanet"))  # before anything is measured

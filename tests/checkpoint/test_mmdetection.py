@@ -262,6 +262,8 @@ def test_other_settings_are_refused_by_name(resnet, tmp_path):
     for old, new in (("ratios=[0.5, 1.0", "ratios=[0.3, 1.0"), ("scales=[8]", "scales=[4]")):
         with pytest.raises(InputError, match=rf"says {new.split('=')[0]} \[.*, and this conversion is for"):
             convert_detector(saved(tmp_path, resnet[1], CONFIG.replace(old, new)), tmp_path / "d.pth")
+    several = "dict(type='RandomChoiceResize', scales=[(480, 1333), (512, 1333)])\n"  # of the images
+    convert_detector(saved(tmp_path, resnet[1], several + CONFIG), tmp_path / "d.pth")
     config = CONFIG.replace("[0.1, 0.1, 0.2", "[0.2, 0.1, 0.2")
     with pytest.raises(InputError, match=r"says target_stds \[0\.2, 0\.1"):
         convert_detector(saved(tmp_path, resnet[1], config), tmp_path / "d.pth")

@@ -153,7 +153,7 @@ def test_the_next_batch_begins_where_the_last_one_ended(threat_model):
         if number == 1:
             left = loader.state_of_process()["moved_images"]
     for first, inputs, moved in zip(model.seen[2], data[1], left, strict=True):
-        resized = nn.functional.interpolate(moved[None], first.shape[1:], mode="bilinear")[0]
+        resized = nn.functional.interpolate(moved[None], first.shape[1:], mode="nearest")[0]
         norm = resized.norm() if threat_model.norm == "l2" else resized.abs().max()
         resized = resized * (threat_model.radius / norm).clamp(max=1)
         torch.testing.assert_close(first, (inputs["image"] + 255 * resized).clamp(0, 255))
@@ -233,6 +233,11 @@ def test_without_either_the_loader_is_itself():
         ({"steps": 2, "loss": "A_clf"}, "'A_clf' is unknown"),
         ({"steps": 2, "carry_over": True}, "are for REPLAYS"),
         ({"steps": 2, "start": "noise"}, "START is 'noise'"),
+        ({"steps": 2, "loss": "MCE_Bal"}, "MCE_Bal is for evaluation; take all"),
+        ({"loss": "MTD"}, "LOSS is for an attack: set STEPS or REPLAYS"),
+        ({"WARMUP": 0.5}, "WARMUP is for an attack"),
+        ({"replays": 2, "start": "image"}, "START is for STEPS"),
+        ({"steps": 2, "clean": 0.8, "warmup": 0.8}, "would never have its full strength"),
         ({"clip": -1.0}, "CLIP is -1.0"),
         ({"clean": 2.0}, "clean is 2.0"),
         ({"replay": 2}, "no key replay; did you mean replays"),

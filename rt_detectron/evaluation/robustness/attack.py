@@ -14,7 +14,6 @@ from rt_detectron.attacks import (
     APGD,
     PGD,
     DetectorAttack,
-    LossAttack,
     RandomNoise,
     ThreatModel,
     build_detector_attack,
@@ -35,6 +34,8 @@ from rt_detectron.evaluation.robustness.protocols import OURS, PROTOCOLS, attack
 from rt_detectron.evaluation.robustness.session import Session
 from rt_detectron.evaluation.robustness.test_set import DetectionTestSet, annotated_test_mapper
 from rt_detectron.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 NORMS = {"l2": "L2", "linf": "Linf"}
 WORST = "worst"  # the "loss" of the worst case over several
@@ -98,6 +99,11 @@ class AttackEvaluation(Evaluation):
             for name in ("MAX_IMAGES", "CHECK_IMAGES", "QUERIES")
         }
         attacks = {name: tuple(_attacks(cfg, keys)) for name, keys in attack_keys(cfg).items()}
+        if cfg.TEST.ATTACK.SURROGATE and not (counts["check_images"] and any(attacks.values())):
+            raise InputError(
+                "TEST.ATTACK.SURROGATE is tried on CHECK_IMAGES images under attack: give an eps or a "
+                "PROTOCOL, and CHECK_IMAGES, or drop it"
+            )
         return cls(attacks, noise=cfg.TEST.ATTACK.NOISE, **counts)
 
     @property
@@ -110,8 +116,7 @@ class AttackEvaluation(Evaluation):
 
     def check(self, session: Session) -> None:
         for attack in self.all_attacks:
-            if isinstance(attack, LossAttack):
-                attack.losses_function(session.model)
+            attack.check(session.model)
             if attack.task == "sem_seg" and not all(
                 "sem_seg_file_name" in each for each in session.test_set.dicts
             ):
@@ -119,6 +124,11 @@ class AttackEvaluation(Evaluation):
                     f"TEST.ATTACK.LOSSES has {attack.name!r}, but {session.dataset} has no semantic "
                     "segmentation: drop it"
                 )
+        if self.all_attacks and self.check_images and not session.test_set.can_be_spread:
+            logger.warning(
+                "%s only scores whole test sets: the checks on TEST.ATTACK.CHECK_IMAGES images are left out",
+                type(session.test_set.evaluator).__name__,
+            )
 
     def measure(self, session: Session) -> list[dict]:
         if not self.all_attacks:
@@ -193,8 +203,8 @@ class AttackEvaluation(Evaluation):
             passes = {kind: sum(attack.passes[kind] for attack in attacks) for kind in attacks[0].passes}
             of_all = {**attacks[0].settings, "loss": WORST, "losses": [attack.name for attack in attacks]}
             entries.append({**of_all, **common, **_outcome(worst), "passes": passes})
-            entries[-1]["checks"] = masking.of_one(worst, noise, True, task)
-        if self._is_checked(protocol, ball):
+            entries[-1]["checks"] = [*masking.of_all(found), *masking.of_one(worst, noise, True, task)]
+        if self._is_checked(protocol, ball) and images.can_be_spread:
             strongest = min(
                 zip(attacks, found, strict=True), key=lambda pair: masking.main_value(pair[1], task) or 0
             )[0]

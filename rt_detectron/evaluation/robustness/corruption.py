@@ -120,7 +120,8 @@ class CorruptionEvaluation(Evaluation):
     def merged(earlier: dict | None, results: dict | None) -> dict | None:
         if earlier is None:
             return results
-        if results and any(earlier[key] != results[key] for key in ("clean_matches", "seed")):  # other images
+        same = ("images", "clean_matches", "seed")
+        if results and any(earlier[key] != results[key] for key in same):  # other images
             return results
         new = results["results"] if results else []
         whole = with_earlier(earlier["results"], new, lambda each: (each["corruption"], each["severity"]))

@@ -7,6 +7,7 @@ Adversarial Robustness", https://arxiv.org/abs/1902.06705). Each check is one li
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +52,16 @@ def of_one(measured: Measured, noise: Measured | None, alone: bool, task: str = 
         what = "random noise of the same size"
         checks.append(_weaker("noise", what, measured, noise, _TOLERANCE, alone, task))
     return checks
+
+
+def of_all(several: Sequence[Measured]) -> list[Check]:
+    """The check of several attacks, of which each may be stuck, but not all."""
+    shares = [each.objective["not_risen"] / each.objective["images"] for each in several if each.objective]
+    if len(shares) < len(several):
+        return []
+    level = "ok" if min(shares) <= _STUCK else "error"
+    text = f"each objective did not rise in {100 * min(shares):.0f} % of the images or more"
+    return [{"check": "objectives", "level": level, "text": text}]
 
 
 def of_some_images(

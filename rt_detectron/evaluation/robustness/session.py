@@ -33,6 +33,7 @@ from rt_detectron.evaluation.robustness.measurement import (
     write_result,
 )
 from rt_detectron.evaluation.robustness.pictures import BeforeAfter
+from rt_detectron.evaluation.robustness.protocols import OURS
 from rt_detectron.evaluation.robustness.test_set import (
     DetectionTestSet,
     Perturb,
@@ -86,7 +87,8 @@ class Session:
         self.folder = own.OUTPUT_DIR
         os.makedirs(self.folder, exist_ok=True)
         (self.dataset,) = cfg.DATASETS.TEST
-        attacked = bool(cfg.TEST.ATTACK.L2_EPS or cfg.TEST.ATTACK.LINF_EPS)
+        keys = cfg.TEST.ATTACK
+        attacked = bool(keys.L2_EPS or keys.LINF_EPS or keys.PROTOCOL != OURS)
         dicts = with_image_ids(load_test_set(cfg, self.dataset, with_objects=attacked))
         self.test_set = DetectionTestSet(
             dicts,
@@ -103,6 +105,10 @@ class Session:
         self._changed.keep_matches()
         self.identity = from_main(detector_identity(cfg, model, dicts) if comm.is_main_process() else None)
         self.surrogate_sha256 = surrogate and weights_sha256(surrogate)
+        if self.surrogate_sha256 == self.identity["weights_sha256"]:
+            logger.warning(
+                "TEST.ATTACK.SURROGATE has the weights of MODEL.WEIGHTS: an attack is no transfer there"
+            )
         self.pictures: list[dict[str, str]] = []
         self._measured: dict[str, Measured] = {}
 

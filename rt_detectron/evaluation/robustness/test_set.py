@@ -81,6 +81,11 @@ class DetectionTestSet:
             if isinstance(part, COCOEvaluator):
                 part.keeps_matches = True
 
+    @property
+    def can_be_spread(self) -> bool:
+        """Whether the evaluator can score only some of the images."""
+        return "img_ids" in inspect.signature(self.evaluator.evaluate).parameters
+
     def spread(self, count: int) -> "DetectionTestSet":
         """``count`` of its images, evenly spread; the set itself if ``count`` is 0 or at least its size.
 
@@ -89,7 +94,7 @@ class DetectionTestSet:
         """
         if count == 0 or count >= len(self.dicts):
             return self
-        if not _takes_image_ids(self.evaluator):
+        if not self.can_be_spread:
             raise InputError(
                 f"{type(self.evaluator).__name__} only scores whole test sets: set MAX_IMAGES to 0 for "
                 "all evaluations"
@@ -173,10 +178,6 @@ class _OfImages(DatasetEvaluator):
 
     def evaluate(self):
         return self.evaluator.evaluate(img_ids=self.image_ids)
-
-
-def _takes_image_ids(evaluator: DatasetEvaluator) -> bool:
-    return "img_ids" in inspect.signature(evaluator.evaluate).parameters
 
 
 def zero_where_nothing_is_found(metrics: Metrics, clean: Metrics) -> Metrics:

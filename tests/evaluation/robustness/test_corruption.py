@@ -35,9 +35,9 @@ def test_small_images_are_named_before_anything_is_measured():
 
 
 def test_what_is_not_asked_for_any_more_is_kept_beside_what_is():
-    def results(*names, seed=0, of="six"):
+    def results(*names, seed=0, of="six", images=6):
         found = [{"corruption": name, "severity": 1, "requested": True, "metrics": {}} for name in names]
-        return {"clean_matches": of, "seed": seed, "results": found, "mPC": {"bbox": 3.0}}
+        return {"images": images, "clean_matches": of, "seed": seed, "results": found, "mPC": {"bbox": 3.0}}
 
     def kept(part):
         return [(each["corruption"], each["requested"]) for each in part["results"]]
@@ -47,5 +47,9 @@ def test_what_is_not_asked_for_any_more_is_kept_beside_what_is():
     both = merge(results("fog", "snow"), results("fog"))
     assert kept(both) == [("fog", True), ("snow", False)]
     assert kept(merge(both, None)) == [("fog", False), ("snow", False)]
-    for other in (results("fog", seed=1), results("fog", of="three")):  # no mean over both has a meaning
+    for other in (
+        results("fog", seed=1),
+        results("fog", of="three"),
+        results("fog", images=3),
+    ):  # no mean over both has a meaning
         assert merge(both, other) == other

@@ -1,13 +1,18 @@
 """Checks against gradient masking catch a detector that hides its gradient, and pass one that does not."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.evaluation import DatasetEvaluator
 
 from rt_detectron.evaluation.robustness import evaluate_robustness, robustness_table
-from rt_detectron.evaluation.robustness.masking import of_one
+from rt_detectron.evaluation.robustness.attack import AttackEvaluation
+from rt_detectron.evaluation.robustness.masking import of_all, of_one
 from rt_detectron.evaluation.robustness.measurement import Measured
+from rt_detectron.evaluation.robustness.session import Session
+from rt_detectron.utils.errors import InputError
 
 
 @pytest.fixture
@@ -60,6 +65,31 @@ def test_an_input_quantiser_is_caught(learned, cfg, monkeypatch):
     assert "it did not rise in 3 of 3 images" in robustness_table(content)
     assert "preprocess_image" in vars(model)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(("stuck", "levels"), [((20, 20), ["error"]), ((20, 2), ["ok"]), ((20, None), [])])
+def test_of_several_objectives_one_must_rise(stuck, levels):
+    objectives = [number and {"before": 1, "after": 1, "images": 20, "not_risen": number} for number in stuck]
+    found = of_all([Measured({}, None, 0.0, objective) for objective in objectives])
+    assert [check["level"] for check in found] == levels
+
+
+def test_what_cannot_be_checked_is_said_or_refused(learned, cfg, caplog):
+    cfg.TEST.ATTACK.SURROGATE = "other.pth"
+    cfg.TEST.ATTACK.CHECK_IMAGES = 0
+    with pytest.raises(InputError, match="SURROGATE is tried on CHECK_IMAGES images under attack"):
+        AttackEvaluation.from_config(cfg)
+    cfg.TEST.ATTACK.SURROGATE, cfg.TEST.ATTACK.CHECK_IMAGES = "", 3
+
+    class Whole(DatasetEvaluator):
+        def evaluate(self):
+            return {}
+
+    session = Session(cfg, learned[1], cfg.OUTPUT_DIR, surrogate=learned[1])
+    assert "SURROGATE has the weights of MODEL.WEIGHTS" in caplog.text
+    session.test_set = replace(session.test_set, evaluator=Whole())
+    AttackEvaluation.from_config(cfg).check(session)
+    assert "Whole only scores whole test sets: the checks on TEST.ATTACK.CHECK_IMAGES images" in caplog.text
 
 
 @pytest.mark.parametrize(
