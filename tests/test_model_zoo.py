@@ -56,7 +56,9 @@ def test_segmentors_on_a_robust_and_a_standard_backbone(kind):
     sea.defrost()
     sea.merge_from_list(["TEST.ATTACK.PROTOCOL", "sea", "TEST.ATTACK.LINF_EPS", "(4,)"])
     attack = {each.name: each for each in robustness_evaluations(sea)}["attack"]
-    attack.check(SimpleNamespace(model=model, test_set=SimpleNamespace(dicts=[]), dataset=""))
+    attack.check(
+        SimpleNamespace(model=model, test_set=SimpleNamespace(dicts=[], can_be_spread=True), dataset="")
+    )
     for cfg in (robust, standard):
         cfg.defrost()
         cfg.OUTPUT_DIR = cfg.MODEL.WEIGHTS = ""

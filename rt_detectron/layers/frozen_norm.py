@@ -7,6 +7,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -54,32 +55,49 @@ def fixed_weights(model: nn.Module) -> Iterator[None]:
     """Within the block, ``model`` is in eval mode and its convolutions have the form that is fastest there.
 
     For evaluations: the parameters must stay as they are, and those of convolutions take no gradient. A
-    convolution of Detectron2's absorbs the norm behind it once, not in each pass. On CPUs the weights are
-    channels_last, and so become the feature maps, which oneDNN then need not reorder.
+    convolution of Detectron2's absorbs the norm behind it once, not in each pass. On CPUs the weights of a
+    backbone are channels_last, and so become its feature maps, which oneDNN then need not reorder. What it
+    gives is contiguous as ever, since heads may count on that: Detectron2's loss of keypoints does.
     """
     fixed = []
+    backbones = _outermost(model, Backbone)
+    in_backbones = {module for backbone in backbones for module in backbone.modules()}
+    hooks = [backbone.register_forward_hook(_contiguous) for backbone in backbones]
     try:
         with eval_mode(model):
             for module in model.modules():
                 plain = type(module) in (nn.Conv2d, Conv2d, FrozenNormConv2d)
                 if plain and "forward" not in vars(module):  # of a block around this one, or of the user's
-                    module.forward = partial(_convolve, module, *_fixed(module))
+                    module.forward = partial(_convolve, module, *_fixed(module, module in in_backbones))
                     fixed.append(module)
             yield
     finally:
         for module in fixed:
             del module.forward
+        for hook in hooks:
+            hook.remove()
+
+
+def _outermost(model: nn.Module, kind: type) -> list[nn.Module]:
+    """The modules of that kind that are in no other one."""
+    if isinstance(model, kind):
+        return [model]
+    return [module for child in model.children() for module in _outermost(child, kind)]
+
+
+def _contiguous(_module, _args, maps):
+    return {name: each.contiguous() for name, each in maps.items()} if isinstance(maps, dict) else maps
 
 
 @torch.no_grad()
-def _fixed(module: nn.Conv2d) -> tuple[Tensor, Tensor | None, bool]:
+def _fixed(module: nn.Conv2d, in_backbone: bool) -> tuple[Tensor, Tensor | None, bool]:
     """Weight and bias, and whether these have absorbed the norm."""
     weight, bias = module.weight.detach(), module.bias
     absorbs = _can_be_absorbed(getattr(module, "norm", None))
     if absorbs:
         scale, bias = absorb_norm(module.norm, bias)
         weight = weight * scale.view(-1, 1, 1, 1)
-    if weight.device.type == "cpu":
+    if in_backbone and weight.device.type == "cpu":
         weight = weight.contiguous(memory_format=torch.channels_last)
     return weight, bias, absorbs
 

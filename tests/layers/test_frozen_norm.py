@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import Backbone
 
 from rt_detectron.layers.frozen_norm import FrozenNormConv2d, fixed_weights, fold_frozen_norms
 
@@ -91,8 +92,28 @@ def test_fixed_weights_of_convolutions_that_absorb_nothing(convolution):
     expected = convolution.eval()(x)
     with fixed_weights(convolution):
         found = convolution(x)
-    assert found.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_backbone_computes_channels_last_and_its_heads_see_no_difference(plain):
+    class Features(Backbone):
+        def __init__(self):
+            super().__init__()
+            self.conv = plain
+
+        def forward(self, x):
+            self.maps = self.conv(x)
+            return {"res2": self.maps}
+
+    model = torch.nn.Sequential(Features()).eval()
+    x = torch.randn(2, 4, 9, 7)
+    expected = model(x)["res2"]
+    with fixed_weights(model):
+        found = model(x)["res2"]
+    assert model[0].maps.is_contiguous(memory_format=torch.channels_last)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert model(x)["res2"] is model[0].maps  # nothing is left of it
 
 
 def test_fixed_weights_leave_modes_parameters_and_their_layout(plain):

@@ -114,7 +114,7 @@ def test_table(finished):
     content = finished[1]
     lines = [line.split("  ")[0] for line in robustness_table(content).splitlines()[2:]]
     remarks = [line for line in lines if line.startswith(("ok: ", "warning: ", "error: "))]
-    assert len(remarks) == 2 * (2 + 2 + 1)
+    assert len(remarks) == 2 * (2 + 2 + 2)
     assert remarks[0].startswith("ok: Linf eps 4, all: objective ")
     lines = lines[: -len(remarks)]
     balls = ["random noise", "all", "vanishing", "worst"]
