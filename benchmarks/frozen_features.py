@@ -6,8 +6,8 @@
 All train the pyramid and the heads on the first annotated images of coco_2017_val and their mirror images,
 with MODEL.BACKBONE.FREEZE_AT 5, from the same random backbone, whose batch norms fit it. Ours takes part
 twice: with an empty cache of features (DATALOADER.FEATURE_CACHE_GB), and with the one it left, as the later
-seeds and learning rates of a study find it. Loading the images counts, writing and reading features, too. The
-trainings run one after another, in this process; it and both sides' loader keep freed memory.
+seeds and learning rates of a study find it. Loading images, and writing and reading features, counts. The
+trainings run one after another in this process, which keeps freed memory.
 """
 
 import argparse

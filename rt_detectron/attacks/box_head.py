@@ -15,11 +15,15 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from rt_detectron.attacks.detection import DetectorAttack, LossAttack, other_classes, register_detector_attack
+from rt_detectron.attacks.detection import (
+    CLASSIFICATION,
+    REGRESSION,
+    DetectorAttack,
+    LossAttack,
+    other_classes,
+    register_detector_attack,
+)
 from rt_detectron.utils.errors import InputError
-
-# What the losses of the last head are called: of R-CNNs and RetinaNet, and of FCOS.
-CLASSIFICATION, REGRESSION = ("loss_cls", "loss_fcos_cls"), ("loss_box_reg", "loss_fcos_loc")
 
 
 class BoxHeadAttack(LossAttack):

@@ -51,6 +51,10 @@ def build_detector_attack(name: str, pgd: PGD, seed: int = 0, **options) -> "Det
     return DETECTOR_ATTACKS[name](pgd, seed, **options)
 
 
+# What the losses of the last head are called: of R-CNNs and RetinaNet, and of FCOS.
+CLASSIFICATION, REGRESSION = ("loss_cls", "loss_fcos_cls"), ("loss_box_reg", "loss_fcos_loc")
+
+
 @dataclass(frozen=True)
 class DetectorAttack(ABC):
     """An attack on a detector.
@@ -326,7 +330,7 @@ class NoRegression(LossAttack):
     name = "no_regression"
 
     def objective(self, losses: dict[str, Tensor]) -> Tensor:
-        kept = [value for name, value in losses.items() if "box_reg" not in name and "fcos_loc" not in name]
+        kept = [value for name, value in losses.items() if not any(term in name for term in REGRESSION)]
         return sum(kept) / len(kept)
 
 

@@ -237,8 +237,8 @@ def _metadata(
 def _check_settings(path: str, text: str) -> None:
     for key, expected in _SETTINGS.items():
         for found in _values(text, key):
-            if key == "scales" and isinstance(found[0], tuple):  # of the images, not of the anchors
-                continue
+            if key == "scales" and isinstance(found, list) and any(isinstance(each, tuple) for each in found):
+                continue  # of the images, not of the anchors
             if found != expected:
                 raise InputError(
                     f"{path}: its configuration says {key} {found}, and this conversion is for {expected}"

@@ -84,8 +84,8 @@ class AdversarialTraining:
             instead = "A_box" if attack.needs_object_counts else "all"
             raise _refusal(f"LOSS {self.loss} is for evaluation; take {instead}")
         if not self.replays and not self.steps:
-            for name, default in (("loss", "all"), ("step_size", 0), ("clean", 0), ("warmup", 0)):
-                if getattr(self, name) != default:
+            for name in ("loss", "step_size", "clean", "warmup"):
+                if getattr(self, name) != getattr(type(self), name):  # the default
                     raise _refusal(f"{name.upper()} is for an attack: set STEPS or REPLAYS")
         if self.replays and self.start == "image":
             raise _refusal("START is for STEPS; replays begin at the image, or where CARRY_OVER has them")

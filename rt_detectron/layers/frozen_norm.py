@@ -103,7 +103,8 @@ def _fixed(module: nn.Conv2d, in_backbone: bool) -> tuple[Tensor, Tensor | None,
 
 
 def _can_be_absorbed(norm: nn.Module | None) -> bool:
-    if not isinstance(norm, (FrozenBatchNorm2d, _BatchNorm)) or norm.training:
+    """In eval mode."""
+    if not isinstance(norm, (FrozenBatchNorm2d, _BatchNorm)):
         return False
     return norm.running_mean is not None and norm.weight is not None
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
-from detectron2.structures import ImageList
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 
 from rt_detectron.attacks import PGD, RandomNoise, ThreatModel, build_detector_attack
-from rt_detectron.attacks.box_head import inverse_frequency
+from rt_detectron.attacks.box_head import clip_proposal_losses, inverse_frequency
 from rt_detectron.attacks.detection import detect, other_classes
 from rt_detectron.evaluation.robustness.test_set import annotated_test_mapper
 from rt_detectron.utils.errors import InputError
@@ -130,6 +130,19 @@ def test_without_a_limit_they_are_detectron2s_own_losses(make_detector, picture)
             for kind in ("loss_cls", "loss_box_reg")
         ]
         assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_proposals_cost_nothing(make_detector):
+    model = make_detector("fpn")
+    predictor = model.roi_heads.box_predictor
+    proposals = Instances((60, 70))
+    proposals.proposal_boxes, proposals.gt_classes = Boxes(torch.zeros(0, 4)), torch.zeros(0).long()
+    predictions = predictor(torch.zeros(0, predictor.cls_score.in_features))
+    expected = {name: float(loss) for name, loss in predictor.losses(predictions, [proposals]).items()}
+    clip_proposal_losses(model, 6.0)
+    found = {name: float(loss) for name, loss in predictor.losses(predictions, [proposals]).items()}
+    del predictor.losses
+    assert found == expected == {"loss_cls": 0, "loss_box_reg": 0}
 
 
 def test_dag(make_detector, odd):

@@ -259,6 +259,10 @@ def test_other_tensors_are_refused_by_name(resnet, tmp_path, spoil, words):
 
 
 def test_other_settings_are_refused_by_name(resnet, tmp_path):
+    with pytest.raises(InputError, match=r"says scales 4, and this conversion is for"):
+        convert_detector(
+            saved(tmp_path, resnet[1], CONFIG.replace("scales=[8]", "scales=4")), tmp_path / "d.pth"
+        )
     for old, new in (("ratios=[0.5, 1.0", "ratios=[0.3, 1.0"), ("scales=[8]", "scales=[4]")):
         with pytest.raises(InputError, match=rf"says {new.split('=')[0]} \[.*, and this conversion is for"):
             convert_detector(saved(tmp_path, resnet[1], CONFIG.replace(old, new)), tmp_path / "d.pth")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.evaluation import DatasetEvaluator
 
-from rt_detectron.evaluation.robustness import evaluate_robustness, robustness_table
+from rt_detectron.evaluation.robustness import evaluate_robustness, robustness_table, session
 from rt_detectron.evaluation.robustness.attack import AttackEvaluation
 from rt_detectron.evaluation.robustness.masking import of_all, of_one
 from rt_detectron.evaluation.robustness.measurement import Measured
@@ -85,11 +85,23 @@ def test_what_cannot_be_checked_is_said_or_refused(learned, cfg, caplog):
         def evaluate(self):
             return {}
 
-    session = Session(cfg, learned[1], cfg.OUTPUT_DIR, surrogate=learned[1])
+    there = Session(cfg, learned[1], cfg.OUTPUT_DIR, surrogate=learned[1])
     assert "SURROGATE has the weights of MODEL.WEIGHTS" in caplog.text
-    session.test_set = replace(session.test_set, evaluator=Whole())
-    AttackEvaluation.from_config(cfg).check(session)
+    there.test_set = replace(there.test_set, evaluator=Whole())
+    AttackEvaluation.from_config(cfg).check(there)
     assert "Whole only scores whole test sets: the checks on TEST.ATTACK.CHECK_IMAGES images" in caplog.text
+
+
+@pytest.mark.parametrize(("protocol", "eps", "attacked"), [("oddefense", (), True), ("ours", (), False)])
+def test_the_objects_that_an_attack_needs_are_checked(learned, cfg, monkeypatch, protocol, eps, attacked):
+    asked = []
+    load = session.load_test_set
+    monkeypatch.setattr(
+        session, "load_test_set", lambda *args, **options: asked.append(options) or load(*args, **options)
+    )
+    cfg.TEST.ATTACK.PROTOCOL, cfg.TEST.ATTACK.LINF_EPS = protocol, eps
+    Session(cfg, learned[1], cfg.OUTPUT_DIR)
+    assert asked == [{"with_objects": attacked}]
 
 
 @pytest.mark.parametrize(
