@@ -122,7 +122,7 @@ def ours(
 
 
 def ours_without_small_maps(arch, images, labels) -> Step:
-    return mock.patch.object(small_maps, "MAX_SIDE", 0)(ours()(arch, images, labels))
+    return mock.patch.object(small_maps, "MAX_SIDE", {})(ours()(arch, images, labels))
 
 
 def robustness(use_best: bool) -> Callable[..., Step]:

@@ -12,14 +12,43 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rt_detectron.layers.small_maps import small_map
+from rt_detectron.layers.eval_norm import EvalBatchNorm2d
+from rt_detectron.layers.small_maps import SmallMapConv2d, output_size, small_map
+from rt_detectron.layers.sync_bn import CpuSyncBatchNorm
 from rt_detectron.utils.modes import eval_mode
 
 logger = logging.getLogger(__name__)
+
+# Subclasses may compute something else: timm has norms with an activation, and convolutions that standardise
+# their weights.
+_CONVOLUTIONS = (nn.Conv2d, SmallMapConv2d)
+_NORMS = (
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    NaiveSyncBatchNorm,
+    CpuSyncBatchNorm,
+    EvalBatchNorm2d,
+    FrozenBatchNorm2d,
+)
+
+
+def is_plain(module: nn.Module | None, types: tuple[type, ...] = _CONVOLUTIONS) -> bool:
+    """Whether ``module`` is of one of these very types, and no hook changes what it does."""
+    if module is None or type(module) not in types:
+        return False
+    return not module._forward_pre_hooks and not module._forward_hooks
+
+
+def can_be_absorbed(norm: nn.Module | None) -> bool:
+    """Whether :func:`absorb_norm` takes it, in eval mode."""
+    if norm is None or not is_plain(norm, _NORMS):
+        return False
+    return norm.running_mean is not None and norm.weight is not None
 
 
 def absorb_norm(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -68,13 +97,23 @@ class FoldedConvolution(nn.Module):
         self._folded: tuple[tuple, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is None or residual.shape == self._shape_of_output(x):
+            return self._convolved(x, residual, self.relu)
+        return F.relu(self._convolved(x, None, False) + residual)  # kernels do not broadcast
+
+    def _shape_of_output(self, x: Tensor) -> tuple[int, ...]:
+        of, _ = self.source
+        size = output_size(x.shape[2:], of.kernel_size, of.stride, of.padding, of.dilation)
+        return len(x), of.out_channels, *size
+
+    def _convolved(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         convolution, _ = self.source
-        if runs_on_cpu(x) and (small := small_map(x, convolution)) is not None:
-            weight, bias = self.folded(small.transform)
-            return _finish(small.convolve(x, weight).add_(bias.view(-1, 1, 1)), residual, self.relu)
         dtype = _fused_dtype(x)
         if dtype is not None:
             x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
+            if (small := small_map(x, convolution)) is not None:
+                weight, bias = self.folded(small.prepare, dtype)
+                return _finish(small.convolve(x, weight).add_(bias.view(-1, 1, 1)), residual, relu)
         if dtype is not None and self.in_blocks and x.shape[2] % 2 == x.shape[3] % 2 == 0:
             weight, bias = self.folded(_weight_of_blocks, dtype)
             x, geometry = _blocks(x, weight.shape[2]), ((0, 0), (1, 1), (1, 1), 1)
@@ -82,12 +121,13 @@ class FoldedConvolution(nn.Module):
             weight, bias = self.folded(dtype=dtype)
             geometry = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
         convolve = _convolve if dtype is None else _FusedConvolution.apply
-        return convolve(x, residual, weight, bias, geometry, self.relu)
+        return convolve(x, residual, weight, bias, geometry, relu)
 
     def folded(
         self, transform: Callable[[Tensor], Tensor] | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         """Weight, in the form that ``transform`` gives it, and bias; ``dtype`` None: of the convolution."""
+        dtype = dtype or self.source[0].weight.dtype
         if self._folded is None or self._folded[0] != (transform, dtype):
             self._folded = (transform, dtype), *(each.to(dtype) for each in self._fold(transform))
         return self._folded[1:]
@@ -96,13 +136,12 @@ class FoldedConvolution(nn.Module):
     @torch.no_grad()
     def _fold(self, transform: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
         convolution, norm = self.source
-        weight = convolution.weight.detach()
-        weight = weight if transform is None else transform(weight)
-        bias = convolution.bias
+        weight, bias = convolution.weight.detach(), convolution.bias
         if norm is not None:
             scale, bias = absorb_norm(norm, bias)
-            weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-        return weight, weight.new_zeros(len(weight)) if bias is None else bias
+            weight = weight * scale.view(-1, 1, 1, 1)
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        return weight if transform is None else transform(weight), bias
 
 
 def _weight_of_blocks(weight: Tensor) -> Tensor:
@@ -209,16 +248,14 @@ class FoldedNetwork(nn.Module):
         with eval_mode(network):  # a trace fixes the branches on ``self.training``
             traced = fx.GraphModule(network, _Tracer().trace(network))
         for node in list(traced.graph.nodes):
-            if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Conv2d):
+            if node.op == "call_module" and is_plain(traced.get_submodule(node.target)):
                 _fold_convolution(traced, node)
         traced.graph.eliminate_dead_code()
         traced.delete_all_unused_submodules()
         for node in traced.graph.find_nodes(op="call_module"):
             module = traced.get_submodule(node.target)
-            if not isinstance(
-                module, FoldedConvolution
-            ):  # a shallow copy shares the tensors, but has its own mode
-                traced.set_submodule(node.target, copy.copy(module))
+            if not isinstance(module, FoldedConvolution):
+                traced.set_submodule(node.target, _with_own_mode(module))
         traced.recompile()
         self.network = traced
         self._folded = [module for module in traced.modules() if isinstance(module, FoldedConvolution)]
@@ -251,19 +288,19 @@ def fold(network: nn.Module) -> nn.Module:
 def _fold_convolution(traced: fx.GraphModule, node: fx.Node) -> None:
     """Replace the convolution ``node`` and the norm, sum and ReLU that only it leads to by one node."""
     convolution = traced.get_submodule(node.target)
-    if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
+    if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str) or node.kwargs:
         return
+    if len(traced.graph.find_nodes(op="call_module", target=node.target)) > 1:
+        return  # what follows may differ
     last, norm, residual = node, None, None
     follower = _only_user(last)
     follower_module = None if follower is None else _module(traced, follower)
-    if isinstance(follower_module, _BatchNorm):
+    if can_be_absorbed(follower_module):
         last, norm = follower, follower_module
-        if norm.running_mean is None or norm.weight is None:
-            return
     if norm is None and convolution.bias is None and _only_user(last) is None:
         return
     follower = _only_user(last)
-    if follower is not None and follower.target in (operator.add, operator.iadd, torch.add):
+    if follower is not None and _is_sum(follower):
         others = [arg for arg in follower.args if arg is not last]
         # The kernel adds before its ReLU, so a sum without a ReLU gains nothing.
         if len(others) == 1 and isinstance(others[0], fx.Node) and _is_relu(traced, _only_user(follower)):
@@ -283,6 +320,13 @@ def _fold_convolution(traced: fx.GraphModule, node: fx.Node) -> None:
     traced.graph.erase_node(node)
 
 
+def _with_own_mode(module: nn.Module) -> nn.Module:
+    """A copy that shares the tensors."""
+    shallow = copy.copy(module)
+    shallow._modules = {name: child and _with_own_mode(child) for name, child in module._modules.items()}
+    return shallow
+
+
 def _only_user(node: fx.Node | None) -> fx.Node | None:
     return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
 
@@ -291,7 +335,11 @@ def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return traced.get_submodule(node.target) if node.op == "call_module" else None
 
 
+def _is_sum(node: fx.Node) -> bool:
+    return node.target in (operator.add, operator.iadd, torch.add) and not node.kwargs  # which may scale
+
+
 def _is_relu(traced: fx.GraphModule, node: fx.Node | None) -> bool:
     return node is not None and (
-        isinstance(_module(traced, node), nn.ReLU) or node.target in (F.relu, torch.relu)
+        is_plain(_module(traced, node), (nn.ReLU,)) or node.target in (F.relu, torch.relu)
     )

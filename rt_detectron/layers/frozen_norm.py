@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from rt_detectron.layers.eval_norm import EvalBatchNorm2d
-from rt_detectron.layers.folding import absorb_norm
+from rt_detectron.layers.folding import absorb_norm, can_be_absorbed, is_plain
 from rt_detectron.utils.modes import eval_mode
 
 _FIXED = (FrozenBatchNorm2d, EvalBatchNorm2d)  # norms whose statistics stay
@@ -36,7 +35,8 @@ class FrozenNormConv2d(Conv2d):
         pixels = x.numel() // x.shape[1] // (self.stride[0] * self.stride[1])
         if pixels < self.weight[0].numel():
             x = F.conv2d(x, self.weight, None, *geometry)
-            x = torch.addcmul(bias.view(-1, 1, 1), x, scale.view(-1, 1, 1))
+            scale, bias = (each.to(x.dtype).view(-1, 1, 1) for each in (scale, bias))  # as Detectron2's norm
+            x = torch.addcmul(bias, x, scale)
         else:
             x = F.conv2d(x, self.weight * scale.view(-1, 1, 1, 1), bias, *geometry)
         return x if self.activation is None else self.activation(x)
@@ -66,7 +66,10 @@ def fixed_weights(model: nn.Module) -> Iterator[None]:
     try:
         with eval_mode(model):
             for module in model.modules():
-                plain = type(module) in (nn.Conv2d, Conv2d, FrozenNormConv2d)
+                # Detectron2's convolutions always pad with zeros.
+                plain = is_plain(module, (Conv2d, FrozenNormConv2d)) or (
+                    is_plain(module, (nn.Conv2d,)) and module.padding_mode == "zeros"
+                )
                 if plain and "forward" not in vars(module):  # of a block around this one, or of the user's
                     module.forward = partial(_convolve, module, *_fixed(module, module in in_backbones))
                     fixed.append(module)
@@ -93,20 +96,13 @@ def _contiguous(_module, _args, maps):
 def _fixed(module: nn.Conv2d, in_backbone: bool) -> tuple[Tensor, Tensor | None, bool]:
     """Weight and bias, and whether these have absorbed the norm."""
     weight, bias = module.weight.detach(), module.bias
-    absorbs = _can_be_absorbed(getattr(module, "norm", None))
+    absorbs = can_be_absorbed(getattr(module, "norm", None))
     if absorbs:
         scale, bias = absorb_norm(module.norm, bias)
         weight = weight * scale.view(-1, 1, 1, 1)
     if in_backbone and weight.device.type == "cpu":
         weight = weight.contiguous(memory_format=torch.channels_last)
     return weight, bias, absorbs
-
-
-def _can_be_absorbed(norm: nn.Module | None) -> bool:
-    """In eval mode."""
-    if not isinstance(norm, (FrozenBatchNorm2d, _BatchNorm)):
-        return False
-    return norm.running_mean is not None and norm.weight is not None
 
 
 def _convolve(module: nn.Conv2d, weight: Tensor, bias: Tensor | None, absorbed: bool, x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-MAX_SIDE = 4  # of a map in pixels; a larger one is faster directly
+# Of a map, in pixels. A larger one is faster directly, and bfloat16 is too coarse for Winograd's sums.
+MAX_SIDE = {torch.float32: 4, torch.float64: 4, torch.bfloat16: 2}
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,21 @@ class SmallMap:
     pixels: Tensor
     taps: Tensor
     outputs: Tensor
-    size: tuple[int, int]
+    size: tuple[int, ...]
 
     def transform(self, weight: Tensor) -> Tensor:
-        """(O, C, *kernel) to (O, products, C)."""
-        return _each(self.taps, weight.permute(0, 2, 3, 1).flatten(1, 2))
+        """(O, C, *kernel) to (products, O, C)."""
+        if len(self.taps) == 1:  # the map has one pixel, which meets one tap
+            return weight.flatten(2).select(2, int(self.taps.argmax()))[None]
+        return _each(self.taps, weight.permute(0, 2, 3, 1).flatten(1, 2)).transpose(0, 1)
+
+    def prepare(self, weight: Tensor) -> Tensor:
+        """The same, laid out for many uses."""
+        return self.transform(weight).contiguous()
 
     def convolve(self, x: Tensor, transformed: Tensor) -> Tensor:
         """(N, C, height, width) and a transformed weight to (N, O, *size), channels_last."""
-        products = torch.bmm(self._pixels_of(x).transpose(0, 1), transformed.permute(1, 2, 0))
+        products = torch.bmm(self._pixels_of(x).transpose(0, 1), transformed.transpose(1, 2))
         y = _each(self.outputs, products.transpose(0, 1))
         return y.unflatten(1, self.size).permute(0, 3, 1, 2)
 
@@ -52,13 +59,18 @@ class SmallMap:
 
     def gradient_of_x(self, grad: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
         """From that of the products; ``size`` is height and width."""
-        products = torch.bmm(grad, self.transform(weight).transpose(0, 1))
+        products = torch.bmm(grad, self.transform(weight))
         return _each(self.pixels.T, products.transpose(0, 1)).unflatten(1, size).permute(0, 3, 1, 2)
 
     def gradient_of_weight(self, grad: Tensor, x: Tensor, kernel: torch.Size) -> Tensor:
         """The same with respect to the weight."""
-        products = torch.bmm(grad.transpose(1, 2), self._pixels_of(x).transpose(0, 1))
-        return _each(self.taps.T, products.transpose(0, 1)).unflatten(1, kernel).permute(0, 3, 1, 2)
+        products = torch.bmm(grad.transpose(1, 2), self._pixels_of(x).transpose(0, 1)).transpose(0, 1)
+        if len(self.taps) == 1:
+            of_taps = products.new_zeros(len(products), self.taps.shape[1], products.shape[2])
+            of_taps[:, int(self.taps.argmax())] = products[:, 0]
+        else:
+            of_taps = _each(self.taps.T, products)
+        return of_taps.unflatten(1, kernel).permute(0, 3, 1, 2)
 
     def _pixels_of(self, x: Tensor) -> Tensor:
         return _each(self.pixels, x.permute(0, 2, 3, 1).flatten(1, 2))
@@ -74,27 +86,31 @@ def small_map(x: Tensor, convolution: nn.Conv2d) -> SmallMap | None:
     if (
         x.device.type != "cpu"
         or x.dim() != 4
-        or x.dtype not in (torch.float32, torch.float64)
-        or max(x.shape[2:]) > MAX_SIDE
+        or max(x.shape[2:]) > MAX_SIDE.get(x.dtype, 0)
         or max(convolution.kernel_size) == 1
         or convolution.groups != 1
         or convolution.padding_mode != "zeros"
         or isinstance(convolution.padding, str)
-        or torch.is_autocast_enabled("cpu")
     ):
         return None
     geometry = convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation
     return _build(tuple(x.shape[2:]), *geometry, x.dtype)
 
 
+def output_size(size, kernel, stride, padding, dilation) -> tuple[int, ...]:
+    """Height and width of what a convolution makes of a map of that size."""
+    axes = zip(size, kernel, stride, padding, dilation, strict=True)
+    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
+
+
 @functools.cache
 @torch.inference_mode(False)  # the cached matrices may be used in training next
 def _build(size, kernel, stride, padding, dilation, dtype: torch.dtype) -> SmallMap | None:
-    axes = list(zip(size, kernel, stride, padding, dilation, strict=True))
-    out = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
+    geometry = size, kernel, stride, padding, dilation
+    out = output_size(*geometry)
     if min(out) < 1:  # torch raises an error
         return None
-    vertical, horizontal = (_line(*each) for each in zip(out, *zip(*axes, strict=True), strict=True))
+    vertical, horizontal = (_line(*each) for each in zip(out, *geometry, strict=True))
     pixels, taps, outputs = (
         torch.from_numpy(np.kron(*matrices)).to(dtype) for matrices in zip(vertical, horizontal, strict=True)
     )
@@ -155,7 +171,7 @@ class SmallMapConv2d(nn.Conv2d):
     """A convolution that uses :class:`SmallMap` on small maps."""
 
     def forward(self, x: Tensor) -> Tensor:
-        small = small_map(x, self)
+        small = None if torch.is_autocast_enabled("cpu") else small_map(x, self)
         if small is None:
             return super().forward(x)
         y = _Convolution.apply(x, self.weight, small)

@@ -26,7 +26,9 @@ from rt_detectron.utils.files import cache_folder, locked
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of the features and their file format: part of the cache key
+# Of the features and their file format: part of the cache key. Version 1 may be wrong for networks of timm's
+# whose norms or convolutions do more than torch's.
+_VERSION = 2
 
 
 @dataclass

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rt_detectron.attacks import PGD, ThreatModel
+from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.layers import folding
 from rt_detectron.layers.folding import FoldedConvolution, FoldedNetwork
 from rt_detectron.layers.sync_bn import use_sync_bn
@@ -55,6 +56,79 @@ def test_same_function_and_gradient(arch, random_classifier):
     assert relative(found[0], expected[0]) < 1e-4
     # A ReLU or a maximum that is a tie but for rounding sends its gradient elsewhere; the next test is exact.
     assert relative(found[1], expected[1]) < 5e-2
+
+
+# Norms with an activation, and weights that are standardised.
+@pytest.mark.parametrize(
+    "arch", ["timm/regnety_002", "timm/mobilenetv3_small_100", "timm/resnetv2_50x1_bit", "timm/ghostnet_100"]
+)
+def test_layers_of_timm_that_do_more_than_torchs(arch):
+    torch.manual_seed(0)
+    network = build_classifier(arch, 5).eval()
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    images, labels = batch()
+    expected = logits_and_gradient(network, images, labels)
+    found = logits_and_gradient(FoldedNetwork(network), images, labels)
+    assert relative(found[0], expected[0]) < 1e-4
+    assert relative(found[1], expected[1]) < 5e-2
+
+
+class Twice(nn.Module):
+    """Its convolution is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm, self.other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        nn.init.constant_(self.norm.running_mean, -0.5)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.convolution(x)))
+        return F.relu(self.norm(self.convolution(x))) - self.other(self.convolution(x))
+
+
+class Sums(Twice):
+    """With a factor, and with another shape on either side."""
+
+    def forward(self, x):
+        scaled = F.relu(torch.add(x, self.convolution(x), alpha=0.1))
+        small = x.mean((2, 3), keepdim=True)
+        return scaled + F.relu(self.norm(self.convolution(x)) + small) + F.relu(self.convolution(small) + x)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(), self.bias, padding=1)
+
+
+def hooked():
+    convolution = nn.Conv2d(3, 4, 3, padding=1)
+    convolution.register_forward_hook(lambda _, inputs, output: 2 * output)
+    return convolution
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(Twice, Sums, lambda: nn.Sequential(hooked(), nn.BatchNorm2d(4), nn.ReLU())),
+        lambda: nn.Sequential(Standardised(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
+    ],
+    ids=["called twice", "sums", "hook", "subclass"],
+)
+def test_what_is_no_plain_convolution_and_norm_stays(build):
+    torch.manual_seed(0)
+    network, x = build().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(FoldedNetwork(network)(x), network(x), rtol=1e-5, atol=1e-5)
+
+
+def test_modules_within_modules_keep_their_mode():
+    network = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8)).train()
+    FoldedNetwork(network)
+    assert network[0].dropout.training
 
 
 def test_without_the_private_operator_the_numbers_are_the_same(random_classifier, monkeypatch):

@@ -77,6 +77,13 @@ def test_with_fixed_weights_it_is_the_same_function_and_after_the_block_itself(p
     assert not torch.allclose(network(x), found)
 
 
+def hooked():
+    """As torch.nn.utils.prune and the older spectral_norm set weights ahead of each pass."""
+    convolution = torch.nn.Conv2d(4, 6, 3)
+    convolution.register_forward_pre_hook(lambda module, _: module.weight.data.fill_(0.1))
+    return convolution
+
+
 @pytest.mark.parametrize(
     "convolution",
     [
@@ -84,8 +91,10 @@ def test_with_fixed_weights_it_is_the_same_function_and_after_the_block_itself(p
         Conv2d(4, 6, 3, norm=torch.nn.GroupNorm(2, 6), activation=F.relu),
         Conv2d(4, 6, 3, norm=torch.nn.BatchNorm2d(6, track_running_stats=False), activation=torch.sigmoid),
         Conv2d(4, 6, 3, stride=2, bias=False),
+        torch.nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+        hooked(),
     ],
-    ids=["torch's", "group norm", "no statistics", "no norm"],
+    ids=["torch's", "group norm", "no statistics", "no norm", "reflection", "hook"],
 )
 def test_fixed_weights_of_convolutions_that_absorb_nothing(convolution):
     x = torch.randn(2, 4, 9, 7)
@@ -126,3 +135,13 @@ def test_fixed_weights_leave_modes_parameters_and_their_layout(plain):
     for parameter, (value, stride) in zip(network.parameters(), before, strict=True):
         assert torch.equal(parameter, value)
         assert parameter.stride() == stride
+
+
+@pytest.mark.parametrize("size", [(9, 7), (4, 3)], ids=["more pixels", "more weights"])
+def test_under_autocast_it_is_of_the_precision_of_detectron2s(plain, size):
+    folded = fold_frozen_norms(torch.nn.Sequential(copy.deepcopy(plain)))
+    x = torch.randn(2, 4, *size)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = plain(x), folded(x)
+    assert expected.dtype == found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)

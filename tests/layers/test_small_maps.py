@@ -97,14 +97,14 @@ def test_its_gradient_can_be_differentiated():
 
 
 def test_what_it_cannot_do_is_torchs_own():
-    size = MAX_SIDE + 1
+    size = MAX_SIDE[torch.float32] + 1
     for convolution, x in (
         (nn.Conv2d(4, 4, 3, padding=1), torch.randn(2, 4, size, size)),
         (nn.Conv2d(4, 4, 1), torch.randn(2, 4, 2, 2)),
         (nn.Conv2d(4, 4, 3, padding=1, groups=4), torch.randn(2, 4, 2, 2)),
         (nn.Conv2d(4, 4, 3, padding="same"), torch.randn(2, 4, 2, 2)),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), torch.randn(2, 4, 2, 2)),
-        (nn.Conv2d(4, 4, 3, padding=1).bfloat16(), torch.randn(2, 4, 2, 2).bfloat16()),
+        (nn.Conv2d(4, 4, 3, padding=1).bfloat16(), torch.randn(2, 4, 3, 3).bfloat16()),
         (nn.Conv2d(4, 4, 3, padding=1), torch.randn(4, 2, 2)),  # a single image
     ):
         expected = convolution(x)
@@ -112,8 +112,25 @@ def test_what_it_cannot_do_is_torchs_own():
         use_small_maps(network, "cpu")
         assert type(network[0]) is SmallMapConv2d
         assert torch.equal(network(x), expected)
+    convolution, x = nn.Conv2d(4, 4, 3, padding=1), torch.randn(2, 4, 2, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        assert small_map(torch.randn(2, 4, 2, 2), nn.Conv2d(4, 4, 3, padding=1)) is None
+        expected = convolution(x)
+        use_small_maps(nn.Sequential(convolution), "cpu")
+        assert torch.equal(convolution(x), expected)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (2, 1), (2, 2)])
+def test_bfloat16_is_almost_as_exact_as_torchs(size, stride):
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(64, 48, 3, stride, padding=1, bias=False)
+    x = torch.randn(8, 64, size, size)
+    exact = convolution(x)
+    x, convolution = x.bfloat16(), convolution.bfloat16()
+    small = small_map(x, convolution)
+    found = small.convolve(x, small.prepare(convolution.weight.detach()))
+    assert found.dtype == torch.bfloat16
+    # Where two numbers are subtracted, rounding counts more than once.
+    assert (found - exact).norm() < 3 * (convolution(x) - exact).norm()
 
 
 def test_a_map_smaller_than_the_kernel_is_torchs_error():
