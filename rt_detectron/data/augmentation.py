@@ -184,7 +184,16 @@ class ColorNoise:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, factors: Tensor) -> Tensor:
-        """Float32 images in [0, 1] of uint8 RGB ones, (N, 3, H, W), and their factors, (N, 9)."""
+        """Float32 images in [0, 1] of uint8 RGB ones, (N, 3, H, W), and their factors, (N, 9).
+
+        Raises:
+            InputError: for images of another type.
+        """
+        if images.dtype != torch.uint8:
+            raise InputError(
+                f"ColorNoise takes uint8 images, and the transform gives {images.dtype}: leave out what "
+                "makes floats of them, such as ToDtype"
+            )
         images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         columns = factors.view(len(factors), -1, 1, 1, 1).unbind(1)
         for kind, factor in zip(columns[:3], columns[3:6], strict=True):

@@ -6,14 +6,15 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
-from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torchvision.ops import StochasticDepth
 
 from rt_detectron.evaluation.robustness.identity import weights_sha256
 from rt_detectron.utils.arrays import read_arrays, write_arrays
@@ -43,7 +44,9 @@ class FeatureStore:
         # Two detectors may take other features of the same network.
         self.network = f"{sorted(network.output_shape())} {network}"
         self.root = cache_folder("detection_features")
+        self.limit = limit
         self.room = limit - _bytes_in(self.root)
+        self._until_count = 0.0  # bytes to write until the others' are counted, too
         self.read = self.computed = 0
         self._folder = ""
 
@@ -76,11 +79,15 @@ class FeatureStore:
 
     def _write(self, path: str, features: dict[str, Tensor]) -> None:
         arrays = {name: tensor.contiguous().numpy() for name, tensor in features.items()}
-        size = sum(array.nbytes for array in arrays.values()) * comm.get_world_size()  # others write, too
+        size = sum(array.nbytes for array in arrays.values())
+        if size > self._until_count and self.room > -math.inf:
+            self.room = self.limit - _bytes_in(self.root)
+            self._until_count = max(self.room / 10, size)  # so ten processes stay below the limit
         if size > self.room:
             self._stop_writing(f"{KEY} is reached")
             return
         self.room -= size
+        self._until_count -= size
         try:
             write_arrays(path, arrays)
         except OSError as error:
@@ -103,8 +110,12 @@ def _read(path: str) -> dict[str, Tensor] | None:
 
 
 def _bytes_in(folder: str) -> int:
-    paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    return sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # a temporary file of another process
+                size += os.path.getsize(os.path.join(parent, name))
+    return size
 
 
 class _Cached(Backbone):
@@ -176,8 +187,10 @@ def _refuse_what_has_no_use(cfg: CfgNode, trunk: nn.Module) -> None:
 
 
 def _drops(module: nn.Module) -> bool:
-    """Whether it is a Dropout, or timm's DropPath, that does something."""
-    return (module.p if isinstance(module, _DropoutNd) else getattr(module, "drop_prob", None) or 0) > 0
+    """Whether it is a Dropout, torchvision's StochasticDepth, or timm's, that does something."""
+    is_one = isinstance(module, (_DropoutNd, StochasticDepth))
+    names = ["p"] if is_one else ["drop_prob", "prob"] if "Drop" in type(module).__name__ else []
+    return any((getattr(module, name, None) or 0) > 0 for name in names)
 
 
 def _size(cfg: CfgNode, trunk: Backbone, images: int) -> str:

@@ -369,7 +369,12 @@ def clipped_optimizer(optimizer: str, max_norm: float, params, **options) -> tor
     Args:
         optimizer: its name in torch.optim, such as "AdamW".
         max_norm: of the gradients of all ``params``.
+
+    Raises:
+        InputError: for ``fused``, with which mixed precision unscales gradients after they are clipped.
     """
+    if options.get("fused"):
+        raise InputError("clipped_optimizer: leave out fused, which clips gradients that are still scaled")
     return _clipping_the_norm(getattr(torch.optim, optimizer), max_norm)(params, **options)
 
 

@@ -44,7 +44,7 @@ def _weights(start: float, end: float, size: int, limit: int) -> tuple[slice, Te
         size: pixels of the mask.
         limit: pixels of the image.
     """
-    first, last = max(math.floor(start) - 1, 0), min(math.ceil(end) + 1, limit)
+    first, last = (min(max(place, 0), limit) for place in (math.floor(start) - 1, math.ceil(end) + 1))
     place = (torch.arange(first, last) + 0.5 - start) * (size / (end - start)) - 0.5
     return slice(first, last), (1 - (place[:, None] - torch.arange(size)).abs()).clamp_(min=0)
 

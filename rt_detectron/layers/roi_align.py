@@ -20,7 +20,8 @@ class RowsROIAlign(ROIAlign):
     """Detectron2's ROIAlign, equal up to float rounding; other devices and types go to torchvision's."""
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        if not (runs_on_cpu(input) and len(rois) and rois.isfinite().all()):
+        usual = len(rois) and rois.isfinite().all() and (rois[:, 3:] >= rois[:, 1:3]).all()
+        if not (usual and runs_on_cpu(input)):
             return super().forward(input, rois)
         counts, pixels, weights = self._sums(input.shape, rois.to(input.dtype))
         rows = input.permute(0, 2, 3, 1).flatten(0, 2)  # (N*H*W, C)

@@ -46,9 +46,11 @@ class LabelFree(Adversarial):
         self._original = original
         self._folded = fold(original)
 
-    def perturb(self, model, images, labels, progress):
+    def begin_step(self, images):
         with torch.no_grad():
             self._clean = self._features(self._folded, images)
+
+    def perturb(self, model, images, labels, progress):
         return super().perturb(model, images, self._clean, progress)
 
     def _perturb(self, attack, model, images, labels):

@@ -76,6 +76,7 @@ class Pretraining(nn.Module):
             return self.classifier(images)
         if self.resolution is not None:
             images = self.resolution(images, self.progress)
+        self.strategy.begin_step(images)
         adversarial = images
         if type(self.strategy).perturb is not Standard.perturb:  # else nothing is attacked
             with self._precision_of_attacks(), images_are_checked():  # by to_device

@@ -57,6 +57,9 @@ class Standard:
     def load_state_of_process(self, states: list[dict]) -> None:
         """Take over what :meth:`state_of_process` gave in each process, however many there were."""
 
+    def begin_step(self, images: Tensor) -> None:
+        """Called with (N, 3, H, W) in [0, 1] before they are perturbed, in the precision of the training."""
+
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         """The images to train on.
 

@@ -234,6 +234,11 @@ class TestColorNoise:
             found = noise(images, factors)
         assert torch.equal(found, noise(images, factors))
 
+    def test_images_that_are_floats_already_are_refused(self, images):
+        noise = ColorNoise()
+        with pytest.raises(InputError, match=r"ColorNoise takes uint8 images.*float32.*ToDtype"):
+            noise(images / 255, noise.draw().expand(24, -1))
+
     @pytest.mark.parametrize(
         "wrong", [{"brightness": -0.1}, {"lighting": "0.1"}, {"contrast": True}, {"saturation": float("inf")}]
     )

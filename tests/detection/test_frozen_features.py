@@ -5,11 +5,13 @@ import re
 
 import pytest
 import torch
-from detectron2.modeling import ResNet
+from detectron2.modeling import ResNet, build_backbone
 from detectron2.utils.env import seed_all_rng
+from timm.layers import DropPath, PatchDropout
+from torchvision.ops import StochasticDepth
 
 from rt_detectron.detection import Trainer
-from rt_detectron.detection.frozen_features import KEY
+from rt_detectron.detection.frozen_features import KEY, FeatureStore, _drops
 from rt_detectron.utils.errors import InputError
 
 FROZEN = {"MODEL.BACKBONE.FREEZE_AT": 5, "SOLVER.MAX_ITER": 4, "DATALOADER.ASPECT_RATIO_GROUPING": False}
@@ -92,6 +94,42 @@ def test_what_has_no_room_is_computed_each_time(train, tmp_path, caplog):
     assert not files(tmp_path)
     assert caplog.text.count("no more features are stored (DATALOADER.FEATURE_CACHE_GB is reached)") == 1
     assert trainer.model.backbone.bottom_up.feature_store.computed == 2 * len(losses)
+
+
+def test_several_trainings_stay_within_the_limit(tmp_path, monkeypatch, make_cfg):
+    monkeypatch.setenv("RT_DETECTRON_CACHE", str(tmp_path / "cache"))
+    trunk = build_backbone(make_cfg("resnet18"))
+    stores = [FeatureStore(trunk, limit=1e6) for _ in range(3)]
+    x = torch.zeros(1, 3, 32, 32)
+    for number in range(40):
+        store = stores[number % 3]
+        store.features(trunk, x + number, lambda image: {"res2": torch.zeros(1, 12_500)})  # 50 kB
+    assert 0.8e6 < sum(path.stat().st_size for path in files(tmp_path)) < 1e6 + 3 * 2000  # with their headers
+
+
+@pytest.mark.parametrize(
+    ("layer", "drops"),
+    [
+        (torch.nn.Dropout2d(0.1), True),
+        (torch.nn.Dropout(0.0), False),
+        (StochasticDepth(0.2, "row"), True),
+        (DropPath(0.2), True),
+        (DropPath(0.0), False),
+        (PatchDropout(0.5), True),
+    ],
+)
+def test_layers_that_drop_something(layer, drops):
+    assert _drops(layer) == drops
+
+
+def test_windows_of_another_size_are_another_network(make_cfg):
+    windows = []
+    for size in (2, 4):
+        cfg = make_cfg("timm/vit_tiny_patch16_224")
+        cfg.MODEL.BACKBONE.NAME = "build_robust_timm_backbone"
+        cfg.MODEL.ROBUST.WINDOW, cfg.MODEL.RESNETS.OUT_FEATURES = size, ["res4"]
+        windows.append(FeatureStore(build_backbone(cfg), 1.0).network)
+    assert windows[0] != windows[1]
 
 
 @pytest.mark.parametrize(

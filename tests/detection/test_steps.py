@@ -225,6 +225,11 @@ def test_the_norm_of_all_gradients_is_clipped(make_cfg):
         torch.testing.assert_close(network.bias.grad, torch.tensor([0.8]))
 
 
+def test_a_fused_optimiser_would_clip_scaled_gradients():
+    with pytest.raises(InputError, match="clipped_optimizer: leave out fused"):
+        clipped_optimizer("AdamW", 1.0, [torch.nn.Parameter(torch.zeros(2))], fused=True)
+
+
 def test_clipping_on_an_accelerator_waits_for_nothing():
     """A tensor on the meta device has no values, so reading one, as .item() does, raises."""
     parameters = [torch.nn.Parameter(torch.zeros(shape, device="meta")) for shape in ((3, 2), (4,))]

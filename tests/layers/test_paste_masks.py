@@ -66,3 +66,11 @@ def test_a_model_gives_the_same_masks(make_cfg):
     assert len(found) == 5
     assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
     assert (found.pred_masks != expected.pred_masks).float().mean() < 1e-3
+
+
+def test_a_box_outside_the_image_is_empty(masks):
+    outside = torch.tensor(
+        [[-30, 5, -20, 9], [90, 5, 99, 9], [5, -30, 9, -20], [5, 70, 9, 80], [-9, -9, -2, -2.0]]
+    )
+    pasted = ProductROIMasks(masks[:5]).to_bitmasks(Boxes(outside), HEIGHT, WIDTH).tensor
+    assert torch.equal(pasted, torch.zeros(5, HEIGHT, WIDTH, dtype=torch.bool))

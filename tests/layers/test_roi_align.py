@@ -71,3 +71,11 @@ def test_other_modules_stay():
     rotated = ROIPooler(7, (0.25,), 0, "ROIAlignRotated")
     types = [type(module) for module in rotated.modules()]
     assert [type(module) for module in use_rows_roi_align(rotated).modules()] == types
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_boxes_whose_corners_are_swapped(sampling_ratio):
+    """As proposals from a file may be."""
+    rois = torch.tensor([[0, 50, 40, 10, 7], [1, 10, 7, 50, 40.0]])
+    found = RowsROIAlign((3, 2), 0.25, sampling_ratio)(torch.ones(2, 1, 16, 24), rois)
+    assert torch.equal(found, ROIAlign((3, 2), 0.25, sampling_ratio)(torch.ones(2, 1, 16, 24), rois))

@@ -1,10 +1,14 @@
 """Two gloo processes against torch's BatchNorm2d on the batches of both."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from rt_detectron.checkpoint.architectures import build_classifier
 from rt_detectron.layers.sync_bn import CpuSyncBatchNorm, use_sync_bn
+from rt_detectron.utils.errors import InputError
 
 
 def batches():
@@ -58,3 +62,15 @@ def test_alone_it_is_batch_norm(training):
 
 def test_on_gpus_it_is_torchs():
     assert type(use_sync_bn(norm(), "cuda")[0]) is nn.SyncBatchNorm
+
+
+def test_norms_with_an_activation_keep_it_on_gpus_and_are_refused_on_cpus():
+    torch.manual_seed(0)
+    network = build_classifier("timm/mobilenetv3_small_100", 3).eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = network(x)
+    synchronised = use_sync_bn(copy.deepcopy(network), "cuda")
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
+    torch.testing.assert_close(synchronised(x), expected)
+    with pytest.raises(InputError, match=r"train.sync_bn: bn1 is a BatchNormAct2d.*set train.sync_bn=False"):
+        use_sync_bn(network, "cpu")

@@ -75,6 +75,21 @@ def test_attack_and_loss_are_those_of_a_plain_loop():
     assert torch.allclose(found["loss_features"], expected, rtol=1e-3)
 
 
+def test_an_attack_in_half_precision_does_not_round_the_target():
+    torch.manual_seed(0)
+    classifier = Classifier("resnet18", num_classes=3)
+    original = copy.deepcopy(classifier).eval()
+    strategy = LabelFree(PGD(L2, steps=1, random_start=True))
+    strategy.begin(classifier, has_head=True)
+    model = Pretraining(classifier, strategy).train()
+    model.attack_dtype = torch.bfloat16
+    images, labels = torch.rand(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
+    model((images, labels))
+    with torch.no_grad():
+        same = strategy.losses(original, images, images, labels)
+    assert float(same["loss_features"]) < 1e-6
+
+
 def test_features_withstand_the_attack_and_eps_0_does_not_bring_that(label_free_cfg):
     label_free_cfg.train.epochs = 3
     original = features_of(load_classifier(label_free_cfg.train.init_checkpoint))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rt_detectron.checkpoint.weights import check_config
 from rt_detectron.layers.eval_norm import keep_statistics
+from rt_detectron.layers.sync_bn import synchronised
 from rt_detectron.modeling.backbone.resnet import has_c4_head
 from rt_detectron.utils.errors import InputError
 
@@ -107,7 +108,7 @@ def set_norms(trunk: nn.Module, stages: dict[str, list[str]], cfg: CfgNode) -> N
         "FrozenBN": _frozen,
         "EvalBN": _of_fixed_statistics,
         "BN": lambda module: module,
-        "SyncBN": _synchronised,
+        "SyncBN": synchronised,
     }
     for name, module in list(trunk.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
@@ -139,11 +140,3 @@ def _of_fixed_statistics(norm: nn.Module) -> nn.Module:
             "set FrozenBN"
         )
     return keep_statistics(norm)
-
-
-def _synchronised(norm: nn.Module) -> nn.Module:
-    if hasattr(norm, "act"):
-        from timm.layers import convert_sync_batchnorm
-
-        return convert_sync_batchnorm(norm)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(norm)

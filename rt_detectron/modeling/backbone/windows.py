@@ -56,6 +56,9 @@ def _window_block() -> type[nn.Module]:
         prefix: int  # number of tokens of the class
         grid: tuple[int, int]  # of patches, set before each forward pass
 
+        def extra_repr(self) -> str:
+            return f"window={self.window}, prefix={self.prefix}"
+
         def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
             return _in_windows(super().forward, x, self.grid, self.prefix, self.window)
 
