@@ -1,9 +1,9 @@
 """Wall time until a classifier is robust: other recipes against ours, on CIFAR-10 with two CPU cores.
 
-    python benchmarks/time_to_robustness.py --data FOLDER_OF_SHARDS [--seeds 0 1 2 --sides ours peer]
+    python benchmarks/time_to_robustness.py --data FOLDER_OF_SHARDS [--seeds 0 1 2 --share 3]
     python benchmarks/time_to_robustness.py --data FOLDER_OF_SHARDS --device cuda --amp bf16 --budget 60
 
-The recipe of ours is configs/pretrain/resnet18_l2_eps1_cifar10_fast.py, too.
+The recipe of ours is configs/pretrain/resnet18_l2_eps0_5_cifar10_fast.py, too.
 
 All train torchvision's ResNet-18 from scratch at 32 px, against L2 eps 0.5, with the same augmentation, batch
 size, momentum and weight decay. All are then attacked by PGD-20 on the same 2,000 images.
@@ -11,8 +11,9 @@ size, momentum and weight decay. All are then attacked by PGD-20 on the same 2,0
 - published: 3-step PGD in a plain loop, as fast as the other packages are (benchmarks/adversarial_step.py).
   The learning rate is the published one: 0.1, divided by 10 after each third of the time, --budget seconds.
 - peer: the same with our one-cycle schedule and Nesterov momentum, and a learning rate tuned for it.
-- ours: a third of the time. Clean images at first, then strategy Fast (one step) on a growing part of each
-  batch. Images grow from 16 px. Small maps and attacks use the package's own kernels.
+- ours: a third of the time, or what --share says. Clean images at first, then strategy Fast (one step, from
+  the image) on a growing part of each batch. Images grow from 16 px. Small maps and attacks use the package's
+  own kernels.
 
 Each result is written to --output at once. Results that are there already are not measured again.
 """
@@ -78,17 +79,20 @@ def peer(args: argparse.Namespace) -> tuple[nn.Module, Callable]:
     model = Normalised(build_classifier("resnet18", 10)).to(args.device)
 
     def loss(images, labels, progress):
-        adversarial = plain_pgd(model, images, labels, THREAT_MODEL.eps, steps=3)
+        with torch.autocast(args.device, AMP[args.attack_amp], enabled=args.attack_amp is not None):
+            adversarial = plain_pgd(model, images, labels, THREAT_MODEL.eps, steps=3)
         return F.cross_entropy(model.train()(adversarial), labels)
 
     return model, loss
 
 
 def ours(args: argparse.Namespace) -> tuple[nn.Module, Callable]:
-    strategy = Fast(ThreatModel("l2", args.eps), EpsSchedule(args.clean, args.warmup, grows="images"))
+    schedule = EpsSchedule(args.clean, args.warmup, grows="images")
+    strategy = Fast(ThreatModel("l2", args.eps), schedule, random_start=False)
     resolution = Resolution(args.start, args.until, multiple=4)
     model = Pretraining(Classifier("resnet18", 10), strategy, resolution).to(args.device)
     use_small_maps(model, args.device)
+    model.attack_dtype = AMP[args.attack_amp]
 
     def loss(images, labels, progress):
         model.progress = progress
@@ -174,7 +178,7 @@ def evaluate(state: dict, images: Tensor, labels: Tensor, device: str) -> dict:
 
 
 def run(name: str, seed: int, args: argparse.Namespace, train_set, test_set) -> dict:
-    seconds = args.budget / 3 if name == "ours" else args.budget
+    seconds = args.budget / args.share if name == "ours" else args.budget
     model, seen = train(name, train_set, seconds, seed, args)
     network = model.classifier.network if name == "ours" else model.network
     return {"seconds": seconds, "images": seen, **evaluate(network.state_dict(), *test_set, args.device)}
@@ -205,7 +209,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of cifar10-{train,val}-*.tar.gz")
-    parser.add_argument("--budget", type=float, default=300, help="the peer's seconds; ours has a third")
+    parser.add_argument("--budget", type=float, default=300, help="the peer's seconds")
+    parser.add_argument("--share", type=float, default=3, help="ours has the budget divided by this")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--test-images", type=int, default=2000)
@@ -216,12 +221,13 @@ def main() -> None:
     parser.add_argument(
         "--warmup", type=float, default=0.5, help="share over which more and more are attacked"
     )
-    parser.add_argument("--eps", type=float, default=1.0, help="of ours' training; 0.5 is what all face")
+    parser.add_argument("--eps", type=float, default=0.5, help="of ours' training; 0.5 is what all face")
     parser.add_argument(
         "--start", type=int, default=16, help="side of ours' images at first; 32: always full"
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--amp", choices=("bf16", "fp16"), help="mixed precision in training")
+    parser.add_argument("--attack-amp", choices=("bf16", "fp16"), help="in the attacks alone, of all sides")
     parser.add_argument("--until", type=float, default=0.6, help="share of the time until they are 32 px")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -1,8 +1,8 @@
 """ResNet-18 on CIFAR-10 against L2 eps 0.5, in two epochs: "ours" of docs/results/time-to-robustness.md.
 
-There it is as robust as PGD-3 in a third of the time: clean images at first, then a single attack step on a
-growing part of each batch, and images that grow from 16 to 32 pixels. A single step from a random point of
-the ball moves less than eps along the gradient, so it trains with eps 1 to withstand 0.5.
+There it is as robust as PGD-3 in a third of the time, and better on clean images. It has clean images at
+first, then a single attack step on a growing part of each batch, and images that grow from 16 to 32 pixels.
+The step is one from the image: from a random point of the ball it would move less than eps uphill.
 """
 
 from detectron2.config import LazyCall as L
@@ -15,10 +15,10 @@ from rt_detectron.pretrain.strategies import Fast
 from .common.small import dataloader, evaluator, model, optimizer, threat_model, train
 
 model.strategy = L(Fast)(
-    threat_model=L(ThreatModel)(norm="l2", eps=1.0),
+    threat_model=L(ThreatModel)(norm="l2", eps=0.5),
     schedule=L(EpsSchedule)(clean=0.3, warmup=0.5, grows="images", random=False),
     check_every=100,
-    random_start=True,
+    random_start=False,
 )
 model.resolution = L(Resolution)(start=16, until=0.6, multiple=4)
 
@@ -35,4 +35,4 @@ lr_multiplier = L(CompositeParamScheduler)(
 
 train.epochs = 2
 train.eval_epochs = 2
-train.output_dir = "./output/pretrain/resnet18_l2_eps1_cifar10_fast"
+train.output_dir = "./output/pretrain/resnet18_l2_eps0_5_cifar10_fast"
