@@ -20,8 +20,7 @@ class RowsROIAlign(ROIAlign):
     """Detectron2's ROIAlign, equal up to float rounding; other devices and types go to torchvision's."""
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        usual = len(rois) and rois.isfinite().all() and (rois[:, 3:] >= rois[:, 1:3]).all()
-        if not (usual and runs_on_cpu(input)):
+        if not (runs_on_cpu(input) and len(rois) and _are_proper(rois)):
             return super().forward(input, rois)
         counts, pixels, weights = self._sums(input.shape, rois.to(input.dtype))
         rows = input.permute(0, 2, 3, 1).flatten(0, 2)  # (N*H*W, C)
@@ -86,6 +85,10 @@ class RowsROIAlign(ROIAlign):
         weights = torch.zeros(*pixels.shape, int(high.max()) + 1)
         weights.scatter_add_(2, low, share - to_high).scatter_add_(2, high, to_high)
         return first[:, :, 0].int(), pixels.int(), weights
+
+
+def _are_proper(rois: Tensor) -> bool:
+    return bool(rois.isfinite().all() and (rois[:, 3:] >= rois[:, 1:3]).all())
 
 
 class _WeightedRows(torch.autograd.Function):
