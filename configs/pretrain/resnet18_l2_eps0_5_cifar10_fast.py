@@ -2,7 +2,7 @@
 
 There it is as robust as PGD-3 in a third of the time, and better on clean images. It has clean images at
 first, then a single attack step on a growing part of each batch, and images that grow from 16 to 32 pixels.
-The step is one from the image: from a random point of the ball it would move less than eps uphill.
+The step starts at the image: from a random point of the ball it would move less than eps uphill.
 """
 
 from detectron2.config import LazyCall as L

@@ -46,7 +46,7 @@ class FeatureStore:
         self.root = cache_folder("detection_features")
         self.limit = limit
         self.room = limit - _bytes_in(self.root)
-        self._until_count = 0.0  # bytes to write until the others' are counted, too
+        self._until_count = self.room / 10  # bytes to write until the others' are counted, too
         self.read = self.computed = 0
         self._folder = ""
 
