@@ -323,7 +323,10 @@ def _fold_convolution(traced: fx.GraphModule, node: fx.Node) -> None:
 def _with_own_mode(module: nn.Module) -> nn.Module:
     """A copy that shares the tensors."""
     shallow = copy.copy(module)
-    shallow._modules = {name: child and _with_own_mode(child) for name, child in module._modules.items()}
+    shallow._modules = {
+        name: None if child is None else _with_own_mode(child)  # an empty Sequential is falsy
+        for name, child in module._modules.items()
+    }
     return shallow
 
 
