@@ -1,21 +1,24 @@
 """Features of a frozen backbone, computed once for each picture that it sees and then read from disk."""
 
+import functools
 import hashlib
 import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
+from rt_detectron.detection.loader import ResumableLoader
 from rt_detectron.evaluation.robustness.identity import weights_sha256
 from rt_detectron.utils.arrays import read_arrays, write_arrays
 from rt_detectron.utils.errors import InputError
@@ -129,14 +132,16 @@ class _Cached(Backbone):
         return self.feature_store.features(self, images, super().forward)
 
 
-def cache_features(model: nn.Module, cfg: CfgNode, images: int) -> None:
+def cache_features(model: nn.Module, cfg: CfgNode, loader: Iterable) -> None:
     """Have the frozen backbone of ``model`` read its features from disk in training, if ``cfg`` says so.
 
     Its outputs are the same up to float rounding, since a batch is computed image by image; its name and
     state dict stay. The log says beforehand how much disk that may take.
 
     Args:
-        images: in the training set.
+        loader: of the training. A :class:`ResumableLoader` that groups images by orientation groups them by
+            their padded sizes from now on, so that a picture is padded in one way, whatever else its
+            batches hold.
 
     Raises:
         InputError: if the backbone is not wholly frozen or is random in training, if each iteration has
@@ -157,11 +162,29 @@ def cache_features(model: nn.Module, cfg: CfgNode, images: int) -> None:
             f"{KEY} {limit:g}: only {free / 1e9:.1f} GB of disk are left for {printable(store.root)}: "
             "lower it, or set RT_DETECTRON_CACHE to a folder on another disk"
         )
+    images = len(loader.images) if isinstance(loader, ResumableLoader) else 0
     logger.info("features of the frozen backbone: %s", _size(cfg, trunk, images))
     logger.info("at most %g GB of %s are used, %.1f GB are free", limit, printable(store.root), free / 1e9)
     trunk.feature_store = store
     trunk.register_load_state_dict_post_hook(store.forget_weights)
     trunk.__class__ = type(f"Cached{type(trunk).__name__}", (_Cached, type(trunk)), {})
+    is_square = backbone.padding_constraints.get("square_size", 0) > 0  # all are padded alike then
+    if isinstance(loader, ResumableLoader) and backbone.size_divisibility > 1 and not is_square:
+        loader.group = functools.partial(padded_sizes, cfg, backbone.size_divisibility)
+
+
+def padded_sizes(cfg: CfgNode, divisor: int, record: dict) -> tuple[tuple[int, int], ...]:
+    """Height and width of an image for each of INPUT.MIN_SIZE_TRAIN, padded to multiples of ``divisor``."""
+    if "width" not in record or "height" not in record:
+        return ()
+    resized = [
+        ResizeShortestEdge.get_output_shape(record["height"], record["width"], size, cfg.INPUT.MAX_SIZE_TRAIN)
+        for size in cfg.INPUT.MIN_SIZE_TRAIN
+    ]
+    return tuple(
+        (math.ceil(height / divisor) * divisor, math.ceil(width / divisor) * divisor)
+        for height, width in resized
+    )
 
 
 def _refuse_what_has_no_use(cfg: CfgNode, trunk: nn.Module) -> None:

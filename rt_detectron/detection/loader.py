@@ -3,7 +3,7 @@
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import torch
 from detectron2.data import MapDataset
@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 TRIES = 100  # images in a row that a mapper may refuse
 
 
+def is_wide(record: dict) -> bool:
+    """Detectron2's groups: by orientation."""
+    return record.get("width", 0) > record.get("height", 0)
+
+
 class ResumableLoader:
     """What Detectron2's ``build_detection_train_loader`` gives, but able to begin at any iteration.
 
@@ -32,7 +37,12 @@ class ResumableLoader:
 
     Args:
         loader: a DataLoader over a :class:`ToIterableDataset`, grouped by orientation or not.
+
+    Attributes:
+        group: of a record; the images of a batch have the same. Used where ``is_grouped``.
     """
+
+    group: Callable[[dict], Hashable] = staticmethod(is_wide)
 
     def __init__(self, loader: DataLoader | AspectRatioGroupedDataset):
         self.is_grouped = isinstance(loader, AspectRatioGroupedDataset)
@@ -128,17 +138,17 @@ class _Order:
     def __init__(self, loader: ResumableLoader, start: int):
         self.loader = loader
         self.start = start
-        self._wide: dict[int, bool] = {}
+        self._groups: dict[int, Hashable] = {}
 
     def __iter__(self) -> Iterator[list[tuple[int, tuple[int, int]]]]:
         world_size = comm.get_world_size()
         mine = slice(comm.get_rank(), None, world_size)
         total = self.loader.batch_size * world_size
         sampler = self.loader.sampler
-        groups: dict[bool, list] = {False: [], True: []}
+        groups: dict[Hashable, list] = {}
         done = 0
         for number, index in enumerate(sampler._infinite_indices()):
-            group = groups[self._is_wide(index)]
+            group = groups.setdefault(self._group(index), [])
             group.append((index, (sampler._seed, number)))
             if len(group) == total:
                 if done >= self.start:
@@ -146,13 +156,12 @@ class _Order:
                 group.clear()
                 done += 1
 
-    def _is_wide(self, index: int) -> bool:
+    def _group(self, index: int) -> Hashable:
         if not self.loader.is_grouped:
-            return False
-        if index not in self._wide:
-            image = self.loader.images._dataset[index]
-            self._wide[index] = image.get("width", 0) > image.get("height", 0)
-        return self._wide[index]
+            return None
+        if index not in self._groups:
+            self._groups[index] = self.loader.group(self.loader.images._dataset[index])
+        return self._groups[index]
 
 
 class _Seeded(Dataset):

@@ -249,7 +249,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         if cfg.TEST.AUG.ENABLED:
             _check_tta(cfg, model)
-        cache_features(model, cfg, images=len(getattr(data_loader, "images", ())))
+        cache_features(model, cfg, data_loader)
         optimizer = self.build_optimizer(cfg, model)
         self.average = build_average(model, cfg.SOLVER.EMA)
         self.evaluated = self.average.averaged.module if self.average else model

@@ -1,5 +1,6 @@
 """Features of a frozen backbone from disk: the same training, with fewer passes."""
 
+import json
 import logging
 import re
 
@@ -8,10 +9,11 @@ import torch
 from detectron2.modeling import ResNet, build_backbone
 from detectron2.utils.env import seed_all_rng
 from timm.layers import DropPath, PatchDropout
+from torchvision.io import write_png
 from torchvision.ops import StochasticDepth
 
 from rt_detectron.detection import Trainer
-from rt_detectron.detection.frozen_features import KEY, FeatureStore, _drops
+from rt_detectron.detection.frozen_features import KEY, FeatureStore, _drops, padded_sizes
 from rt_detectron.utils.errors import InputError
 
 FROZEN = {"MODEL.BACKBONE.FREEZE_AT": 5, "SOLVER.MAX_ITER": 4, "DATALOADER.ASPECT_RATIO_GROUPING": False}
@@ -87,6 +89,41 @@ def test_a_detector_on_other_features_of_the_same_network_finds_its_own(train):
     train(1.0, folder="fewer", **fewer)
     trainer, _ = train(1.0, folder="all", **{"SOLVER.MAX_ITER": 1})
     assert trainer.model.backbone.bottom_up.feature_store.read == 0
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_picture_is_padded_in_one_way_where_batches_are_grouped(train, tmp_path, grouped):
+    widths = [64, 64, 90, 90, 100, 120]  # of which 100 and 120 are padded to 128 alike
+    annotations = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
+    for number, width in enumerate(widths):
+        name = f"{number}.png"
+        write_png(torch.full((3, 64, width), 40 * number, dtype=torch.uint8), str(tmp_path / name))
+        annotations["images"].append({"id": number, "file_name": name, "height": 64, "width": width})
+        box = {"id": number + 1, "image_id": number, "category_id": 1, "bbox": [4, 4, 30, 30], "area": 900}
+        polygon = [[4, 4, 34, 4, 34, 34, 4, 34]]
+        annotations["annotations"].append({**box, "iscrowd": 0, "segmentation": polygon})
+    (tmp_path / "instances.json").write_text(json.dumps(annotations))
+    own = f"coco:{tmp_path}/instances.json:{tmp_path}"
+    trainer, losses = train(
+        1.0,
+        **{
+            **dict.fromkeys(("DATASETS.TRAIN", "DATASETS.TEST"), own),
+            "MODEL.ROI_HEADS.NUM_CLASSES": 1,
+            "DATALOADER.ASPECT_RATIO_GROUPING": grouped,
+            "SOLVER.MAX_ITER": 12,
+        },
+    )
+    computed = trainer.model.backbone.bottom_up.feature_store.computed
+    assert len(losses) == 12
+    assert computed == len(widths) if grouped else computed > len(widths)
+
+
+def test_sizes_of_a_record(tiny_cfg, tmp_path):
+    cfg = tiny_cfg(tmp_path, "INPUT.MIN_SIZE_TRAIN", "(64, 320)", "INPUT.MAX_SIZE_TRAIN", 533)
+    # From Detectron2: 427 x 640 becomes 320 x 480; the long side of 200 x 640 is at most 533.
+    assert padded_sizes(cfg, 32, {"height": 427, "width": 640}) == ((64, 96), (320, 480))
+    assert padded_sizes(cfg, 32, {"height": 640, "width": 200}) == ((224, 64), (544, 192))
+    assert padded_sizes(cfg, 32, {}) == ()
 
 
 def test_what_has_no_room_is_computed_each_time(train, tmp_path, caplog):

@@ -53,6 +53,15 @@ def test_batches_are_detectron2s_in_its_order(sampler, grouped):
         assert not grouped or len({image["width"] > image["height"] for image in batch}) == 1
 
 
+def test_other_groups():
+    loader = resumable(build())
+    loader.group = lambda record: record["number"] % 5
+    batches = first(loader, 9)
+    assert all(len({image["number"] % 5 for image in batch}) == 1 for batch in batches)
+    assert len({image["number"] for batch in batches for image in batch}) > 4
+    assert first(loader, 4, start=5) == batches[5:]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_it_begins_anywhere_and_leaves_the_global_random_numbers_alone(workers):
     whole = first(resumable(build()), 9)
