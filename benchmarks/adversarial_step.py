@@ -4,9 +4,9 @@
     python benchmarks/adversarial_step.py --device cuda --amp bf16 --size 224 --batch 256     # on a GPU
 
 All start from the same weights and train on the same batch with the same SGD. They take turns. Printed are
-the median over the rounds and the loss of the last step, which is equal up to rounding for those that compute
-the same. On a CPU all keep freed memory, as our tools do. --memory prints peak memory instead, each in its
-own process. Packages that are not installed are named and left out.
+median and range over the rounds, and the loss of the last step, which is equal up to rounding for those that
+compute the same. On a CPU all keep freed memory, as our tools do. --memory prints peak memory instead, each
+in its own process. Packages that are not installed are named and left out.
 
 pip install --no-deps -r benchmarks/requirements.txt
 """
@@ -16,7 +16,6 @@ import importlib
 import math
 import multiprocessing
 import resource
-import statistics
 import sys
 import types
 import warnings
@@ -26,7 +25,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from plain import AMP, MEAN, STD, Normalised, device_name, plain_pgd, seconds
+from plain import AMP, MEAN, STD, Normalised, device_name, plain_pgd, ratios, seconds, spread
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -230,19 +229,19 @@ def measure(args: argparse.Namespace) -> None:
                 took, losses[name] = seconds(step, images.device)
             if i:  # the first warms up
                 times[name].append(took)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    reference = medians.get("robustness (use_best=False)", medians.get("plain loop", math.nan))
+    reference = times.get("robustness (use_best=False)", times.get("plain loop", [math.nan] * args.rounds))
     how = f"{device_name(images.device)}, {args.amp or 'float32'}"
     print(f"{args.arch}, {args.size} px, batch {args.batch}, {how}")
-    print(f"{'':<38} {'images/s':>9} {'x robustness':>13} {'loss':>8}")
-    for name, median in medians.items():
-        print(f"{name:<38} {args.batch / median:>9.2f} {reference / median:>13.2f} {losses[name]:>8.4f}")
-    if "ours" in medians:
-        speed, gain = args.batch / medians["ours"], reference / medians["ours"]
+    print(f"{'':<36} {'images/s':>26} {'x robustness':>20} {'loss':>8}")
+    speed = {name: spread([args.batch / each for each in taken]) for name, taken in times.items()}
+    gain = {name: spread(ratios(reference, taken)) for name, taken in times.items()}
+    for name in times:
+        print(f"{name:<36} {speed[name]:>26} {gain[name]:>20} {losses[name]:>8.4f}")
+    if "ours" in times:
         print(
             "\n| network | pixels | batch | on | ours, images/s | x robustness |\n|---|--:|--:|---|--:|--:|"
         )
-        print(f"| {args.arch} | {args.size} | {args.batch} | {how} | {speed:.1f} | {gain:.2f} |")
+        print(f"| {args.arch} | {args.size} | {args.batch} | {how} | {speed['ours']} | {gain['ours']} |")
 
 
 def batch(args: argparse.Namespace):

@@ -1,11 +1,11 @@
 """Seconds of COCO evaluation: ours against pycocotools as Detectron2 runs it, on the same detections.
 
-    python benchmarks/coco_eval.py [--kind bbox|segm --images 5000 --detections 250000 --rounds 2]
+    python benchmarks/coco_eval.py [--kind bbox|segm --images 5000 --detections 250000 --rounds 3]
     python benchmarks/coco_eval.py --annotations FILE --predictions FILE     of your own
 
 The time is from the list of detections to the printed AP: preparing the detections, matching, precision. It
 is CPU time of this process, in which each side has one thread, so that other processes hardly disturb it.
-The two take turns. Printed are the first round, the medians, and the largest difference between their
+The two take turns. Printed are medians and ranges of the rounds, and the largest difference between their
 precisions (at any IoU threshold, recall, category, size and limit of detections), of which AP is the mean.
 Without files, images are made up: 7 objects on average, two jittered detections of each, and random ones for
 the rest.
@@ -15,11 +15,11 @@ import argparse
 import contextlib
 import io
 import json
-import statistics
 import time
 
 import numpy as np
 from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
+from plain import ratios, spread
 from pycocotools import mask as rle_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -129,13 +129,10 @@ def measure(args: argparse.Namespace) -> None:
         for side in SIDES:
             took, evaluations[side] = timed(side, *texts, args.kind)
             seconds[side].append(took)
-    medians = {side: statistics.median(values) for side, values in seconds.items()}
-    print(f"{'':<12} {'first':>8} {'x faster':>9} {'median':>8} {'x faster':>9} {'AP':>20}")
-    for side, median in medians.items():
-        first, ap = seconds[side][0], 100 * evaluations[side].stats[0]
-        columns = f"{first:>8.2f} {seconds['pycocotools'][0] / first:>9.1f}"
-        columns += f" {median:>8.2f} {medians['pycocotools'] / median:>9.1f}"
-        print(f"{side:<12} {columns} {ap:>20.15f}")
+    print(f"{'':<12} {'s':>22} {'x faster':>20} {'AP':>20}")
+    for side, taken in seconds.items():
+        faster = spread(ratios(seconds["pycocotools"], taken), 1)
+        print(f"{side:<12} {spread(taken):>22} {faster:>20} {100 * evaluations[side].stats[0]:>20.15f}")
     theirs, ours = (evaluations[side].eval["precision"] for side in SIDES)
     print(f"largest difference of a precision: {np.abs(theirs - ours).max():.1e}")
 
@@ -145,7 +142,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=["bbox", "segm"], default="bbox")
     parser.add_argument("--images", type=int, default=5_000)
     parser.add_argument("--detections", type=int, default=250_000)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--annotations", help="a COCO annotation file instead of drawn images")
     parser.add_argument("--predictions", help="its coco_instances_results.json")
     args = parser.parse_args()

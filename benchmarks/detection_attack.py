@@ -1,13 +1,13 @@
 """The cost and strength of a k-step attack on a detector, beside a plain PGD loop, torchattacks and ART.
 
-    python benchmarks/detection_attack.py [--weights FILE] [--steps 3] [--batch 8] [--rounds 2] [--sizes 160]
+    python benchmarks/detection_attack.py [--weights FILE] [--steps 3] [--batch 8] [--rounds 5] [--sizes 160]
         [--device cuda --amp bf16]
 
 The unit of cost is the least that a step can cost: the forward pass of Mask R-CNN R18-FPN in training mode
 with its losses, and the gradient of their sum with respect to the images, with frozen parameters. Each attack
 takes as many passes, one forward and one backward a step. Strength is the mean over the images of the sum of
 all losses. Everything takes turns on the same crops of a photograph with six objects each; the times are
-medians, on a CPU those of the processor, which other work on the machine changes less. ART's and
+medians and ranges, on a CPU those of the processor, which other work on the machine changes less. ART's and
 torchattacks' PGD take part where they are installed (benchmarks/requirements.txt). torchattacks attacks
 classifiers: it sees the detector as one of two classes, whose cross entropy rises with the sum of the losses.
 foolbox and robustness want a prediction for each image, so they cannot.
@@ -28,6 +28,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from plain import ratios, spread
 from sklearn.datasets import load_sample_image
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=["all"], help=", ".join(DETECTOR_ATTACKS))
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs="+", default=[160], help="widths of the images")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--amp", default="", choices=["", *PRECISIONS], help="mixed precision")
@@ -239,12 +240,11 @@ def table(cfg: CfgNode, args: argparse.Namespace) -> str:
                     times.setdefault(name, []).append(took / args.steps)
                 model.eval()
                 reached[name] = statistics.mean(strength.value(model, found))
-        least = statistics.median(times[UNIT])
         for name, took in times.items():
-            median = statistics.median(took)
-            rows.append([width, name, 1000 * median, median / least, reached[name]])
+            milliseconds = spread([1000 * each for each in took], 0)
+            rows.append([width, name, milliseconds, spread(ratios(took, times[UNIT])), reached[name]])
     headers = ["width", "attack", "ms a step", f"ratio (target {TARGET})", "sum of losses"]
-    return tabulate(rows, headers, tablefmt="github", floatfmt=("d", "", ".1f", ".2f", ".3f"))
+    return tabulate(rows, headers, tablefmt="github", floatfmt=("d", "", "", "", ".3f"))
 
 
 if __name__ == "__main__":

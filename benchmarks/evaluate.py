@@ -1,6 +1,6 @@
 """Seconds of evaluating a detector with masks, from images to AP: ours against Detectron2's evaluator.
 
-    DETECTRON2_DATASETS=... python benchmarks/evaluate.py [--config-file F --images 24 --size 320 --rounds 2]
+    DETECTRON2_DATASETS=... python benchmarks/evaluate.py [--config-file F --images 24 --size 320 --rounds 3]
         [--detections 50] [--keep] [--device cuda --amp bf16] [KEY VALUE ...]
 
 Both sides have the same weights and images of coco_2017_val. Detectron2's is its build_model, its
@@ -17,7 +17,6 @@ import io
 import json
 import logging
 import os
-import statistics
 import tempfile
 import time
 import warnings
@@ -29,6 +28,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from plain import ratios, spread
 from torch import nn
 from train_net import PRECISIONS, processor, random_backbone
 
@@ -166,13 +166,14 @@ def measure(args: argparse.Namespace, folder: str) -> None:
             seconds[side].append(took)
     print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads: {args.config_file}")
     print(f"{len(records)} images of {args.size} px, {args.detections} detections each, {args.rounds} rounds")
-    print(f"{'':<12} {'s, each round':<24} {'box AP':>9} {'mask AP':>9}")
+    print(f"{'':<12} {'s':<22} {'box AP':>9} {'mask AP':>9}")
     for side, times in seconds.items():
         aps = " ".join(f"{results[side][task]['AP']:>9.5f}" for task in ("bbox", "segm"))
-        print(f"{side:<12} {' '.join(f'{each:.2f}' for each in times):<24} {aps}")
-    theirs, ours = (statistics.median(times) for times in seconds.values())
+        print(f"{side:<12} {spread(times):<22} {aps}")
+    theirs, ours = seconds.values()
     what = [os.path.basename(args.config_file), f"{args.size} px", f"{args.detections} detections", args.amp]
-    print(f"| {', '.join(filter(None, what))} | {theirs:.2f} | {ours:.2f} | {theirs / ours:.2f} |")
+    columns = [", ".join(filter(None, what)), spread(theirs), spread(ours), spread(ratios(theirs, ours))]
+    print(f"| {' | '.join(columns)} |")
 
 
 def main() -> None:
@@ -183,7 +184,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--size", type=int, default=320, help="of the short side, in the network")
     parser.add_argument("--detections", type=int, default=50, help="in each image")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--keep", action="store_true", help="freed memory on both sides")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--amp", default="", choices=["", *PRECISIONS], help="on a GPU, of both sides")

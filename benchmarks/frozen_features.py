@@ -1,13 +1,13 @@
 """CPU seconds of a training on a frozen backbone: Detectron2's against ours, which computes features once.
 
     DETECTRON2_DATASETS=... python benchmarks/frozen_features.py [--config-file F --images 32 --epochs 12]
-        [--size 320 --batch 2] [KEY VALUE ...]
+        [--size 320 --batch 2 --rounds 2] [KEY VALUE ...]
 
 All train the pyramid and the heads on the first annotated images of coco_2017_val and their mirror images,
 with MODEL.BACKBONE.FREEZE_AT 5, from the same random backbone, whose batch norms fit it. Ours takes part
 twice: with an empty cache of features (DATALOADER.FEATURE_CACHE_GB), and with the one it left, as the later
 seeds and learning rates of a study find it. Loading images, and writing and reading features, counts. The
-trainings run one after another in this process, which keeps freed memory.
+trainings run one after another in this process, which keeps freed memory, and again in each round.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import warnings
 
 import torch
 from evaluate import subset
+from plain import ratios, spread
 from tqdm import trange
 from train_net import Detectron2Trainer, Side, processor, random_backbone
 
@@ -30,7 +31,6 @@ CONFIG = "configs/coco_subset/faster_rcnn_r18_fpn.yaml"
 
 
 def measure(args: argparse.Namespace, folder: str) -> None:
-    os.environ["RT_DETECTRON_CACHE"] = os.path.join(folder, "cache")
     arch = load_detector_config(args.config_file, args.opts).MODEL.ROBUST.ARCH
     dataset = subset(args.images, folder)
     check_datasets([dataset])
@@ -45,18 +45,22 @@ def measure(args: argparse.Namespace, folder: str) -> None:
     iterations = args.epochs * (args.images // args.batch)
     print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads: {args.config_file}")
     print(f"{iterations} iterations: {args.epochs} epochs of {args.images} images of {args.size} px")
-    seconds = []
     sides = [("Detectron2", Detectron2Trainer, opts), ("empty", Trainer, cached), ("full", Trainer, cached)]
-    for name, trainer, keys in sides:
-        side = Side(trainer, args.config_file, keys, os.path.join(folder, name), None)
-        for iteration in trange(iterations, desc=name, disable=None, leave=False):
-            side.step(iteration)
-        seconds.append(sum(side.cpu_times))
-        print(f"{name:<10} {seconds[-1]:8.1f} CPU s, last losses {float(sum(side.losses[-5:])) / 5:.4f}")
-    theirs, empty, full = seconds
-    what = f"{arch}, {os.path.basename(args.config_file)}, {args.size} px"
-    row = f"{theirs:.1f} | {empty:.1f} | {theirs / empty:.2f} | {full:.1f} | {theirs / full:.2f}"
-    print(f"| {what} | {row} |")
+    seconds: dict[str, list[float]] = {name: [] for name, *_ in sides}
+    for number in range(args.rounds):
+        os.environ["RT_DETECTRON_CACHE"] = os.path.join(folder, f"cache{number}")
+        for name, trainer, keys in sides:
+            side = Side(trainer, args.config_file, keys, os.path.join(folder, f"{name}{number}"), None)
+            for iteration in trange(iterations, desc=name, disable=None, leave=False):
+                side.step(iteration)
+            seconds[name].append(sum(side.cpu_times))
+            losses = float(sum(side.losses[-5:])) / 5
+            print(f"{name:<10} {seconds[name][-1]:8.1f} CPU s, last losses {losses:.4f}")
+    theirs, empty, full = seconds.values()
+    columns = [f"{arch}, {os.path.basename(args.config_file)}, {args.size} px", spread(theirs, 1)]
+    for ours in (empty, full):
+        columns += [spread(ours, 1), spread(ratios(theirs, ours), 1)]
+    print(f"| {' | '.join(columns)} |")
 
 
 def main() -> None:
@@ -68,6 +72,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--size", type=int, default=320, help="of the short side")
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ... of the config")
     args = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -2,11 +2,11 @@
 
     python benchmarks/growth.py [--rounds 3]
 
-Each size is twice the one before. Printed are the least CPU seconds of the rounds, and the exponent p of
-seconds = c * size^p between the two largest sizes: 1 is linear. Detections and images are made up as in
-coco_eval.py. The step is forward and backward of Mask R-CNN R18-FPN (coco_subset) on two photographs; pixels
-grow as the square of the width. Reports are of docs/results/coco-subset, whose arms but the baseline are
-entered again under other names.
+Each size is twice the one before. Printed are medians and ranges of CPU seconds, and the exponent p of
+seconds = c * size^p between the medians of the two largest sizes: 1 is linear. Detections and images are made
+up as in coco_eval.py. The step is forward and backward of Mask R-CNN R18-FPN (coco_subset) on two
+photographs; pixels grow as the square of the width. Reports are of docs/results/coco-subset, whose arms but
+the baseline are entered again under other names.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import math
+import statistics
 import tempfile
 import time
 import warnings
@@ -26,6 +27,7 @@ import torch
 from coco_eval import draw
 from detection_attack import CONFIG, annotated_photographs
 from detectron2.utils.events import EventStorage
+from plain import spread
 from pycocotools.coco import COCO
 from tqdm import tqdm
 from train_net import processor
@@ -108,21 +110,22 @@ def main() -> None:
     print("| seconds of, against | sizes | CPU seconds | exponent |\n|---|---|---|---:|")
     with one_line_errors():
         for name, (sizes, make) in MEASURED.items():
-            seconds = [least(make(size), args.rounds) for size in tqdm(sizes, name, disable=None)]
-            exponent = math.log2(seconds[-1] / seconds[-2])
-            columns = [", ".join(map(str, sizes)), ", ".join(f"{each:.2f}" for each in seconds)]
+            seconds = [rounds(make(size), args.rounds) for size in tqdm(sizes, name, disable=None)]
+            exponent = math.log2(statistics.median(seconds[-1]) / statistics.median(seconds[-2]))
+            columns = [", ".join(map(str, sizes)), ", ".join(map(spread, seconds))]
             print(f"| {name} | {' | '.join(columns)} | {exponent:.2f} |", flush=True)
 
 
-def least(prepare: Callable[[], Callable[[], object]], rounds: int) -> float:
+def rounds(prepare: Callable[[], Callable[[], object]], count: int) -> list[float]:
+    """CPU seconds of each."""
     taken = []
-    for _ in range(rounds):
+    for _ in range(count):
         with contextlib.redirect_stdout(io.StringIO()):
             work = prepare()
             start = time.process_time()
             work()
             taken.append(time.process_time() - start)
-    return min(taken)
+    return taken
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import importlib
 import logging
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from pathlib import Path
 import torch
 from detectron2.config import LazyCall as L
 from PIL import Image
+from plain import spread
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2 as T
@@ -226,14 +226,14 @@ def main() -> None:
         for _ in range(args.rounds):
             for name in found:
                 found[name].append(measure(args, sides[name][0](args, root)))
-    print(f"{'':16s} {'images/s per core':>24s} {'with the main process':>22s} {'images/s':>10s}")
+    print(f"{'':16s} {'images/s per core':>24s} {'with the main process':>22s} {'images/s':>18s}")
     for name, (_, why_not) in sides.items():
         if why_not:
             print(f"{name:16s} {why_not}")
             continue
         core, whole, passed = zip(*found[name], strict=True)
-        spread = f"{statistics.median(core):.0f} ({min(core):.0f} to {max(core):.0f})"
-        print(f"{name:16s} {spread:>24s} {statistics.median(whole):22.0f} {statistics.median(passed):10.0f}")
+        columns = [f"{spread(core, 0):>24s}", f"{spread(whole, 0):>22s}", f"{spread(passed, 0):>18s}"]
+        print(f"{name:16s} {' '.join(columns)}")
 
 
 if __name__ == "__main__":

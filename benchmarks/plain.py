@@ -1,7 +1,8 @@
-"""A network in the default memory format, and PGD as a plain loop: what the benchmarks compare with."""
+"""What the benchmarks share: a plain network and PGD as a plain loop to compare with, and their clock."""
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,17 @@ def seconds(work: Callable, device: torch.device) -> tuple[float, object]:
     found = work()
     synchronize(device)
     return time.perf_counter() - start, found
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """The median and the range, as in "1.50 (1.25 to 1.75)"."""
+    median, *ends = (f"{each:.{digits}f}" for each in (statistics.median(values), min(values), max(values)))
+    return f"{median} ({' to '.join(ends)})"
+
+
+def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """Of each round, in which the sides took turns."""
+    return [one / other for one, other in zip(theirs, ours, strict=True)]
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,8 +7,8 @@ Without MODEL.WEIGHTS the backbone is random, with batch norms that fit it, and 
 
 Detectron2's is its DefaultTrainer, with the same backbone, seed and loader. Both train on the same
 batches with all of their hooks, and waiting for the loader counts. Their iterations alternate; medians
-over the rounds are printed, and what took longest in one more iteration of each. In each round ours starts
-from Detectron2's weights, so that the losses can be compared: if both do the same work, they differ by
+and ranges of the rounds are printed, and what took longest in one more iteration of each. In each round ours
+starts from Detectron2's weights, so that the losses can be compared: if both do the same work, they differ by
 rounding alone. (An untrained detector has proposals of nearly equal scores, and rounding may choose others.)
 
 On a CPU both keep freed memory, as our tools do. On a busy machine only "CPU s" counts, the seconds that this
@@ -20,7 +20,6 @@ import argparse
 import logging
 import os
 import platform
-import statistics
 import tempfile
 import time
 import warnings
@@ -29,6 +28,7 @@ import torch
 from detectron2.engine import DefaultTrainer, SimpleTrainer
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
+from plain import ratios, spread
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -137,26 +137,28 @@ def alternate(sides: dict[str, Side], iterations: range) -> None:
 def print_times(sides: dict[str, Side], warm_up: int) -> None:
     detectron2 = sides["Detectron2"]
     print(f"{torch.get_num_threads()} threads, {len(detectron2.times) - warm_up} iterations of each")
-    print(f"{'':<12} {'s':>8} {'CPU s':>8} {'x':>6} {'x, CPU':>7} {'first loss':>11} {'last loss':>11}")
-    first = [statistics.median(times[warm_up:]) for times in (detectron2.times, detectron2.cpu_times)]
+    print(f"{'':<10} {'s':>22} {'CPU s':>22} {'x':>19} {'x, CPU':>19} {'first loss':>11} {'last loss':>11}")
     for name, side in sides.items():
-        wall, cpu = (statistics.median(times[warm_up:]) for times in (side.times, side.cpu_times))
-        ratios = f"{first[0] / wall:>6.2f} {first[1] / cpu:>7.2f}"
-        print(
-            f"{name:<12} {wall:>8.3f} {cpu:>8.3f} {ratios} {side.losses[0]:>11.5f} {side.losses[-1]:>11.5f}"
-        )
+        seconds = [spread(times[warm_up:], 3) for times in (side.times, side.cpu_times)]
+        faster = [
+            spread(ratios(theirs[warm_up:], mine[warm_up:]))
+            for theirs, mine in ((detectron2.times, side.times), (detectron2.cpu_times, side.cpu_times))
+        ]
+        columns = [f"{each:>22}" for each in seconds] + [f"{each:>19}" for each in faster]
+        columns += [f"{loss:>11.5f}" for loss in (side.losses[0], side.losses[-1])]
+        print(f"{name:<10} {' '.join(columns)}")
     pairs = zip(*(side.losses for side in sides.values()), strict=True)
     print(f"largest relative difference of two losses: {max(abs(a - b) / abs(a) for a, b in pairs):.1e}")
 
 
 def rows_to_paste(sides: dict[str, Side], args: argparse.Namespace) -> list[str]:
-    """Of a table of docs/results/speed.md: CPU seconds, or seconds on a GPU."""
+    """Of a table of docs/results/speed.md: seconds of each round, and how many times as fast."""
     on_cpu = args.device == "cpu"
     where = f"{torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name()
     what = [os.path.basename(args.config_file), f"{args.size} px" if args.size else "", args.amp, where]
-    times = (side.cpu_times if on_cpu else side.times for side in sides.values())
-    theirs, ours = (statistics.median(each[args.warm_up :]) for each in times)
-    return [f"| {', '.join(filter(None, what))} | {theirs:.3f} | {ours:.3f} | {theirs / ours:.2f} |"]
+    theirs, ours = (side.times[args.warm_up :] for side in sides.values())
+    columns = [", ".join(filter(None, what)), spread(theirs), spread(ours), spread(ratios(theirs, ours))]
+    return [f"| {' | '.join(columns)} |"]
 
 
 def processor() -> str:

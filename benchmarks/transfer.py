@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from plain import Normalised
+from plain import Normalised, spread
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader
@@ -176,22 +176,24 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, mine: list[tuple], theirs: list[tuple]) -> None:
-    cold, cached = mine[0][0], [seconds for seconds, _ in mine[1:]]
-    peers = statistics.median(seconds for seconds, _ in theirs)
+    cold, cached = [mine[0][0]], [seconds for seconds, _ in mine[1:]]
+    peers = [seconds for seconds, _ in theirs]
     print(f"{args.images} images of {args.size} px, {args.epochs} epochs, {torch.get_num_threads()} threads")
-    print(f"{'':<24} {'seconds':>9} {'x peer':>8}   top-1 by seed")
+    print(f"{'':<20} {'seconds':>22} {'x peer':>8}   top-1 by seed")
     rows = [("ours, cold", cold, mine)]
     if cached:
-        rows.append(("ours, cached", statistics.median(cached), []))
+        rows.append(("ours, cached", cached, []))
     rows.append(("peer, EXTRAPOLATED" if theirs[0][1] is None else "peer", peers, theirs))
     for name, seconds, runs in rows:
         found = " ".join("-" if top1 is None else f"{top1:.2f}" for _, top1 in runs)
-        print(f"{name:<24} {seconds:>9.1f} {peers / seconds:>8.1f}   {found}")
+        gain = statistics.median(peers) / statistics.median(seconds)
+        print(f"{name:<20} {spread(seconds, 1):>22} {gain:>8.1f}   {found}")
     top1 = [
         ", ".join("-" if each is None else f"{each:.2f} %" for _, each in runs) for runs in (theirs, mine)
     ]
     what = f"{args.epochs} epochs of {args.images} images, {args.size} px"
-    print(f"| {what} | {peers:.1f} s | {cold:.1f} s | {peers / cold:.1f} | {' | '.join(top1)} |")
+    gain = statistics.median(peers) / cold[0]
+    print(f"| {what} | {spread(peers, 1)} | {cold[0]:.1f} | {gain:.1f} | {' | '.join(top1)} |")
 
 
 if __name__ == "__main__":
