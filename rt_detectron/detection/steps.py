@@ -24,6 +24,7 @@ from rt_detectron.checkpoint.checkpointer import TRUNK
 from rt_detectron.detection.loader import ChangedBatches, batches_from
 from rt_detectron.engine.base_trainer import BaseTrainer, LossesOnTheWay, write_losses
 from rt_detectron.layers.frozen_norm import fold_frozen_norms
+from rt_detectron.layers.mask_head import use_one_class_masks
 from rt_detectron.layers.paste_masks import use_product_paste
 from rt_detectron.layers.roi_align import use_rows_roi_align
 from rt_detectron.utils.errors import InputError, one_line
@@ -192,10 +193,11 @@ def check_layers(model: nn.Module, keys: str = "MODEL") -> None:
 def fast(model: nn.Module) -> nn.Module:
     """Make ``model`` faster in place, without changing its function (benchmarks/train_net.py measures it).
 
-    Frozen norms are folded into their convolutions; on CPUs ROIAlign is a sum of rows, and masks are pasted
-    by products of matrices.
+    Frozen norms are folded into their convolutions, and masks are predicted for one class only; on CPUs
+    ROIAlign is a sum of rows, and masks are pasted by products of matrices.
     """
     fold_frozen_norms(model)
+    use_one_class_masks(model)
     if next(model.parameters()).device.type == "cpu":
         use_rows_roi_align(model)
         use_product_paste(model)
