@@ -3,12 +3,12 @@
     DETECTRON2_DATASETS=... python benchmarks/evaluate.py [--config-file F --images 24 --size 320 --rounds 3]
         [--detections 50] [--keep] [--device cuda --amp bf16] [KEY VALUE ...]
 
-Both sides have the same weights and images of coco_2017_val. Detectron2's is its build_model, its
-DefaultTrainer.test and its COCOEvaluator, ours what tools/train_net.py --eval-only runs, which keeps freed
-memory (--keep: Detectron2 as well). The network is random and finds nothing. So that AP and the masks are as
-of a trained one, what it would return is replaced: by boxes near the annotated objects, others at random, and
-soft masks of 28 x 28 pixels. All of its layers run all the same, the mask head on these boxes. The sides take
-turns. On CPUs "s" are CPU seconds of this process, on a GPU it is waited for.
+Both sides have the same weights and images of coco_2017_val, and each has a process of its own. Detectron2's
+is its build_model, its DefaultTrainer.test and its COCOEvaluator, ours what tools/train_net.py --eval-only
+runs, which keeps freed memory (--keep: Detectron2 as well). The network is random and finds nothing. So that
+AP and the masks are as of a trained one, what it would return is replaced: by boxes near the annotated
+objects, others at random, and soft masks of 28 x 28 pixels. All of its layers run all the same, the mask head
+on these boxes. The sides take turns. On CPUs "s" are CPU seconds of its process, on a GPU it is waited for.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import contextlib
 import io
 import json
 import logging
+import multiprocessing
 import os
 import tempfile
 import time
@@ -135,6 +136,23 @@ def evaluated(side: str, model: nn.Module, cfg, folder: str) -> tuple[float, dic
     return clock() - start, metrics
 
 
+def take_turns(side: str, args: argparse.Namespace, opts: list[str], folder: str, connection) -> None:
+    """A process that evaluates each time it is sent True, and sends seconds and metrics."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    if side == "ours" or args.keep:
+        keep_freed_memory()
+    cfg = load_detector_config(args.config_file, opts)
+    check_datasets(cfg.DATASETS.TEST)
+    records = {record["image_id"]: record for record in DatasetCatalog.get(cfg.DATASETS.TEST[0])}
+    torch.manual_seed(0)  # both have the same heads
+    model = Trainer.build_model(cfg) if side == "ours" else build_model(cfg)
+    RobustCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    finding = Finding(model, records, args.detections, PRECISIONS.get(args.amp)).eval()
+    while connection.recv():
+        connection.send(evaluated(side, finding, cfg, os.path.join(folder, side)))
+
+
 def measure(args: argparse.Namespace, folder: str) -> None:
     if (args.device != "cpu" and not torch.cuda.is_available()) or (args.amp and args.device == "cpu"):
         raise InputError(
@@ -147,25 +165,23 @@ def measure(args: argparse.Namespace, folder: str) -> None:
         *("MODEL.MASK_ON", "True", "DATASETS.TEST", subset(args.images, folder)),
         *("DATALOADER.NUM_WORKERS", "0", *map(str, sizes), *args.opts),
     ]
-    cfg = load_detector_config(args.config_file, opts)
-    check_datasets(cfg.DATASETS.TEST)
-    records = {record["image_id"]: record for record in DatasetCatalog.get(cfg.DATASETS.TEST[0])}
-    models = {"Detectron2": build_model(cfg), "ours": Trainer.build_model(cfg)}
-    RobustCheckpointer(models["Detectron2"]).load(cfg.MODEL.WEIGHTS)
-    models["ours"].load_state_dict(models["Detectron2"].state_dict())
-    finding = {
-        side: Finding(model, records, args.detections, PRECISIONS.get(args.amp)).eval()
-        for side, model in models.items()
-    }
-    seconds: dict[str, list[float]] = {side: [] for side in models}
-    results = {}
-    for number in range(args.rounds):
-        for side in list(models)[:: -1 if number % 2 else 1]:
-            keep_freed_memory(side == "ours" or args.keep)
-            took, results[side] = evaluated(side, finding[side], cfg, os.path.join(folder, side))
-            seconds[side].append(took)
+    check_datasets(load_detector_config(args.config_file, opts).DATASETS.TEST)  # here an error is one line
+    spawn = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[float]] = {"Detectron2": [], "ours": []}
+    results, turns = {}, {}
+    for side in seconds:
+        turns[side], connection = spawn.Pipe()
+        spawn.Process(target=take_turns, args=(side, args, opts, folder, connection), daemon=True).start()
+    for number in range(args.rounds + 1):
+        for side in list(seconds)[:: -1 if number % 2 else 1]:
+            turns[side].send(True)
+            took, results[side] = turns[side].recv()
+            if number:  # the first one warms up
+                seconds[side].append(took)
+    for turn in turns.values():
+        turn.send(False)
     print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads: {args.config_file}")
-    print(f"{len(records)} images of {args.size} px, {args.detections} detections each, {args.rounds} rounds")
+    print(f"{args.images} images of {args.size} px, {args.detections} detections each, {args.rounds} rounds")
     print(f"{'':<12} {'s':<22} {'box AP':>9} {'mask AP':>9}")
     for side, times in seconds.items():
         aps = " ".join(f"{results[side][task]['AP']:>9.5f}" for task in ("bbox", "segm"))
