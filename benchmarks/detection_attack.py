@@ -10,7 +10,8 @@ all losses. Everything takes turns on the same crops of a photograph with six ob
 medians and ranges, on a CPU those of the processor, which other work on the machine changes less. ART's and
 torchattacks' PGD take part where they are installed (benchmarks/requirements.txt). torchattacks attacks
 classifiers: it sees the detector as one of two classes, whose cross entropy rises with the sum of the losses.
-foolbox and robustness want a prediction for each image, so they cannot.
+foolbox and robustness want a prediction for each image, so they cannot. On a CPU all keep freed memory, as
+our tools do.
 
 On a GPU each attack ends when the GPU has done it. --amp is the peers' mixed precision; ours is the attack's
 own, float16 on GPUs with its losses scaled.
@@ -41,6 +42,7 @@ from rt_detectron.checkpoint.checkpointer import RobustCheckpointer
 from rt_detectron.detection import load_detector_config
 from rt_detectron.detection.steps import fast
 from rt_detectron.utils.errors import one_line_errors
+from rt_detectron.utils.memory import keep_freed_memory
 
 CONFIG = "configs/coco_subset/mask_rcnn_r18_fpn.yaml"
 OBJECTS = 6
@@ -195,6 +197,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--amp", default="", choices=["", *PRECISIONS], help="mixed precision")
     args = parser.parse_args()
+    if args.device == "cpu":
+        keep_freed_memory()
     with one_line_errors():
         opts = ["MODEL.WEIGHTS", args.weights, "MODEL.DEVICE", args.device]
         print(table(load_detector_config(args.config_file, opts), args))

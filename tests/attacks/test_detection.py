@@ -10,6 +10,7 @@ from detectron2.utils.events import EventStorage
 
 from rt_detectron.attacks import APGD, PGD, RandomNoise, ThreatModel, build_detector_attack
 from rt_detectron.attacks.detection import DETECTOR_ATTACKS
+from rt_detectron.detection.steps import fast
 from rt_detectron.evaluation.robustness.test_set import annotated_test_mapper
 from rt_detectron.utils.errors import InputError
 
@@ -114,7 +115,7 @@ def test_a_batch_is_as_one_by_one(make_detector, photograph, annotated, kind):
 def test_the_heads_see_a_batch_once_and_give_the_losses_of_each_image(
     make_detector, photograph, annotated, monkeypatch, kind, stages
 ):
-    model = make_detector(kind)
+    model = fast(make_detector(kind))  # as the tools have it
     inputs = [annotated(photograph[:, :64, :64], 1), annotated(photograph[:, 32:, 64:], 2, objects=1)]
     attack, calls = build_detector_attack("all", PGD(BALLS[0], steps=1)), []
     for module in model.roi_heads.modules():
