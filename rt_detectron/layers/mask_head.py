@@ -18,6 +18,8 @@ class OneClassMaskHead(MaskRCNNConvUpsampleHead):
     put in their places last, when one channel is left.
     """
 
+    forward_in_training = MaskRCNNConvUpsampleHead.forward  # for rt_detectron.attacks.batched
+
     def forward(self, x: Tensor, instances: list[Instances]):
         if self.training or not self._ends_as_detectron2s():
             return super().forward(x, instances)
