@@ -92,6 +92,21 @@ def plain(half: bool = False) -> Callable[..., Step]:
     return build
 
 
+def all_in_bf16(build: Callable[..., Step]) -> Callable[..., Step]:
+    """Mixed precision, as by train.amp: autocast in the attack and in the training pass."""
+
+    def mixed(arch, images, labels) -> Step:
+        step = build(arch, images, labels)
+
+        def run() -> Tensor:
+            with torch.autocast(images.device.type, torch.bfloat16):
+                return step()
+
+        return run
+
+    return mixed
+
+
 def attack_in_bf16(images: Tensor, half: bool) -> AbstractContextManager:
     return torch.autocast(images.device.type, torch.bfloat16) if half else nullcontext()
 
@@ -199,12 +214,14 @@ def art(arch, images, labels) -> Step:
 SIDES: dict[str, Callable[..., Step]] = {
     "ours": ours(),
     "ours, attack in bf16": ours(half=True),
+    "ours, all in bf16": all_in_bf16(ours()),
     "ours, optimiser fused": ours(fused=True),
     "ours, small maps convolved directly": ours_without_small_maps,
     "ours, not folded": ours(folded=False),
     "ours, not folded, not channels_last": ours(folded=False, channels_last=False),
     "plain loop": plain(),
     "plain loop, attack in bf16": plain(half=True),
+    "plain loop, all in bf16": all_in_bf16(plain()),
     "robustness (use_best=False)": robustness(False),
     "robustness (its default)": robustness(True),
     "torchattacks": torchattacks,

@@ -168,14 +168,23 @@ class _Convolution(torch.autograd.Function):
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A convolution that uses :class:`SmallMap` on small maps."""
+    """A convolution that uses :class:`SmallMap` on small maps.
+
+    Under autocast on maps of one pixel only, where it is exact. It is needed there: the gradient that oneDNN
+    (of torch 2.14) gives the weights of a 3x3 convolution of stride 2 in bfloat16 is whatever was in memory.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        small = None if torch.is_autocast_enabled("cpu") else small_map(x, self)
+        weight = self.weight
+        if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
+            if max(x.shape[2:]) > 1 or x.dtype not in (torch.float32, torch.bfloat16):
+                return super().forward(x)
+            x, weight = (each.to(torch.get_autocast_dtype("cpu")) for each in (x, weight))
+        small = small_map(x, self)
         if small is None:
             return super().forward(x)
-        y = _Convolution.apply(x, self.weight, small)
-        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+        y = _Convolution.apply(x, weight, small)
+        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
 
 
 def use_small_maps(network: nn.Module, device: str | torch.device) -> None:

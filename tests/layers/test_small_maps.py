@@ -1,5 +1,7 @@
 """A convolution on a map of few pixels is torch's convolution: same output, same gradients."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,3 +164,28 @@ def test_only_cpus_get_it(device):
     network = build_classifier("resnet18", 3)
     use_small_maps(network, device)
     assert not any(isinstance(module, SmallMapConv2d) for module in network.modules())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_pixel_in_mixed_precision_has_the_gradients_of_float32(bias):
+    """oneDNN's gradient of the weights is what is in memory at that place, here huge numbers."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(64, 96, 3, stride=2, padding=1, bias=bias)
+    ours = copy.deepcopy(plain)
+    use_small_maps(ours, "cpu")
+    x = torch.randn(32, 64, 1, 1)
+    grads = []
+    for convolution, mixed in ((plain, False), (ours, True)):
+        image = x.clone().requires_grad_(True)
+        for _ in range(5):
+            convolution.zero_grad()
+            junk = [torch.full((96 * 64 * 9,), 1e30, dtype=torch.bfloat16) for _ in range(3)]
+            del junk
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                y = convolution(image)
+            assert y.dtype == (torch.bfloat16 if mixed else torch.float32)
+            found = torch.autograd.grad(y.float().square().sum(), [image, *convolution.parameters()])
+        grads.append(found)
+    for expected, found in zip(*grads, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02 * expected.abs().max().item())
